@@ -1,0 +1,61 @@
+"""loft_rs: low-rank orthogonal fine-tuning (LOFT, arXiv 2605.11872) with supports chosen from the task's gradients, in Rust.
+
+`select_support` chooses supports from arrays; `LoftConfig` and `calibrate` train LOFT adapters through PEFT; `nn.LoftLinear` is the
+layer for plain PyTorch; `export_lora` writes the exact LoRA form. Everything is imported on first use.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+from ._registration import register_when_imported
+
+_HOME = {
+    "CalibrationReport": "calibration",
+    "LoftCalibrationCallback": "callback",
+    "LoftConfig": "tuner",
+    "LoftModel": "tuner",
+    "NonFiniteError": "linalg",
+    "Support": "support",
+    "calibrate": "calibration",
+    "export_lora": "export",
+    "load_supports": "support",
+    "lora_factors": "export",
+    "orthogonality_error": "tuner.model",
+    "save_supports": "support",
+    "select_support": "support",
+    "set_support": "tuner.selection",
+}
+_MODULES = ("linalg", "nn", "transform", "factor", "layer", "calibration", "export", "tuner", "cli", "support")
+# What the extra `train` brings; a missing one is named in the error.
+_TRAINING = ("torch", "peft", "transformers")
+
+__all__ = [*_HOME, *("linalg", "nn")]  # noqa: PLE0604
+
+
+def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("loft_rs")
+    if name not in _HOME and name not in _MODULES:
+        raise AttributeError(f"module 'loft_rs' has no attribute {name!r}")
+    try:
+        module = importlib.import_module(f".{_HOME.get(name, name)}", __name__)
+    except ModuleNotFoundError as error:
+        if error.name in _TRAINING:
+            raise ModuleNotFoundError(
+                f"loft_rs.{name} needs {error.name}: pip install 'loft_rs[train]'", name=error.name
+            ) from error
+        raise
+    value = getattr(module, name) if name in _HOME else module
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*__all__, "__version__"])
+
+
+register_when_imported()

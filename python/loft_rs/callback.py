@@ -1,0 +1,28 @@
+"""`LoftCalibrationCallback`: calibration where the user never holds the model, as in `SFTTrainer(peft_config=LoftConfig(...))`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import TrainerCallback
+
+from .calibration import CalibrationReport, calibrate
+from .tuner.model import adapted_layers
+
+__all__ = ["LoftCalibrationCallback"]
+
+
+class LoftCalibrationCallback(TrainerCallback):
+    """Calibrates the active LOFT adapter at the start of training, unless its supports are already set (a resumed run).
+
+    Keyword arguments are those of `loft_rs.calibrate`; the Trainer's own dataloader is used. The last report is `report`.
+    """
+
+    def __init__(self, **options: Any):
+        self.options = options
+        self.report: CalibrationReport | None = None
+
+    def on_train_begin(self, args, state, control, model=None, train_dataloader=None, **kwargs):
+        adapter, layers = adapted_layers(model, self.options.get("adapter_name"))
+        if state.global_step == 0 and not any(layer.loft_theta[adapter].detach().any() for layer in layers.values()):
+            self.report = calibrate(model, train_dataloader, **self.options)

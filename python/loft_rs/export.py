@@ -1,0 +1,91 @@
+"""Exact LoRA form of LOFT adapters, for every server and library that knows LoRA (loft.md, "Exact conversions").
+
+    input side   W0 R - W0 = (W0 P E) P^T        A = P^T (r x n),  B = W0 P E (m x r)
+    output side  R W0 - W0 = P E (P^T W0)        A = P^T W0,       B = P E
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from ._io import whole_directory
+from .layer import is_conv1d
+from .tuner.layer import Linear
+from .tuner.model import adapted_layers
+
+__all__ = ["export_lora", "lora_factors"]
+
+
+def lora_factors(model: nn.Module, adapter_name: str | None = None) -> dict[str, tuple[Tensor, Tensor]]:
+    """Module name -> (A (r x n), B (m x r)), W0 + B A being the rotated weight. float32 (float64 for a float64 base), on the layer's device."""
+    adapter, layers = adapted_layers(model, adapter_name)
+    return {name: layer.lora_factors(adapter) for name, layer in layers.items()}
+
+
+def export_lora(
+    model: nn.Module,
+    path: str | os.PathLike,
+    adapter_name: str | None = None,
+    *,
+    dtype: torch.dtype = torch.float32,
+    drop_modules_to_save: bool = False,
+) -> None:
+    """Write a LOFT adapter as a PEFT LoRA adapter folder: exact, no SVD, loadable without loft_rs.
+
+    One rank for all layers (smaller ones are padded with zeros, since servers ignore `rank_pattern`), `lora_alpha == r`, scale 1.
+    path: the folder to write, whole or not at all; an existing one is replaced. dtype: of the stored factors.
+    ValueError where the adapter has `modules_to_save`, which a LoRA server cannot load, unless `drop_modules_to_save`.
+    """
+    from peft import LoraConfig
+
+    adapter, layers = adapted_layers(model, adapter_name)
+    config = next(iter(layers.values())).loft_config[adapter]
+    if config.modules_to_save and not drop_modules_to_save:
+        raise ValueError(
+            f"the adapter also trains modules_to_save={sorted(config.modules_to_save)}, which a LoRA server cannot load; "
+            "pass drop_modules_to_save=True to export without them"
+        )
+    rank = max(layer.rank(adapter) for layer in layers.values())
+    tensors = {}
+    for name, layer in layers.items():
+        a, b = layer.lora_factors(adapter)
+        a, b = nn.functional.pad(a, (0, 0, 0, rank - a.shape[0])), nn.functional.pad(b, (0, rank - b.shape[1]))
+        for kind, value in (("lora_A", a), ("lora_B", b)):
+            tensors[f"base_model.model.{name}.{kind}.weight"] = value.to("cpu", dtype).contiguous()
+    if rank > 16:
+        warnings.warn(f"the LoRA has rank {rank}; vLLM accepts at most --max-lora-rank, which is 16 unless set", stacklevel=2)
+    lora = LoraConfig(
+        r=rank,
+        lora_alpha=rank,
+        target_modules=_target_modules(model, layers),
+        fan_in_fan_out=any(is_conv1d(layer.get_base_layer()) for layer in layers.values()),
+        task_type=config.task_type,
+        base_model_name_or_path=config.base_model_name_or_path or _base_name(model),
+        inference_mode=True,
+    )
+    with whole_directory(path) as folder:
+        save_file(tensors, os.path.join(folder, "adapter_model.safetensors"), metadata={"format": "pt"})
+        lora.target_modules = sorted(lora.target_modules)  # a set has no order, and the file should have one
+        lora.save_pretrained(folder)
+
+
+def _target_modules(model: nn.Module, layers: dict[str, Linear]) -> list[str]:
+    """Last name components where they single out the adapted layers, as servers expect; else the full names."""
+    suffixes = {name.rpartition(".")[2] for name in layers}
+    root = getattr(getattr(model, "base_model", None), "model", model)
+    adapted = [f"{name}." for name in layers]
+    for name, _ in root.named_modules():
+        inside = any(name.startswith(prefix) for prefix in adapted)
+        if not inside and name not in layers and name.rpartition(".")[2] in suffixes:
+            return sorted(layers)
+    return sorted(suffixes)
+
+
+def _base_name(model: Any) -> str | None:
+    return getattr(getattr(model, "config", None), "name_or_path", None) or None

@@ -1,0 +1,387 @@
+"""Layers: a frozen linear layer rotated inside a support, y = x (W0 R)^T + b or y = x (R W0)^T + b, R = I + P E P^T.
+
+`AdaptedLinear` stores the factors of one layer by adapter name and holds its forward, merge, LoRA form and calibration tap; the PEFT
+tuner (`tuner/layer.py`) and the plain-PyTorch `LoftLinear` below are both it, so there is one path to every result.
+
+Two placements of the same factor, chosen by shape (`choose_placement`): `rotate` turns the activations of any base layer, `add` lays
+the low-rank term down and accumulates the base product on it. Each exists for both sides (see `factor.py`).
+"""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from .factor import AddLowRank, LowRank, gram_root
+from .transform import DeltaGroup, get_transform
+
+__all__ = ["AdaptedLinear", "LoftLinear", "choose_placement", "dense_weight", "feature_sizes"]
+
+_HALF = (torch.bfloat16, torch.float16)
+SIDES = ("input", "output")
+
+
+class TensorDict(nn.Module):
+    """Persistent buffers by adapter name. Not PEFT's BufferDict, whose tensors PEFT casts to the base's or to float32."""
+
+    def __getitem__(self, key: str) -> Tensor:
+        return self._buffers[key]
+
+    def __setitem__(self, key: str, value: Tensor) -> None:
+        self.register_buffer(key, value)
+
+    def __delitem__(self, key: str) -> None:
+        del self._buffers[key]
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._buffers
+
+    def keys(self):
+        return self._buffers.keys()
+
+
+def is_conv1d(base: nn.Module) -> bool:
+    """Whether `base` is transformers' Conv1D, whose weight is stored (in, out)."""
+    return type(base).__name__ == "Conv1D" and hasattr(base, "nf")
+
+
+def feature_sizes(base: nn.Module) -> tuple[int, int]:
+    """(n, m) = (in, out) features of a linear layer; TypeError for anything else."""
+    if is_conv1d(base):
+        return base.weight.shape[0], base.weight.shape[1]
+    if hasattr(base, "in_features") and hasattr(base, "out_features"):
+        return base.in_features, base.out_features
+    raise TypeError(f"base_layer must be a linear layer (nn.Linear, Conv1D or a quantised linear), got {type(base).__name__}")
+
+
+def dense_weight(base: nn.Module) -> Tensor | None:
+    """W (m x n) of an ordinary dense linear layer, without a copy; None where the weight is quantised, sharded or a subclass."""
+    weight = getattr(base, "weight", None)
+    if type(weight) not in (nn.Parameter, Tensor) or not weight.dtype.is_floating_point or weight.dim() != 2:
+        return None
+    if not (isinstance(base, nn.Linear) or is_conv1d(base)):
+        return None
+    return weight.mT if is_conv1d(base) else weight
+
+
+def _fusible_weight(base: nn.Module) -> Tensor | None:
+    """The dense W where y = x W^T + b is all that `base` does, and frozen: no hooks, no replaced forward, no gradient to W or b."""
+    hooked = base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or base._backward_pre_hooks
+    plain = is_conv1d(base) or type(base) in (nn.Linear, nn.modules.linear.NonDynamicallyQuantizableLinear)
+    if hooked or not plain or "forward" in vars(base):
+        return None
+    weight = dense_weight(base)
+    trains = weight is None or base.weight.requires_grad or (base.bias is not None and base.bias.requires_grad)
+    return None if trains else weight
+
+
+def choose_placement(in_features: int, out_features: int, side: str, dtype: torch.dtype) -> str:
+    """`rotate` or `add` for a dense base.
+
+    `rotate` reads and writes activations of the side's own width twice; `add` touches the other side's. In half precision rotating
+    would round a small rotation away before the base product sees it, so there it is always `add`.
+    """
+    own, other = (in_features, out_features) if side == "input" else (out_features, in_features)
+    return "rotate" if dtype not in _HALF and other >= 2 * own else "add"
+
+
+def _key(tensor: Tensor) -> tuple:
+    return tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version, tensor.device, tensor.dtype
+
+
+class AdaptedLinear(nn.Module):
+    """A frozen linear layer and its LOFT factors, by adapter name.
+
+    State: `loft_theta` (trained, float32), `loft_support` (P, n x r; all zero until it is set), `loft_energy` (captured fraction, NaN where
+    unknown). Everything else is derived from these and the base weight.
+    """
+
+    def __init__(self, base_layer: nn.Module):
+        super().__init__()
+        base = base_layer
+        while hasattr(base, "base_layer"):
+            base = base.base_layer
+        self.in_features, self.out_features = feature_sizes(base)
+        self.base_layer = base_layer
+        self.loft_theta = nn.ParameterDict()
+        self.loft_support = TensorDict()
+        self.loft_energy = TensorDict()
+        self.loft_group: dict[str, DeltaGroup] = {}
+        self.loft_side: dict[str, str] = {}
+        self.loft_ready: dict[str, bool] = {}
+        self._derived: dict[tuple[str, str], tuple[tuple, Any]] = {}
+        self._original: Tensor | None = None
+        self.tap = None  # set by `calibrate` for the length of a pass
+        self.placement: str | None = None  # None: by shape
+        self.register_load_state_dict_post_hook(_mark_ready)
+
+    # -- factors ---------------------------------------------------------------------------------------------------------
+
+    def add_factor(self, adapter: str, rank: int, group: DeltaGroup, side: str = "input", *, identity: bool = True) -> None:
+        """Add an unset support of `rank` and a transform at the identity (or, for tests, a small random skew).
+
+        `group` computes D for all its members at once; layers of one model share one.
+        """
+        if side not in SIDES:
+            raise ValueError(f"side must be 'input' or 'output', got {side!r}")
+        width = self.support_width(side)
+        if not 1 <= rank <= min(self.in_features, self.out_features):
+            raise ValueError(
+                f"rank must be between 1 and min(in, out) = {min(self.in_features, self.out_features)}, got {rank}"
+            )
+        device, dtype = self._support_device_dtype()
+        theta_dtype = torch.float64 if dtype == torch.float64 else torch.float32
+        theta = torch.zeros(group.transform.parameter_shape(rank), dtype=theta_dtype, device=device)
+        if not identity:
+            theta.normal_(std=0.1 / rank**0.5)
+        self.loft_theta[adapter] = nn.Parameter(theta)
+        self.loft_support[adapter] = torch.zeros(width, rank, dtype=dtype, device=device)
+        self.loft_energy[adapter] = torch.full((), float("nan"), dtype=torch.float32, device=device)
+        self.loft_group[adapter], self.loft_side[adapter], self.loft_ready[adapter] = group, side, False
+
+    def support_width(self, side: str) -> int:
+        """The number of rows of P: n on the input side, m on the output side."""
+        return self.in_features if side == "input" else self.out_features
+
+    def set_basis(self, adapter: str, basis: np.ndarray | Tensor, energy: float = float("nan")) -> None:
+        """Store P (n x r, orthonormal columns) for an adapter, in the base's own half precision where it has one."""
+        held = self.loft_support[adapter]
+        basis = torch.as_tensor(np.asarray(basis) if not isinstance(basis, Tensor) else basis)
+        if basis.shape != held.shape:
+            raise ValueError(f"support must have shape {tuple(held.shape)} here, got {tuple(basis.shape)}")
+        with torch.no_grad():
+            held.copy_(basis)
+            self.loft_energy[adapter].fill_(energy)
+        self.loft_ready[adapter] = True
+
+    def rank(self, adapter: str) -> int:
+        return self.loft_support[adapter].shape[1]
+
+    def has_adapter(self, adapter: str) -> bool:
+        return adapter in self.loft_theta
+
+    def factor(self, adapter: str) -> LowRank:
+        """This adapter's R = I + P E P^T at its current parameters, differentiable in them."""
+        return LowRank(self.loft_support[adapter], self.loft_group[adapter].value(self, adapter))
+
+    def delta_source(self, adapter: str) -> tuple[Tensor, Tensor | None]:
+        """(theta, C): what `DeltaGroup` computes this adapter's E from."""
+        basis = self.loft_support[adapter]
+        return self.loft_theta[adapter], self._cached(("fold", adapter), _key(basis), lambda: gram_root(basis))
+
+    def _cached(self, slot: tuple[str, str], key: tuple, compute):
+        held = self._derived.get(slot)
+        if held is None or held[0] != key:
+            with torch.no_grad(), torch.inference_mode(False), torch.autocast(self.loft_device.type, enabled=False):
+                held = self._derived[slot] = key, compute()
+        return held[1]
+
+    @property
+    def loft_device(self) -> torch.device:
+        return self._support_device_dtype()[0]
+
+    def _support_device_dtype(self) -> tuple[torch.device, torch.dtype]:
+        base = self.get_base_layer()
+        weight = base.weight if getattr(base, "weight", None) is not None else next(base.parameters())
+        dtype = getattr(base, "compute_dtype", None) or weight.dtype
+        return weight.device, dtype if dtype in (*_HALF, torch.float64) else torch.float32
+
+    def get_base_layer(self) -> nn.Module:
+        """The innermost wrapped layer."""
+        base = self.base_layer
+        while hasattr(base, "base_layer"):
+            base = base.base_layer
+        return base
+
+    # -- forward ---------------------------------------------------------------------------------------------------------
+
+    def adapted_forward(self, x: Tensor, adapters: list[str], *args: Any, **kwargs: Any) -> Tensor:
+        """The layer's output with `adapters` applied as if merged one after the other: W0 R_1 R_2 ... (input), ... R_2 R_1 W0 (output)."""
+        if self.tap is not None:
+            return self.tap(self, x, *args, **kwargs)
+        if not adapters:
+            return self.base_layer(x, *args, **kwargs)
+        if len(adapters) == 1 and not args and not kwargs:
+            y = self._fused_forward(x, adapters[0])
+            if y is not None:
+                return y
+        for adapter in reversed([a for a in adapters if self.loft_side[a] == "input"]):
+            x = self.factor(adapter).apply(x)
+        y = self.base_layer(x, *args, **kwargs)
+        outputs = [a for a in adapters if self.loft_side[a] == "output"]
+        if outputs:
+            bias = getattr(self.get_base_layer(), "bias", None)
+            y = y if bias is None else y - bias
+            for adapter in outputs:
+                y = self.factor(adapter).apply(y)
+            y = y if bias is None else y + bias
+        return y
+
+    def _fused_forward(self, x: Tensor, adapter: str) -> Tensor | None:
+        """The `add` placement, or None where the base layer or the shape asks for `rotate`."""
+        weight = _fusible_weight(self.base_layer)
+        if weight is None:
+            return None
+        kind, dtype = x.device.type, weight.dtype
+        if torch.is_autocast_enabled(kind) and x.dtype != torch.float64:
+            dtype = torch.get_autocast_dtype(kind)
+        side = self.loft_side[adapter]
+        if (self.placement or choose_placement(self.in_features, self.out_features, side, dtype)) == "rotate":
+            return None
+        left, right = self._products(adapter, weight, dtype)
+        bias = self.base_layer.bias
+        delta = self.loft_group[adapter].value(self, adapter)
+        if dtype != weight.dtype:  # under autocast, as nn.Linear does
+            x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+        with torch.autocast(kind, enabled=False):
+            return AddLowRank.apply(x, delta, weight, bias, left, right)
+
+    def _products(self, adapter: str, weight: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """(left, right) of `AddLowRank`: (P, W0 P) on the input side, (W0^T P, P) on the output side; kept while P and W0 last."""
+        basis, side = self.loft_support[adapter], self.loft_side[adapter]
+
+        def compute() -> tuple[Tensor, Tensor]:
+            work = torch.promote_types(weight.dtype, torch.float32)
+            p, w = basis.to(work), weight.to(work)
+            left, right = (p, w @ p) if side == "input" else (w.mT @ p, p)
+            return left.to(dtype), right.to(dtype)
+
+        return self._cached(("products", adapter), (*_key(basis), *_key(weight), dtype), compute)
+
+    # -- merge, LoRA form ------------------------------------------------------------------------------------------------
+
+    def dense_or_raise(self, purpose: str) -> Tensor:
+        weight = dense_weight(self.get_base_layer())
+        if weight is None:
+            raise TypeError(
+                f"{purpose} needs a dense base weight, but this layer's base is {type(self.get_base_layer()).__name__}; "
+                "load the base unquantised, or use loft_rs.export_lora where W0 P is enough"
+            )
+        return weight
+
+    @torch.no_grad()
+    def rotated_weight(self, adapters: list[str]) -> Tensor:
+        """W0 R_1 R_2 ... or ... R_2 R_1 W0 (m x n), in float32 (float64 for a float64 base)."""
+        weight = self.dense_or_raise("merging")
+        work = weight.to(torch.promote_types(weight.dtype, torch.float32))
+        for adapter in adapters:
+            factor = self.factor(adapter)
+            work = factor.adjoint(work) if self.loft_side[adapter] == "input" else factor.apply(work.mT).mT
+        return work
+
+    @torch.no_grad()
+    def merge_factors(self, adapters: list[str], *, safe: bool = False) -> None:
+        """Replace W0 by the rotated weight, rounded once; the original bits are kept on the CPU for `unmerge_factors`."""
+        weight = self.dense_or_raise("merging")
+        rotated = self.rotated_weight(adapters)
+        if safe and not bool(torch.isfinite(rotated).all()):
+            raise ValueError(f"merging adapters {adapters} would write NaN or Inf into the base weight; nothing was changed")
+        if self._original is None:
+            self._original = weight.detach().to("cpu", copy=True)
+        weight.copy_(rotated)
+
+    @torch.no_grad()
+    def unmerge_factors(self) -> None:
+        """Put the original weight back, bit for bit."""
+        if self._original is not None:
+            self.dense_or_raise("unmerging").copy_(self._original)
+            self._original = None
+
+    @torch.no_grad()
+    def lora_factors(self, adapter: str) -> tuple[Tensor, Tensor]:
+        """(A (r x n), B (m x r)) with W0 + B A equal to the rotated weight: no SVD, exact (loft.md, Exact conversions)."""
+        weight = self.dense_or_raise("the LoRA form") if self._original is None else self._original.to(self.loft_device)
+        work = torch.promote_types(weight.dtype, torch.float32)
+        factor, weight = self.factor(adapter), weight.to(work)
+        p, e = factor.basis.to(work), factor.delta.to(work)
+        if self.loft_side[adapter] == "input":
+            return p.mT.contiguous(), weight @ p @ e
+        return p.mT @ weight, p @ e
+
+    # -- state -----------------------------------------------------------------------------------------------------------
+
+    def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        self._derived.clear()
+
+    def refresh_ready(self) -> None:
+        """Read from the supports themselves which adapters have one (an unset support is all zero)."""
+        for adapter in self.loft_support.keys():
+            basis = self.loft_support[adapter]
+            self.loft_ready[adapter] = not basis.is_meta and bool(basis.any())
+
+
+def _mark_ready(module: AdaptedLinear, incompatible_keys: Any) -> None:
+    module.refresh_ready()
+
+
+class LoftLinear(AdaptedLinear):
+    """A frozen `nn.Linear` rotated inside a fixed support, for plain PyTorch.
+
+    base_layer: the linear layer (m x n); its parameters are frozen here.
+    support: a `loft_rs.Support`, or an array or tensor (n, r) on the input side, (m, r) on the output side, which is re-orthonormalised.
+    transform: `cayley`, `exp` or `free`. side: `input` (W0 R) or `output` (R W0); taken from a `Support`.
+
+    The output equals the base layer's exactly until the transform is trained. TypeError or ValueError name a bad argument.
+    """
+
+    ADAPTER = "default"
+
+    def __init__(self, base_layer: nn.Linear, support: Any, transform: str = "cayley", side: str | None = None):
+        get_transform(transform)
+        super().__init__(base_layer)
+        side = side or getattr(support, "side", "input")
+        basis, energy = custom_basis(support), float(getattr(support, "energy", float("nan")))
+        if side in SIDES and basis.shape[0] != self.support_width(side):
+            raise ValueError(
+                f"support has {basis.shape[0]} rows, but the {side} side of this layer has {self.support_width(side)} features"
+            )
+        base_layer.requires_grad_(False)
+        self.add_factor(self.ADAPTER, basis.shape[1], DeltaGroup(transform), side)
+        self.set_basis(self.ADAPTER, basis, energy)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (..., n) -> (..., m)."""
+        return self.adapted_forward(x, [] if self._original is not None else [self.ADAPTER])
+
+    def merge(self) -> nn.Module:
+        """Merge in place and return the base layer, whose weight is now the rotated one."""
+        self.merge_factors([self.ADAPTER])
+        return self.base_layer
+
+    def unmerge(self) -> None:
+        """Undo `merge`, bit for bit."""
+        self.unmerge_factors()
+
+    def extra_repr(self) -> str:
+        group = self.loft_group[self.ADAPTER]
+        return f"rank={self.rank(self.ADAPTER)}, transform={group.transform.name}, side={self.loft_side[self.ADAPTER]}"
+
+
+def custom_basis(support: Any) -> np.ndarray:
+    """An orthonormal float32 basis (n, r) from a `Support` or the user's own (n, r) columns, same span, order kept.
+
+    ValueError for NaN or Inf, more columns than rows, or columns that are linearly dependent.
+    """
+    from .linalg import orthonormalize
+
+    if isinstance(support, Tensor):
+        support = support.detach().double().cpu().numpy()
+    basis = np.asarray(support, dtype=np.float64)
+    if basis.ndim != 2 or not 1 <= basis.shape[1] <= basis.shape[0]:
+        raise ValueError(f"support must be (n, r) with 1 <= r <= n, got shape {basis.shape}")
+    if not np.isfinite(basis).all():
+        raise ValueError("support must be finite, but it holds NaN or Inf")
+    norms = np.linalg.norm(basis, axis=0)
+    if (norms == 0).any():
+        raise ValueError(f"support column {int(np.argmin(norms))} is zero; give {basis.shape[1]} independent columns")
+    spread = np.linalg.eigvalsh((basis / norms).T @ (basis / norms))
+    if spread[0] < 1e-10 * spread[-1]:
+        raise ValueError(f"support must have linearly independent columns (r = {basis.shape[1]}); give fewer or other columns")
+    if spread[-1] - spread[0] > 1e-3:
+        warnings.warn("support is not orthonormal; its columns were orthonormalised in order", stacklevel=3)
+    return orthonormalize(basis).astype(np.float32)

@@ -1,0 +1,298 @@
+"""Sketches: what calibration accumulates of one layer, and the tap in the layer's forward that feeds them.
+
+With A the activations on the support's side (X, or Y0 = Y - b on the output side), B the gradient there (dX or dY), k = r + oversampling:
+
+    skewgrad    pass 1  S Omega = (B^T (A Omega) - A^T (B Omega)) / 2        pass 2  Q^T S Q = Skew((B Q)^T (A Q))
+    gradsvd     pass 1  G^T Omega = X^T (dY Omega)                           pass 2  G Q = dY^T (X Q)
+    activation  pass 1  A^T (A Omega)                                        pass 2  (A Q)^T (A Q)
+
+where Q is the orthonormal basis of the first pass's sketch. Every sum is linear in the batches and held in float32. A few columns of
+Omega are probes: they do not enter Q and estimate what Q misses of the squared norm, with a standard error.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from . import linalg
+from .support import Support
+
+if TYPE_CHECKING:
+    from .layer import AdaptedLinear
+    from .tuner.config import LoftConfig
+
+__all__ = ["LayerTap", "Sketch", "sketch_for"]
+
+OVERSAMPLING = 16
+PROBES = 8
+_HALF = (torch.bfloat16, torch.float16)
+
+
+class _Tap(torch.autograd.Function):
+    """The identity on `value`; its backward hands what was kept in the forward, and dL/dvalue, to a sketch."""
+
+    @staticmethod
+    def forward(ctx, value: Tensor, kept: Tensor | None, anchor: Tensor, sketch: Sketch) -> Tensor:
+        ctx.save_for_backward(kept)
+        ctx.sketch = sketch
+        return value.view_as(value)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, gradient: Tensor):
+        ctx.sketch.collect(ctx.saved_tensors[0], gradient)
+        return gradient, None, None, None
+
+
+class LayerTap:
+    """What a layer runs in place of its adapted forward during a pass: its base layer, tapped. The transform is the identity then.
+
+    The tap sees an activation and its own gradient together, whatever comes after the layer, however often it runs, and under
+    checkpointing. Its anchor makes autograd reach the layers of a model in which nothing else requires a gradient.
+    """
+
+    def __init__(self, sketch: Sketch):
+        self.sketch = sketch
+
+    def __call__(self, layer: AdaptedLinear, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        sketch, watched = self.sketch, torch.is_grad_enabled()
+        anchor = torch.zeros((), device=x.device, requires_grad=True)
+        if sketch.tap_input:
+            kept = sketch.keep(x.detach(), None)
+            return layer.base_layer(_Tap.apply(x, kept, anchor, sketch) if watched else x, *args, **kwargs)
+        y = layer.base_layer(x, *args, **kwargs)
+        bias = getattr(layer.get_base_layer(), "bias", None)
+        kept = sketch.keep(x.detach(), y.detach() if bias is None else y.detach() - bias.detach())
+        return _Tap.apply(y, kept, anchor, sketch) if watched else y
+
+
+def sketch_for(method: str, layer: AdaptedLinear, adapter: str, seed: int) -> Sketch:
+    """A fresh sketch of one layer for a calibrated support, or for the order of a support it already has."""
+    kinds = {"skewgrad": SkewSketch, "gradsvd": GradientSketch, "activation": ActivationSketch}
+    return kinds.get(method, MomentSketch)(layer, adapter, seed)
+
+
+class Sketch:
+    """One layer's sums. `keep` runs in the layer's forward, `collect` in its backward, `end_pass` after the last batch of a pass."""
+
+    tap_input = False
+
+    def __init__(self, layer: AdaptedLinear, adapter: str, seed: int):
+        self.side, self.rank = layer.loft_side[adapter], layer.rank(adapter)
+        width = layer.support_width(self.side)
+        self.columns = min(self.rank + self.rank % 2 + OVERSAMPLING, width)
+        self.device, self.seed = layer.loft_device, seed
+        self.seen = 0  # batches that reached this sketch, over all passes
+        self.silent = False  # reached by none, or by zeros only
+        self.finished = False
+        self.sums: dict[str, Tensor] = {}
+        self.basis: Tensor | None = None  # Q (n x k), once the first pass is over
+
+    def keep(self, x: Tensor, y0: Tensor | None) -> Tensor | None:
+        """Accumulate what the forward shows; return what the backward will need."""
+        raise AssertionError("each kind of sketch says what it keeps")
+
+    def collect(self, kept: Tensor | None, gradient: Tensor) -> None:
+        """Accumulate what the backward shows. Forward-only sketches need nothing of it."""
+
+    def activations(self, x: Tensor, y0: Tensor | None) -> Tensor:
+        return _rows(x if self.side == "input" else y0)
+
+    def plus(self, name: str, value: Tensor) -> None:
+        value = value if value.dtype == torch.float64 else value.float()
+        held = self.sums.get(name)
+        self.sums[name] = value if held is None else held.add_(value)
+
+    def gaussian(self, rows: int) -> Tensor:
+        generator = torch.Generator().manual_seed(self.seed)
+        return torch.randn(rows, self.columns + PROBES, generator=generator).to(self.device)
+
+    def end_pass(self, name: str) -> None:
+        for what, value in self.sums.items():
+            if not bool(torch.isfinite(value).all()):
+                raise linalg.NonFiniteError(f"layer {name} saw NaN or Inf while calibrating ({what}); nothing was changed")
+        main = self.sums.get("sketch", self.sums.get("moment"))
+        if main is None or not bool(main.any()):
+            self.silent = self.finished = True
+        elif self.basis is None:
+            q = linalg.orthonormalize(main[:, : self.columns].cpu().numpy())
+            self.basis = torch.from_numpy(q).to(main.device)
+        else:
+            self.finished = True
+
+    def numpy(self, name: str) -> np.ndarray:
+        return self.sums[name].double().cpu().numpy()
+
+    def solve(self) -> tuple[np.ndarray, np.ndarray, float, float]:
+        """(V (k x r), all values found, ||S||_F^2 or ||G||_F^2, its standard error) of the compressed problem."""
+        raise AssertionError("each kind of sketch solves its own problem")
+
+    def support(self, order: str, passes: int, config: LoftConfig) -> Support:
+        v, values, total, spread = self.solve()
+        captured = float(np.sum(values[: self.rank] ** 2))
+        energy = min(captured / total, 1.0)
+        last, following = values[self.rank - 1], values[self.rank] if len(values) > self.rank else math.nan
+        return Support(
+            basis=_ordered_basis(self.basis.double().cpu().numpy() @ v, v, self.numpy("moment"), order),
+            energy=energy,
+            energy_stderr=energy * spread / total,
+            values=values[: self.rank],
+            residuals=np.full(self.rank, math.nan),
+            gap=float((last - following) / last) if last > 0 else math.nan,
+            passes=passes,
+            seconds=math.nan,
+            method=config.support,
+            side=self.side,
+            seed=config.seed,
+            order=order,
+        )
+
+
+class SkewSketch(Sketch):
+    """S = (B^T A - A^T B) / 2 with B the gradient at A."""
+
+    def __init__(self, layer: AdaptedLinear, adapter: str, seed: int):
+        super().__init__(layer, adapter, seed)
+        self.tap_input = self.side == "input"
+        self.omega = self.gaussian(layer.support_width(self.side))
+
+    def keep(self, x: Tensor, y0: Tensor | None) -> Tensor:
+        a = self.activations(x, y0)
+        if self.basis is None:
+            return a
+        aq = a @ self.basis.to(a.dtype)
+        self.plus("moment", _inner(aq, aq))
+        return aq
+
+    def collect(self, kept: Tensor, gradient: Tensor) -> None:
+        self.seen += 1
+        b = _rows(gradient)
+        if self.basis is None:
+            omega = self.omega.to(b.dtype)
+            self.plus("sketch", (_inner(b, kept @ omega) - _inner(kept, b @ omega)) / 2)
+        else:
+            self.plus("compressed", _inner(b @ self.basis.to(b.dtype), kept))
+
+    def solve(self) -> tuple[np.ndarray, np.ndarray, float, float]:
+        c = self.numpy("compressed")
+        c = (c - c.T) / 2
+        even = min(len(c) - len(c) % 2, self.rank + 2)
+        v, sigma = linalg.skew_planes(c, max(even, self.rank))
+        probes, omega = self.numpy("sketch")[:, self.columns :], self.omega.double().cpu().numpy()[:, self.columns :]
+        # E ||S w||^2 = ||S||_F^2; the compressed part, known exactly, is the control variate.
+        q = self.basis.double().cpu().numpy()
+        missed = np.sum(probes**2, 0) - np.sum((c @ (q.T @ omega)) ** 2, 0)
+        known = float(np.sum(c**2))
+        return v[:, : self.rank], sigma, max(known + float(missed.mean()), known), _standard_error(missed)
+
+
+class GradientSketch(Sketch):
+    """G = dY^T X (input side), or its transpose (output side): right singular vectors either way."""
+
+    def __init__(self, layer: AdaptedLinear, adapter: str, seed: int):
+        super().__init__(layer, adapter, seed)
+        self.omega = self.gaussian(layer.support_width("output" if self.side == "input" else "input"))
+
+    def keep(self, x: Tensor, y0: Tensor | None) -> Tensor:
+        if self.basis is None:
+            return _rows(x)
+        a = self.activations(x, y0)
+        aq = a @ self.basis.to(a.dtype)
+        self.plus("moment", _inner(aq, aq))
+        return aq if self.side == "input" else _rows(x)
+
+    def collect(self, kept: Tensor, gradient: Tensor) -> None:
+        self.seen += 1
+        dy = _rows(gradient)
+        own, other = (kept, dy) if self.side == "input" else (dy, kept)
+        if self.basis is None:
+            self.plus("sketch", _inner(own, other @ self.omega.to(other.dtype)))
+        else:
+            self.plus("image", _inner(other, own if self.side == "input" else own @ self.basis.to(own.dtype)))
+
+    def solve(self) -> tuple[np.ndarray, np.ndarray, float, float]:
+        image = self.numpy("image")
+        squares, v = _descending(image.T @ image)
+        probes, q = self.numpy("sketch")[:, self.columns :], self.basis.double().cpu().numpy()
+        missed = np.sum((probes - q @ (q.T @ probes)) ** 2, 0)
+        return v[:, : self.rank], np.sqrt(squares), float(np.sum(image**2)) + float(missed.mean()), _standard_error(missed)
+
+
+class ActivationSketch(Sketch):
+    """X^T X (or Y0^T Y0): forward passes only."""
+
+    def __init__(self, layer: AdaptedLinear, adapter: str, seed: int):
+        super().__init__(layer, adapter, seed)
+        self.omega = self.gaussian(layer.support_width(self.side))
+
+    def keep(self, x: Tensor, y0: Tensor | None) -> None:
+        self.seen += 1
+        a = self.activations(x, y0)
+        if self.basis is None:
+            self.plus("sketch", _inner(a, a @ self.omega.to(a.dtype)))
+            self.plus("norm", a.float().square().sum(dtype=torch.float64))
+        else:
+            aq = a @ self.basis.to(a.dtype)
+            self.plus("moment", _inner(aq, aq))
+
+    def solve(self) -> tuple[np.ndarray, np.ndarray, float, float]:
+        squares, v = _descending(self.numpy("moment"))
+        return v[:, : self.rank], np.sqrt(squares), float(self.sums["norm"]), 0.0
+
+
+class MomentSketch(Sketch):
+    """Only sum z^T z, z = A P, for the order inside a support that the layer already has."""
+
+    def __init__(self, layer: AdaptedLinear, adapter: str, seed: int):
+        super().__init__(layer, adapter, seed)
+        self.basis = layer.loft_support[adapter].float()
+        self.energy = float(layer.loft_energy[adapter])
+
+    def keep(self, x: Tensor, y0: Tensor | None) -> None:
+        self.seen += 1
+        a = self.activations(x, y0)
+        z = a @ self.basis.to(a.dtype)
+        self.plus("moment", _inner(z, z))
+
+    def solve(self) -> tuple[np.ndarray, np.ndarray, float, float]:
+        return np.eye(self.rank), np.full(self.rank, math.nan), math.nan, 0.0
+
+    def support(self, order: str, passes: int, config: LoftConfig) -> Support:
+        return replace(super().support(order, passes, config), energy=self.energy)
+
+
+def _rows(tensor: Tensor) -> Tensor:
+    tensor = tensor.reshape(-1, tensor.shape[-1])
+    # Half-precision products are slow on a CPU; on a GPU they accumulate in float32.
+    return tensor.float() if tensor.dtype in _HALF and not tensor.is_cuda else tensor
+
+
+def _inner(a: Tensor, b: Tensor) -> Tensor:
+    if a.is_cuda and a.dtype in _HALF:
+        return torch.mm(a.mT, b.to(a.dtype), out_dtype=torch.float32)
+    return a.mT @ b
+
+
+def _descending(gram: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    values, vectors = np.linalg.eigh(gram)
+    return np.maximum(values[::-1], 0.0), vectors[:, ::-1]
+
+
+def _standard_error(samples: np.ndarray) -> float:
+    return float(np.std(samples, ddof=1) / math.sqrt(len(samples)))
+
+
+def _ordered_basis(p: np.ndarray, v: np.ndarray, moment: np.ndarray, order: str) -> np.ndarray:
+    """P (n x r), its columns turned to the eigenvectors of sum z^T z = V^T moment V where the order is `input_pca`."""
+    if order == "input_pca":
+        _, turn = _descending(v.T @ moment @ v)
+        p = p @ turn
+    p = linalg.orthonormalize(p)  # in order: it only mends rounding
+    largest = np.take_along_axis(p, np.abs(p).argmax(0)[None], 0)
+    return np.ascontiguousarray(p * np.where(largest < 0, -1.0, 1.0), dtype=np.float32)

@@ -1,0 +1,255 @@
+"""Transforms: the trained orthogonal matrix T (r x r) of LOFT, stored and computed as D = T - I.
+
+| name     | T                          | trained parameters theta                        |
+|----------|----------------------------|-------------------------------------------------|
+| `cayley` | (I - A)(I + A)^{-1}        | strict lower triangle of the skew A, r(r - 1)/2 |
+| `exp`    | matrix exponential of A    | strict lower triangle of the skew A, r(r - 1)/2 |
+| `free`   | I + D, unconstrained       | D itself, r x r                                 |
+
+A_ij = theta_ij and A_ji = -theta_ij for i > j, the triangle read row by row. Every transform is the identity at theta = 0, and D
+is never formed as a difference of T and I, so a small rotation keeps all its digits in any dtype.
+
+Gradients are closed forms, so no graph runs through a solver, and the values of all layers of one rank come from one batched
+solve (`DeltaGroup`) while each layer's gradient stays its own autograd node: an in-place update, a second backward or
+reentrant checkpointing of one layer cannot break another's.
+"""
+
+from __future__ import annotations
+
+import weakref
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+__all__ = ["TRANSFORMS", "Cayley", "DeltaGroup", "Exp", "Free", "Transform", "get_transform", "skew"]
+
+
+_INDICES: dict[tuple[int, torch.device], Tensor] = {}
+
+
+def _strict_lower(r: int, device: torch.device) -> Tensor:
+    if torch.compiler.is_compiling():
+        return torch.tril_indices(r, r, -1, device=device)
+    if (r, device) not in _INDICES:
+        # A kept index must not be born inside inference mode, or a later training step could not save it for backward.
+        with torch.inference_mode(False):
+            _INDICES[r, device] = torch.tril_indices(r, r, -1, device=device)
+    return _INDICES[r, device]
+
+
+def skew(theta: Tensor, r: int) -> Tensor:
+    """The skew matrices A (..., r, r) whose strict lower triangles, row by row, are theta (..., r(r - 1)/2)."""
+    rows, cols = _strict_lower(r, theta.device)
+    lower = theta.new_zeros(*theta.shape[:-1], r, r)
+    lower[..., rows, cols] = theta
+    return lower - lower.mT
+
+
+def _skew_gradient(h: Tensor) -> Tensor:
+    """dL/dtheta = H_ij - H_ji for i > j, from H = dL/dA taken entry by entry."""
+    rows, cols = _strict_lower(h.shape[-1], h.device)
+    return h[..., rows, cols] - h[..., cols, rows]
+
+
+def _working_dtype(theta: Tensor) -> torch.dtype:
+    # On a data-centre GPU a batched fp64 solve costs what fp32 does, and it makes T orthogonal to fp32's last bit.
+    return torch.float32 if theta.device.type == "mps" else torch.float64
+
+
+class Transform(Protocol):
+    """One parametrisation of T. `delta` and `gradient` work on a batch of equal ranks and run outside autograd."""
+
+    name: str
+    orthogonal: bool
+
+    def parameter_shape(self, r: int) -> tuple[int, ...]:
+        """Shape of theta for rank r."""
+
+    def delta(self, theta: Tensor, r: int) -> tuple[Tensor, Tensor]:
+        """(D, saved): D = T(theta) - I, (B, r, r) in theta's dtype, and what `gradient` needs, (B, ...)."""
+
+    def gradient(self, g: Tensor, saved: Tensor) -> Tensor:
+        """dL/dtheta (B, ...) from g = dL/dD (B, r, r)."""
+
+
+class Cayley:
+    """T = (I - A)(I + A)^{-1}. With Z = (I + A)^{-1}: D = -2 A Z and dL/dA = H = -2 Z^T g Z^T (loft.md, Transforms)."""
+
+    name = "cayley"
+    orthogonal = True
+
+    def parameter_shape(self, r: int) -> tuple[int, ...]:
+        return (r * (r - 1) // 2,)
+
+    def delta(self, theta: Tensor, r: int) -> tuple[Tensor, Tensor]:
+        a = skew(theta.to(_working_dtype(theta)), r)
+        # inv_ex does not synchronise with the host to check for singularity, and I + A cannot be singular.
+        z = torch.linalg.inv_ex(a + torch.eye(r, dtype=a.dtype, device=a.device)).inverse
+        return (-2 * (a @ z)).to(theta.dtype), z.to(theta.dtype)
+
+    def gradient(self, g: Tensor, saved: Tensor) -> Tensor:
+        zt = saved.mT
+        return _skew_gradient(-2 * (zt @ g @ zt))
+
+
+class Exp:
+    """T = exp(A). dL/dA = L(A^T, g), the Frechet derivative: the upper right block of exp([[A^T, g], [0, A^T]])."""
+
+    name = "exp"
+    orthogonal = True
+
+    def parameter_shape(self, r: int) -> tuple[int, ...]:
+        return (r * (r - 1) // 2,)
+
+    def delta(self, theta: Tensor, r: int) -> tuple[Tensor, Tensor]:
+        a = skew(theta.to(_working_dtype(theta)), r)
+        # exp(A) - I = integral of A exp(tA): the upper right block of exp([[A, A], [0, 0]]), with no cancellation.
+        block = torch.cat([torch.cat([a, a], -1), torch.zeros_like(torch.cat([a, a], -1))], -2)
+        return torch.linalg.matrix_exp(block)[..., :r, r:].to(theta.dtype), a.to(theta.dtype)
+
+    def gradient(self, g: Tensor, saved: Tensor) -> Tensor:
+        r = saved.shape[-1]
+        at, g64 = saved.mT.to(_working_dtype(saved)), g.to(_working_dtype(saved))
+        block = torch.cat([torch.cat([at, g64], -1), torch.cat([torch.zeros_like(at), at], -1)], -2)
+        return _skew_gradient(torch.linalg.matrix_exp(block)[..., :r, r:]).to(g.dtype)
+
+
+class Free:
+    """T = I + D with D unconstrained: not orthogonal once trained."""
+
+    name = "free"
+    orthogonal = False
+
+    def parameter_shape(self, r: int) -> tuple[int, ...]:
+        return (r, r)
+
+    def delta(self, theta: Tensor, r: int) -> tuple[Tensor, Tensor]:
+        return theta.clone(), theta.new_zeros(theta.shape[0])
+
+    def gradient(self, g: Tensor, saved: Tensor) -> Tensor:
+        return g
+
+
+TRANSFORMS: dict[str, Transform] = {t.name: t for t in (Cayley(), Exp(), Free())}
+
+
+def get_transform(name: str) -> Transform:
+    """The transform called `name`; ValueError names the choices otherwise."""
+    if name not in TRANSFORMS:
+        raise ValueError(f"transform must be one of {sorted(TRANSFORMS)}, got {name!r}")
+    return TRANSFORMS[name]
+
+
+class _Delta(torch.autograd.Function):
+    """Attaches the gradient of theta to a D that was computed outside autograd. `fold` is the Gram root C, or None."""
+
+    @staticmethod
+    def forward(ctx, theta: Tensor, delta: Tensor, saved: Tensor, fold: Tensor | None, transform: Transform) -> Tensor:
+        ctx.save_for_backward(saved, fold)
+        ctx.transform = transform
+        return delta.view_as(delta)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, g: Tensor):
+        saved, fold = ctx.saved_tensors
+        if fold is not None:
+            g = fold @ g.to(fold.dtype) @ fold
+        return ctx.transform.gradient(g[None], saved[None])[0], None, None, None, None
+
+
+# Counts optimiser steps. Fused optimisers, the Trainer's default among them, update parameters without touching `_version`.
+_steps = [0]
+
+
+def _count_step(*_: object) -> None:
+    _steps[0] += 1
+
+
+register_optimizer_step_post_hook(_count_step)
+
+
+class _Entry:
+    """One layer's current value: D (folded), what its gradient needs, the version it belongs to, and whether it was used."""
+
+    __slots__ = ("delta", "saved", "used", "version")
+
+    def __init__(self, delta: Tensor, saved: Tensor, version: tuple):
+        self.delta, self.saved, self.version, self.used = delta, saved, version, False
+
+
+def _version(theta: Tensor, fold: Tensor | None) -> tuple:
+    count = 0 if theta.is_inference() else theta._version
+    return id(theta), theta.data_ptr(), count, id(fold), _steps[0]
+
+
+class DeltaGroup:
+    """D for every member of one transform, rank by rank, each rank in one batched solve.
+
+    A member is `(layer, adapter)` where `layer.delta_source(adapter)` returns `(theta, fold)`: the raw parameter and the Gram
+    root C (r x r) that a half-precision support needs, or None. The value handed out is C D C.
+
+    A value is used once: asking for it again means a new forward pass, so the whole rank is computed anew. That costs one solve a
+    pass, and no update goes unseen: not an optimiser's that leaves no version behind, nor an averaging scheme's through `.data`.
+    """
+
+    def __init__(self, transform: str):
+        self.transform = get_transform(transform)
+        self._members: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
+
+    def __reduce__(self):
+        # A copied or unpickled model starts with an empty group, which its layers join at their first forward.
+        return DeltaGroup, (self.transform.name,)
+
+    def value(self, layer, adapter: str) -> Tensor:
+        """C D C of one member (r, r), in theta's dtype, with its gradient attached where theta requires one."""
+        theta, fold = layer.delta_source(adapter)
+        if torch.compiler.is_compiling():
+            delta, saved = self._solve([theta.detach()], [fold])
+            return _Delta.apply(theta, delta[0], saved[0], fold, self.transform)
+        entries = self._members.setdefault(layer, {})
+        entry = entries.get(adapter)
+        if entry is None:  # joins alone: the others may be in use in this very pass
+            self._compute([(entries, adapter, theta, fold)])
+        elif entry.used or entry.version != _version(theta, fold):
+            self._compute(self._alike(theta))
+        entry = entries[adapter]
+        entry.used = True
+        return _Delta.apply(theta, entry.delta, entry.saved, fold, self.transform)
+
+    def _alike(self, like: Tensor) -> list[tuple[dict, str, Tensor, Tensor | None]]:
+        """(entries, adapter, theta, fold) of every member that one solve can serve with `like`; forgets deleted adapters."""
+        found = []
+        for layer, entries in list(self._members.items()):
+            for adapter in list(entries):
+                if not layer.has_adapter(adapter):
+                    del entries[adapter]
+                    continue
+                theta, fold = layer.delta_source(adapter)
+                if (theta.shape, theta.device, theta.dtype) == (like.shape, like.device, like.dtype):
+                    found.append((entries, adapter, theta, fold))
+        return found
+
+    def _compute(self, members: list[tuple[dict, str, Tensor, Tensor | None]]) -> None:
+        # Values outlive an evaluation under inference mode, so they must not be inference tensors.
+        with torch.inference_mode(False):
+            deltas, saved = self._solve([theta.detach() for _, _, theta, _ in members], [fold for *_, fold in members])
+        for i, (entries, adapter, theta, fold) in enumerate(members):
+            entries[adapter] = _Entry(deltas[i], saved[i], _version(theta, fold))
+
+    @torch.no_grad()
+    def _solve(self, thetas: list[Tensor], folds: list[Tensor | None]) -> tuple[Tensor, Tensor]:
+        with torch.autocast(thetas[0].device.type, enabled=False):
+            delta, saved = self.transform.delta(torch.stack(thetas), rank_of(thetas[0]))
+            if any(fold is not None for fold in folds):
+                eye = torch.eye(delta.shape[-1], dtype=delta.dtype, device=delta.device)
+                c = torch.stack([eye if fold is None else fold.to(delta.dtype) for fold in folds])
+                delta = c @ delta @ c
+        return delta, saved
+
+
+def rank_of(theta: Tensor) -> int:
+    """The rank r of a raw parameter: (r, r) for `free`, r(r - 1)/2 entries for a skew generator."""
+    return theta.shape[0] if theta.dim() == 2 else (1 + int((1 + 8 * theta.numel()) ** 0.5 + 0.5)) // 2

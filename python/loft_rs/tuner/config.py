@@ -1,0 +1,122 @@
+"""`LoftConfig`: what a LOFT adapter is, as PEFT users write it and as `adapter_config.json` keeps it."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from dataclasses import dataclass, field
+
+from peft.config import PeftConfig
+from peft.utils import PeftType
+
+from ..layer import SIDES
+from ..transform import TRANSFORMS
+
+__all__ = ["FORMAT_VERSION", "LoftConfig"]
+
+FORMAT_VERSION = 1
+
+# Chosen when the model is built, from the weights or a seed; the others wait for `calibrate`.
+DATA_FREE_SUPPORTS = ("principal", "random", "coordinate")
+CALIBRATED_SUPPORTS = ("skewgrad", "gradsvd", "activation")
+ORDERS = ("auto", "natural", "input_pca")
+
+
+@dataclass
+class LoftConfig(PeftConfig):
+    """Configuration of a LOFT adapter, W = W0 R or R W0 with R = I + P (T - I) P^T (arXiv 2605.11872).
+
+    Args:
+        r (`int`): Rank of the support. Trained parameters a layer: r(r - 1)/2 (`cayley`, `exp`) or r^2 (`free`). Even: an odd rank gains
+            nothing over the even one below it under a skew transform, and warns. A layer with min(in, out) < r gets the largest even
+            rank that fits, in one warning that lists the layers.
+        target_modules (`list[str] | str`): Names or suffixes, a regular expression, or `"all-linear"`. None: the usual modules of the architecture.
+        exclude_modules (`list[str] | str`): Names, suffixes or a regular expression of modules to leave alone.
+        support (`str`): How P is chosen. Without data: `principal` (top singular vectors of W0, the default), `random`, `coordinate`. By
+            `loft_rs.calibrate`: `skewgrad`, `gradsvd`, `activation`. Or the path of a file written by `loft_rs.save_supports`.
+        transform (`str`): `cayley` (default), `exp` or `free` (not orthogonal).
+        side (`str`): `input` (W0 R, default) or `output` (R W0).
+        order (`str`): Order of the coordinates inside the support. `input_pca`: eigenvectors of sum z^T z, z = X P, descending, at `calibrate`;
+            `natural`: as the support's method gives them; `auto` (default): `input_pca` wherever `calibrate` runs.
+        seed (`int`): Seed of the support's random sketch, or of a `random` or `coordinate` support.
+        rank_pattern (`dict[str, int]`): Ranks of single modules, by name, suffix or regular expression.
+        modules_to_save (`list[str]`): Modules trained and saved whole, such as a fresh classification head.
+        layers_to_transform, layers_pattern: Restrict the adapter to layer indices, as in PEFT's other methods.
+        trainable_token_indices: Token embeddings trained beside the adapter, as in PEFT.
+        fan_in_fan_out (`bool`): Accepted for PEFT's sake; the layout of the weight is read from the layer itself.
+        init_weights (`bool`): True starts at the identity; False at a small random rotation, for tests.
+        loft_format_version (`int`): Written into a saved config; leave it alone. A version this package does not know is refused.
+    """
+
+    r: int = field(default=64, metadata={"help": "Rank of the support, even."})
+    target_modules: list[str] | str | None = field(default=None, metadata={"help": "Modules to adapt."})
+    exclude_modules: list[str] | str | None = field(default=None, metadata={"help": "Modules to leave alone."})
+    support: str = field(default="principal", metadata={"help": "How the support is chosen, or a saved supports file."})
+    transform: str = field(default="cayley", metadata={"help": "cayley, exp or free."})
+    side: str = field(default="input", metadata={"help": "input (W0 R) or output (R W0)."})
+    order: str = field(default="auto", metadata={"help": "auto, natural or input_pca."})
+    seed: int = field(default=0, metadata={"help": "Seed of the support."})
+    rank_pattern: dict[str, int] = field(default_factory=dict, metadata={"help": "Ranks of single modules."})
+    modules_to_save: list[str] | None = field(default=None, metadata={"help": "Modules trained and saved whole."})
+    layers_to_transform: list[int] | int | None = field(default=None, metadata={"help": "Layer indices to adapt."})
+    layers_pattern: list[str] | str | None = field(default=None, metadata={"help": "Name of the layer list."})
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = field(
+        default=None, metadata={"help": "Token embeddings to train."}
+    )
+    fan_in_fan_out: bool = field(default=False, metadata={"help": "Ignored: read from the layer."})
+    init_weights: bool = field(default=True, metadata={"help": "Start at the identity."})
+    loft_format_version: int | None = field(default=None, metadata={"help": "Version of the saved form."})
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.peft_type = PeftType.LOFT
+        # Only a saved config names its version. Its supports are in the checkpoint: choosing them again would cost an SVD a
+        # layer and could differ.
+        self.supports_from_checkpoint = self.loft_format_version is not None
+        if self.loft_format_version is None:
+            self.loft_format_version = FORMAT_VERSION
+        if isinstance(self.target_modules, list):
+            self.target_modules = set(self.target_modules)
+        if isinstance(self.exclude_modules, list):
+            self.exclude_modules = set(self.exclude_modules)
+        self._check()
+
+    def _check(self) -> None:
+        if self.loft_format_version != FORMAT_VERSION:
+            raise ValueError(
+                f"loft_format_version is {self.loft_format_version!r}, but this loft_rs reads version {FORMAT_VERSION}; "
+                "upgrade loft_rs, or export the adapter again with this version"
+            )
+        for name, rank in {"r": self.r, **{f"rank_pattern[{k!r}]": v for k, v in self.rank_pattern.items()}}.items():
+            if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
+                raise ValueError(f"{name} must be a positive, even integer, got {rank!r}")
+            if rank % 2 and self.transform != "free":
+                warnings.warn(f"{name} = {rank} is odd: a skew transform gains nothing over rank {rank - 1}", stacklevel=4)
+        for name, value, choices in (
+            ("transform", self.transform, TRANSFORMS),
+            ("side", self.side, SIDES),
+            ("order", self.order, ORDERS),
+        ):
+            if value not in choices:
+                raise ValueError(f"{name} must be one of {sorted(choices)}, got {value!r}")
+        if not isinstance(self.seed, int) or self.seed < 0:
+            raise ValueError(f"seed must be an integer >= 0, got {self.seed!r}")
+        methods = (*DATA_FREE_SUPPORTS, *CALIBRATED_SUPPORTS)
+        if self.support not in methods and not os.fspath(self.support).endswith(".safetensors"):
+            raise ValueError(
+                f"support must be one of {sorted(methods)} or the path of a .safetensors file written by "
+                f"loft_rs.save_supports, got {self.support!r}"
+            )
+        if self.layers_to_transform is not None and isinstance(self.target_modules, str):
+            raise ValueError("layers_to_transform needs target_modules to be a list of names, not a string")
+        if self.layers_pattern and self.layers_to_transform is None:
+            raise ValueError("layers_pattern needs layers_to_transform: give the indices of the layers to adapt")
+
+    @property
+    def needs_calibration(self) -> bool:
+        """Whether the support comes from data, by `loft_rs.calibrate`."""
+        return self.support in CALIBRATED_SUPPORTS
+
+    def to_dict(self) -> dict:
+        """The fields as plain data, sets sorted, so that the same adapter always writes the same bytes."""
+        return {k: sorted(v) if isinstance(v, set) else v for k, v in super().to_dict().items()}

@@ -1,0 +1,82 @@
+"""The PEFT layer: `AdaptedLinear` with PEFT's bookkeeping of active, disabled and merged adapters."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from torch import Tensor, nn
+
+from ..layer import AdaptedLinear
+from .config import LoftConfig
+from .selection import choose_supports
+
+__all__ = ["Linear", "LoftLayer"]
+
+
+class LoftLayer(BaseTunerLayer):
+    """Marks a module as LOFT's and names its adapter state for PEFT."""
+
+    adapter_layer_names = ("loft_theta",)
+    other_param_names = ("loft_support", "loft_energy", "loft_group", "loft_side", "loft_ready", "loft_config")
+
+
+class Linear(AdaptedLinear, LoftLayer):
+    """A linear layer with any number of LOFT adapters."""
+
+    def __init__(self, base_layer: nn.Module, adapter_name: str):
+        super().__init__(base_layer)
+        self._active_adapter = adapter_name
+        self.merged_adapters: list[str] = []
+        self.loft_config: dict[str, LoftConfig] = {}
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """x (..., n) -> (..., m), through the active adapters, the merged weight, or the base layer alone."""
+        if self.disable_adapters and self.merged:
+            self.unmerge()
+        if self.disable_adapters or self.merged:
+            return self.adapted_forward(x, [], *args, **kwargs)
+        adapters = [name for name in self.active_adapters if self.has_adapter(name)]
+        for name in adapters:
+            if not self.loft_ready[name] and self.tap is None:
+                self._require_support(name)
+        return self.adapted_forward(x, adapters, *args, **kwargs)
+
+    def _require_support(self, name: str) -> None:
+        config = self.loft_config[name]
+        if not config.needs_calibration:  # built from a saved config, but never loaded
+            choose_supports({"this layer": self}, config, name)
+        elif self.training and torch.is_grad_enabled():
+            raise RuntimeError(
+                f"adapter {name!r} has no support yet, so training it would do nothing: call loft_rs.calibrate(model, dataloader) "
+                "before training, add loft_rs.LoftCalibrationCallback to the Trainer, or set the supports with loft_rs.set_support"
+            )
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Merge adapters (default: the active ones) into the base weight, rounded once; the original is kept for `unmerge`."""
+        names = [name for name in check_adapters_to_merge(self, adapter_names) if self.has_adapter(name)]
+        if names:
+            self.merge_factors(names, safe=safe_merge)
+            self.merged_adapters.extend(names)
+
+    def unmerge(self) -> None:
+        """Put the original base weight back, bit for bit."""
+        self.unmerge_factors()
+        self.merged_adapters.clear()
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        super().delete_adapter(adapter_name)
+        for slot in [s for s in self._derived if s[1] == adapter_name]:
+            del self._derived[slot]
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        # The device only: trained parameters stay float32, and P keeps the dtype it was given.
+        device = device or self.loft_device
+        if adapter_name in self.loft_theta and not self.loft_theta[adapter_name].is_meta:
+            self.loft_theta[adapter_name].data = self.loft_theta[adapter_name].data.to(device)
+            for held in (self.loft_support, self.loft_energy):
+                held[adapter_name] = held[adapter_name].to(device)
+
+    def __repr__(self) -> str:
+        return "loft." + super().__repr__()

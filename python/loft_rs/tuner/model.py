@@ -1,0 +1,233 @@
+"""`LoftModel`: puts LOFT layers into a model for PEFT, and checks every adapter that is loaded into one."""
+
+from __future__ import annotations
+
+import warnings
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTuner
+from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+from peft.utils.other import get_pattern_key
+from torch import nn
+
+from ..layer import feature_sizes
+from ..support import load_supports
+from ..transform import DeltaGroup
+from .config import LoftConfig
+from .layer import Linear, LoftLayer
+from .selection import choose_supports, match_supports
+
+__all__ = ["LoftModel", "adapted_layers", "orthogonality_error", "require_untrained"]
+
+
+class LoftModel(BaseTuner):
+    """The tuner PEFT builds for a `LoftConfig`. Linear layers and transformers' Conv1D become `tuner.layer.Linear`."""
+
+    prefix = "loft_"
+    tuner_layer_cls = LoftLayer
+    target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """As PEFT's, with supports that need no data chosen at the end. A failure leaves `model` as it was."""
+        config = self.peft_config[adapter_name]
+        if not isinstance(config, LoftConfig):
+            raise TypeError(f"peft_config must be a LoftConfig, got {type(config).__name__}")
+        self._lowered: dict[str, tuple[int, int]] = {}
+        self._file_ranks = _ranks_in_file(config)
+        trainable = [(p, p.requires_grad) for p in model.parameters()]
+        try:
+            super().inject_adapter(model, adapter_name, *args, **kwargs)
+            if not config.needs_calibration and not config.supports_from_checkpoint:
+                _choose_for_model(model, config, adapter_name)
+        except BaseException:
+            _withdraw(model, adapter_name)
+            for parameter, requires_grad in trainable:
+                parameter.requires_grad_(requires_grad)
+            raise
+        if self._lowered:
+            listed = ", ".join(f"{key} ({wanted} -> {fitted})" for key, (wanted, fitted) in sorted(self._lowered.items()))
+            warnings.warn(f"r was lowered to the largest even rank that fits in: {listed}", stacklevel=2)
+        if not getattr(model, "_loft_checks_loading", False):
+            model.register_load_state_dict_pre_hook(check_state)
+            model._loft_checks_loading = True
+
+    def _create_and_replace(
+        self,
+        peft_config: LoftConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        *,
+        parameter_name: str | None = None,
+    ) -> None:
+        rank = self._rank(peft_config, current_key, target)
+        layer = target if isinstance(target, Linear) else Linear(target, adapter_name)
+        layer.add_factor(
+            adapter_name, rank, self._group(peft_config.transform), peft_config.side, identity=peft_config.init_weights
+        )
+        layer.loft_config[adapter_name] = peft_config
+        if layer is not target:
+            if adapter_name not in self.active_adapters:
+                layer.requires_grad_(False)
+            self._replace_module(parent, target_name, layer, target)
+        else:
+            layer.set_adapter(layer.active_adapters)
+
+    def _rank(self, config: LoftConfig, key: str, target: nn.Module) -> int:
+        if self._file_ranks is not None:
+            rank = match_supports({k: v for k, v in self._file_ranks.items() if _same_module(k, key)}, [key])[key]
+            if rank != config.r:
+                config.rank_pattern[key] = rank
+            return rank
+        wanted = config.rank_pattern.get(get_pattern_key(list(config.rank_pattern), key), config.r)
+        base = target.get_base_layer() if isinstance(target, Linear) else target
+        limit = min(feature_sizes(base))
+        if wanted <= limit:
+            return wanted
+        fitted = max(limit - limit % 2, 1)
+        self._lowered[key] = (wanted, fitted)
+        return fitted
+
+    def _group(self, transform: str) -> DeltaGroup:
+        for module in self.model.modules():
+            if isinstance(module, Linear):
+                for group in module.loft_group.values():
+                    if group.transform.name == transform:
+                        return group
+        return DeltaGroup(transform)
+
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        """Nothing to cast: trained parameters are float32 from the start, and P keeps the base's half precision."""
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, adapter_names: Any = None, **kwargs: Any):
+        # A tuner without this method has its adapter_names dropped silently by PEFT.
+        if adapter_names is not None:
+            raise ValueError("adapter_names (mixed batches) is not supported by LOFT yet; use set_adapter and one adapter a batch")
+        yield
+
+
+def _ranks_in_file(config: LoftConfig) -> dict[str, int] | None:
+    if not config.support.endswith(".safetensors") or config.supports_from_checkpoint:
+        return None
+    supports = load_supports(config.support)
+    sides = {s.side for s in supports.values()} - {config.side}
+    if sides:
+        raise ValueError(f"side is {config.side!r}, but {config.support} holds supports of side {sorted(sides)}")
+    return {name: s.rank for name, s in supports.items()}
+
+
+def _choose_for_model(model: nn.Module, config: LoftConfig, adapter: str) -> None:
+    layers = {k: m for k, m in model.named_modules() if isinstance(m, Linear) and m.has_adapter(adapter)}
+    meta = [k for k, m in layers.items() if m.loft_support[adapter].is_meta]
+    if meta:
+        raise ValueError(
+            f"the base weights of {meta[0]} and {len(meta) - 1} more modules are on the meta device, so support={config.support!r} "
+            "cannot be chosen; load the weights first, or use a support that loft_rs.calibrate chooses"
+        )
+    choose_supports(layers, config, adapter)
+
+
+def _withdraw(model: nn.Module, adapter: str) -> None:
+    for name, layer in [(n, m) for n, m in model.named_modules() if isinstance(m, Linear)]:
+        if layer.has_adapter(adapter):
+            for held in (getattr(layer, attribute) for attribute in layer.adapter_layer_names + layer.other_param_names):
+                if adapter in held:
+                    del held[adapter]
+        if not layer.loft_theta:
+            parent, _, child = name.rpartition(".")
+            setattr(model.get_submodule(parent), child, layer.base_layer)
+
+
+def _same_module(key: str, name: str) -> bool:
+    return f".{name}".endswith(f".{key}") or f".{key}".endswith(f".{name}")
+
+
+def adapted_layers(model: nn.Module, adapter_name: str | None = None) -> tuple[str, dict[str, Linear]]:
+    """(adapter, {module name: layer}) of one LOFT adapter of a model, named as in the base model.
+
+    adapter_name None: the active adapter. ValueError where there is none, several are active, or the name is unknown.
+    """
+    root = getattr(getattr(model, "base_model", None), "model", model) if hasattr(model, "peft_config") else model
+    layers = {name: module for name, module in root.named_modules() if isinstance(module, Linear)}
+    if not layers:
+        raise ValueError("model has no LOFT layers: build it with peft.get_peft_model(model, LoftConfig(...))")
+    if adapter_name is None:
+        active = {name for layer in layers.values() for name in layer.active_adapters if layer.has_adapter(name)}
+        if len(active) != 1:
+            raise ValueError(f"adapter_name must be given: the active LOFT adapters are {sorted(active)}")
+        adapter_name = active.pop()
+    layers = {name: layer for name, layer in layers.items() if layer.has_adapter(adapter_name)}
+    if not layers:
+        raise ValueError(f"adapter_name {adapter_name!r} is not an adapter of this model")
+    return adapter_name, layers
+
+
+def require_untrained(layers: dict[str, Linear], adapter: str, caller: str) -> None:
+    """ValueError where a transform has left the identity: a new support would change the function it was trained for."""
+    moved = [name for name, layer in layers.items() if bool(layer.loft_theta[adapter].detach().any())]
+    if moved:
+        raise ValueError(
+            f"{caller} needs an untrained adapter, but {adapter!r} has trained transforms in {moved[0]} and {len(moved) - 1} more "
+            "modules; choose supports before training, on a new adapter"
+        )
+    merged = [name for name, layer in layers.items() if layer.merged]
+    if merged:
+        raise ValueError(f"{caller} needs an unmerged model: call unmerge_adapter() first")
+
+
+def orthogonality_error(model: nn.Module, adapter_name: str | None = None) -> float:
+    """Largest ||R^T R - I||_2 over the adapted modules, in float64 from the stored P and the current E. No units."""
+    adapter, layers = adapted_layers(model, adapter_name)
+    with torch.no_grad():
+        return max(layer.factor(adapter).orthogonality_error() for layer in layers.values())
+
+
+def check_state(model: nn.Module, state_dict: dict, prefix: str, *_: Any) -> None:
+    """Refuse, before anything is copied, an adapter state that does not fit the model (PEFT itself would only warn).
+
+    Every tensor of each adapter that the state names must be there, with its shape, finite, and P orthonormal to its dtype or all
+    zero (not yet calibrated). ValueError lists the first problems.
+    """
+    expected: dict[str, dict[str, torch.Tensor]] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, Linear):
+            for kind in ("loft_theta", "loft_support", "loft_energy"):
+                held = getattr(module, kind)
+                for adapter in held.keys():  # noqa: SIM118 - a module, not a dict
+                    expected.setdefault(adapter, {})[f"{prefix}{name}.{kind}.{adapter}"] = held[adapter]
+    given = {key for key in state_dict if ".loft_" in key and key.startswith(prefix)}
+    problems = []
+    for adapter, tensors in expected.items():
+        if not given & tensors.keys():
+            continue
+        problems += [f"{key} is missing" for key in tensors if key not in given]
+        problems += [p for key in tensors if key in given for p in _tensor_problems(key, state_dict[key], tensors[key])]
+    known = {key for tensors in expected.values() for key in tensors}
+    problems += [f"{key} belongs to no adapted module" for key in sorted(given - known)] if expected else []
+    if problems:
+        more = f" (and {len(problems) - 8} more)" if len(problems) > 8 else ""
+        raise ValueError("the adapter does not fit this model: " + "; ".join(problems[:8]) + more)
+
+
+def _tensor_problems(key: str, value: torch.Tensor, held: torch.Tensor) -> list[str]:
+    if value.shape != held.shape:
+        return [f"{key} has shape {tuple(value.shape)}, expected {tuple(held.shape)}"]
+    if value.is_meta:
+        return [f"{key} is on the meta device"]
+    if ".loft_energy." in key:
+        return []  # NaN: unknown
+    if not bool(torch.isfinite(value).all()):
+        return [f"{key} holds NaN or Inf"]
+    if ".loft_support." not in key or not bool(value.any()):
+        return []
+    p = value.double()
+    error = float(torch.linalg.matrix_norm(p.mT @ p - torch.eye(p.shape[1], dtype=p.dtype, device=p.device), 2))
+    eps = torch.finfo(value.dtype).eps
+    # Rounding each entry of an orthonormal P by eps/2 moves P^T P by at most eps sqrt(r) in the 2-norm; fp32 bases carry 50 eps.
+    limit = max(50 * torch.finfo(torch.float32).eps, eps) * p.shape[1] ** 0.5
+    return [] if error <= limit else [f"{key} is not orthonormal: ||P^T P - I||_2 = {error:.1e}, expected at most {limit:.1e}"]

@@ -1,0 +1,77 @@
+"""Supports for the layers of a model: chosen without data, read from a file, or given by the user."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ..layer import AdaptedLinear, custom_basis
+from ..support import blind_support, load_supports, select_support
+
+if TYPE_CHECKING:
+    from .config import LoftConfig
+
+__all__ = ["choose_supports", "match_supports", "set_support"]
+
+
+def choose_supports(layers: Mapping[str, AdaptedLinear], config: LoftConfig, adapter: str) -> None:
+    """Select `principal`, `random` or `coordinate` supports for `layers`, or read them from the config's file, and store them."""
+    if config.support.endswith(".safetensors"):
+        supports = match_supports(load_supports(config.support), layers)
+    elif config.support == "principal":
+        weights = {name: layer.dense_or_raise("support='principal'").detach() for name, layer in layers.items()}
+        ranks = {name: layer.rank(adapter) for name, layer in layers.items()}
+        supports = select_support(None, ranks, weights=weights, method="principal", side=config.side, seed=config.seed)
+    else:
+        options = {"method": config.support, "side": config.side, "seed": config.seed}
+        supports = {
+            name: blind_support(layer.support_width(config.side), layer.rank(adapter), **options)
+            for name, layer in layers.items()
+        }
+    for name, layer in layers.items():
+        layer.set_basis(adapter, supports[name].basis, supports[name].energy)
+
+
+def match_supports(supports: Mapping[str, Any], names: Mapping[str, Any] | list[str]) -> dict[str, Any]:
+    """The support of every module in `names`: by its full name, or else by the one key that either ends with, dot by dot.
+
+    ValueError lists the modules without a support, the ambiguous ones, and the supports that match no module.
+    """
+    matched, problems, used = {}, [], set()
+    for name in names:
+        keys = [name] if name in supports else [k for k in supports if f".{name}".endswith(f".{k}") or f".{k}".endswith(f".{name}")]
+        if len(keys) == 1:
+            matched[name] = supports[keys[0]]
+            used.add(keys[0])
+        else:
+            problems.append(f"{name}: {'no support' if not keys else f'matched by {sorted(keys)}'}")
+    problems += [f"{key}: no such adapted module" for key in supports if key not in used]
+    if problems:
+        raise ValueError("supports must name every adapted module once: " + "; ".join(problems[:20]))
+    return matched
+
+
+def set_support(model: torch.nn.Module, supports: Mapping[str, Any], adapter_name: str | None = None) -> None:
+    """Store supports in a built model whose adapter is untrained.
+
+    supports: module name -> `Support`, or array or tensor (n, r) (custom: re-orthonormalised). Names are full module names or unique
+    suffixes. Every adapted module needs one, of the rank the adapter was built with. ValueError lists what is missing, ambiguous or of
+    the wrong shape, before anything is changed.
+    """
+    from .model import adapted_layers, require_untrained
+
+    adapter, layers = adapted_layers(model, adapter_name)
+    require_untrained(layers, adapter, "set_support")
+    matched = match_supports(supports, layers)
+    bases, problems = {}, []
+    for name, support in matched.items():
+        bases[name] = custom_basis(support)
+        expected = (layers[name].support_width(layers[name].loft_side[adapter]), layers[name].rank(adapter))
+        if bases[name].shape != expected:
+            problems.append(f"{name}: expected {expected}, got {bases[name].shape}")
+    if problems:
+        raise ValueError("supports have wrong shapes: " + "; ".join(problems[:20]))
+    for name, basis in bases.items():
+        layers[name].set_basis(adapter, basis, float(getattr(matched[name], "energy", float("nan"))))

@@ -1,0 +1,394 @@
+//! The top-r invariant subspace of `S = Skew(W0^T G) = (W0^T G - G^T W0) / 2` (loft.md, `skewgrad`).
+//!
+//! Skew block Lanczos: every application of S gives a new block, `S V_j = V_{<=j} C_j + V_{j+1} R_j`, so q
+//! applications span `V_1, S V_1, .., S^(q-1) V_1`: odd powers too, twice the depth of a method on S^2.
+//! The compressed `K = V^T S V` is skew; its planes (planes.rs) are the Ritz planes, the captured energy is
+//! `2 sum sigma_i^2` exactly, and the residual of a Ritz vector y is `||R_q y_last||`.
+//!
+//! Which way is decided by counting operations (k = columns of the Krylov space):
+//! * the row space of `[W0; G]` when 2m is no more than k: a QR of n x 2m gives `S = Q (R_W R_G^T - R_G R_W^T) Q^T / 2`;
+//! * S formed and split densely when k comes near n;
+//! * otherwise Lanczos, with S formed (2 m n^2 + 2 n^2 k) or matrix-free (8 m n k).
+//!
+//! `||S||_F` is exact when S or its compression is at hand. Matrix-free,
+//! `||S||_F^2 = ||K||_F^2 + 2 ||R_q||_F^2 + ||(I - P) S (I - P)||_F^2` with P the projector on the Krylov space;
+//! only the last term is estimated, by Hutchinson probes (Hutch++: Meyer et al. 2021), with its standard error.
+
+use faer::Mat;
+
+use crate::control::Control;
+use crate::error::{Result, invalid};
+use crate::krylov::{Depth, Params, fits, missing};
+use crate::op::{Dense, Operator, SkewDense, SkewProduct};
+use crate::orth::{Deflation, Extension, extend, orthonormalize, orthonormalize_with_r, polish};
+use crate::panel::{Basis, Panel, cross, round, times};
+use crate::par::Par;
+use crate::planes::{Planes, fix_rotations, split};
+use crate::rng::{Stream, gaussians};
+use crate::scalar::{Real, pow2};
+use crate::select::Side;
+use crate::view::View;
+
+const PROBES: usize = 16;
+
+/// Leading invariant planes and what is known about them.
+#[derive(Debug, Clone)]
+pub struct SkewSubspace<T> {
+    /// `n x r`, orthonormal; plane pairs, `p1^T S p2 = sigma`.
+    pub basis: Panel<T>,
+    /// Strengths of the planes that the basis holds whole.
+    pub strengths: Vec<f64>,
+    /// Strength of the next plane, if there is one.
+    pub next: Option<f64>,
+    /// `||S p - K p||` per column.
+    pub residuals: Vec<f64>,
+    /// `||S||_F^2` and the standard error of that, zero if exact.
+    pub square: (f64, f64),
+    /// Passes over the data.
+    pub passes: usize,
+}
+
+/// A matrix and the exponent of its largest entry.
+pub type Scaled<'a> = (View<'a>, i32);
+
+fn skew_depth(rank: usize) -> Depth {
+    Depth::new(rank, 2.6, 4.3)
+}
+
+/// The top-`rank` subspace of `Skew(W^T G)` at unit scale (each matrix times `2^-exponent`).
+///
+/// # Errors
+/// What `control` returns, and non-convergence of a small SVD.
+pub fn skew_subspace<T: Real>(
+    weight: Scaled<'_>,
+    grad: Scaled<'_>,
+    rank: usize,
+    params: Params,
+    control: &dyn Control,
+    par: Par,
+) -> Result<SkewSubspace<T>> {
+    control.check()?;
+    let (m, n) = (weight.0.rows(), weight.0.cols());
+    let depth = skew_depth(rank);
+    let k = depth.columns();
+    if 2 * m <= n && 2 * m <= k {
+        return row_space(weight, grad, rank, par);
+    }
+    let formed = || {
+        let [w, g] = [weight, grad].map(|(view, e)| Panel::from_rows(m, n, view.copied::<T>(e, par)));
+        SkewDense::form(&w, &g, par)
+    };
+    if !depth.fits(n) {
+        return dense(&formed(), rank, par);
+    }
+    if m * n + n * k < 4 * m * k {
+        let op = formed();
+        control.check()?;
+        let found = lanczos(&op, rank, depth, params, Some(op.square()), control, par)?;
+        return found.map_or_else(|| dense(&op, rank, par), |found| Ok(SkewSubspace { passes: 1, ..found }));
+    }
+    let op = SkewProduct::new(Dense::new(weight.0, weight.1), Dense::new(grad.0, grad.1));
+    let found = lanczos::<T>(&op, rank, depth, params, None, control, par)?;
+    found.map_or_else(|| dense(&formed(), rank, par), |found| Ok(SkewSubspace { passes: 2 * found.passes, ..found }))
+}
+
+/// Dense `Skew(W^T G)` (input side) or `Skew(G W^T)` (output side), at the scale of the inputs.
+///
+/// # Errors
+/// Shapes that differ, empty or non-finite matrices.
+pub fn skew_project<T: Real>(weight: View<'_>, grad: View<'_>, side: Side, par: Par) -> Result<Panel<T>> {
+    let shape = |view: &View<'_>| (view.rows(), view.cols());
+    if shape(&weight) != shape(&grad) {
+        return invalid(format!(
+            "weight and grad must have one shape, got {:?} and {:?}",
+            shape(&weight),
+            shape(&grad)
+        ));
+    }
+    let exponents = [weight.scan("weight", par)?.exponent, grad.scan("grad", par)?.exponent];
+    let (weight, grad) = match side {
+        Side::Input => (weight, grad),
+        // Skew(G W^T) = (G W^T - W G^T) / 2: with the transposes in the roles of the input side, up to their order.
+        Side::Output => (weight.transpose(), grad.transpose()),
+    };
+    let unit = |view: View<'_>, e| Panel::from_rows(view.rows(), view.cols(), view.copied::<T>(e, par));
+    let (first, second) = match side {
+        Side::Input => (unit(weight, exponents[0]), unit(grad, exponents[1])),
+        Side::Output => (unit(grad, exponents[1]), unit(weight, exponents[0])),
+    };
+    let mut matrix = SkewDense::form(&first, &second, par).matrix;
+    let scales = exponents.map(|e| T::of(pow2(e)));
+    matrix.data.iter_mut().for_each(|x| *x = *x * scales[0] * scales[1]);
+    Ok(matrix)
+}
+
+fn dense<T: Real>(op: &SkewDense<T>, rank: usize, par: Par) -> Result<SkewSubspace<T>> {
+    let small = op.matrix.mat();
+    let k = Mat::from_fn(small.nrows(), small.ncols(), |i, j| small[(i, j)].f64());
+    let planes = split(&k, rank)?;
+    let basis = Panel::from_mat(planes.vectors.as_ref());
+    Ok(assemble(basis, &k, &planes, None, (op.square(), 0.0), 1, par))
+}
+
+fn row_space<T: Real>(weight: Scaled<'_>, grad: Scaled<'_>, rank: usize, par: Par) -> Result<SkewSubspace<T>> {
+    let (m, n) = (weight.0.rows(), weight.0.cols());
+    let [w, g] = [weight, grad].map(|(view, e)| view.transpose().copied::<f64>(e, par));
+    let rows = w.chunks(m).zip(g.chunks(m)).flat_map(|(w, g)| w.iter().chain(g).copied());
+    let (q, r) = orthonormalize_with_r(Panel::from_rows(n, 2 * m, rows.collect()), par);
+    let (r_w, r_g) = (r.subcols(0, m), r.subcols(m, m));
+    let product = r_w * r_g.transpose();
+    let k = Mat::from_fn(2 * m, 2 * m, |i, j| (product[(i, j)] - product[(j, i)]) / 2.0);
+    let planes = split(&k, rank)?;
+    let basis = times(q.mat(), planes.vectors.as_ref(), par).cast();
+    Ok(assemble(basis, &k, &planes, None, (k.squared_norm_l2(), 0.0), 1, par))
+}
+
+/// `None` if the Krylov space would come near the whole space.
+fn lanczos<T: Real>(
+    op: &impl Operator<T>,
+    rank: usize,
+    depth: Depth,
+    params: Params,
+    square: Option<f64>,
+    control: &dyn Control,
+    par: Par,
+) -> Result<Option<SkewSubspace<T>>> {
+    let n = op.cols();
+    let mut basis = Basis::new(n, depth.columns());
+    let mut next = orthonormalize(gaussians(params.seed, Stream::Start, n, depth.block, 0, par), par);
+    let mut columns: Vec<Mat<f64>> = Vec::new();
+    // The size of S is not known yet; its first block tells it well enough for a rounding floor.
+    let mut deflation = Deflation { seed: params.seed, drawn: 0, floor: 0.0 };
+    for step in 1.. {
+        control.check()?;
+        basis.push(&next);
+        let image = op.apply(&next, par);
+        if step == 1 {
+            deflation.floor = 4.0 * T::EPS * image.norms().into_iter().fold(0.0, f64::max);
+        }
+        let Extension { block, coefficients, r } = extend(&basis, &image, &mut deflation, par);
+        next = block;
+        let due = step >= depth.steps || (r.norm_max() == 0.0 && basis.cols() >= rank);
+        let test = due || (params.tol.is_some() && basis.cols() > 2 * rank);
+        if test {
+            let k = compressed(&columns, &coefficients, depth.block);
+            let planes = split(&k, rank)?;
+            let residuals = residual_norms(&k, &planes, Some(&r));
+            if params.tol.map_or(due, |tol| allowed(&planes, &residuals, tol)) {
+                control.check()?;
+                let (square, extra) = match square {
+                    Some(square) => ((square, 0.0), 0),
+                    None => (estimate_square(op, &basis, &k, &r, params.seed, par), 1),
+                };
+                let lifted = times(basis.mat(), round::<T>(planes.vectors.as_ref()).as_ref(), par);
+                return Ok(Some(assemble(lifted, &k, &planes, Some(&r), square, step + extra, par)));
+            }
+            if !fits(basis.cols() + 2 * depth.block, n) {
+                return Ok(None);
+            }
+        }
+        columns.push(Mat::from_fn(coefficients.nrows() + r.nrows(), r.ncols(), |i, j| {
+            if i < coefficients.nrows() { coefficients[(i, j)] } else { r[(i - coefficients.nrows(), j)] }
+        }));
+    }
+    unreachable!("the loop above ends by returning")
+}
+
+fn allowed(planes: &Planes, residuals: &[f64], tol: f64) -> bool {
+    let values: Vec<f64> = (0..residuals.len()).map(|j| planes.strengths.get(j / 2).copied().unwrap_or(0.0)).collect();
+    let next = planes.strengths.get(residuals.len().div_ceil(2)).copied().unwrap_or(0.0);
+    missing(&values, residuals, next) <= tol * values.iter().map(|x| x * x).sum::<f64>()
+}
+
+/// `V^T S V` from the coefficient columns; the last one has nothing below it yet.
+fn compressed(columns: &[Mat<f64>], last: &Mat<f64>, block: usize) -> Mat<f64> {
+    let size = last.nrows();
+    let entry = |i: usize, j: usize| {
+        let column = columns.get(j / block).unwrap_or(last);
+        if i < column.nrows() { column[(i, j % block)] } else { 0.0 }
+    };
+    Mat::from_fn(size, size, |i, j| (entry(i, j) - entry(j, i)) / 2.0)
+}
+
+/// `||S y - K-part||`: what leaves the space, and what the split of K itself left over.
+fn residual_norms(k: &Mat<f64>, planes: &Planes, tail: Option<&Mat<f64>>) -> Vec<f64> {
+    let y = &planes.vectors;
+    let image = k * y;
+    (0..y.ncols())
+        .map(|j| {
+            let sigma = planes.strengths.get(j / 2).copied().unwrap_or(0.0);
+            let partner = if j % 2 == 0 { j + 1 } else { j - 1 };
+            let sign = if j % 2 == 0 { -sigma } else { sigma };
+            let inside = if partner < y.ncols() {
+                (0..y.nrows()).map(|i| (image[(i, j)] - sign * y[(i, partner)]).powi(2)).sum::<f64>()
+            } else {
+                0.0
+            };
+            let outside = tail.map_or(0.0, |r| {
+                let last = y.col(j).subrows(y.nrows() - r.ncols(), r.ncols());
+                (r * last).squared_norm_l2()
+            });
+            (inside + outside).sqrt()
+        })
+        .collect()
+}
+
+/// `||S||_F^2` and its standard error, from the Krylov space and probes in its complement.
+fn estimate_square<T: Real>(
+    op: &impl Operator<T>,
+    basis: &Basis<T>,
+    k: &Mat<f64>,
+    tail: &Mat<f64>,
+    seed: u64,
+    par: Par,
+) -> (f64, f64) {
+    let outside = |mut panel: Panel<T>| {
+        let c = cross(basis.mat(), panel.mat(), par);
+        panel.subtract(basis.mat(), c.as_ref(), par);
+        panel
+    };
+    let probes = outside(gaussians(seed, Stream::Probe, op.cols(), PROBES, 0, par));
+    let samples: Vec<f64> = outside(op.apply(&probes, par)).norms().iter().map(|x| x * x).collect();
+    let mean = samples.iter().sum::<f64>() / PROBES as f64;
+    let spread = samples.iter().map(|x| (x - mean).powi(2)).sum::<f64>() / (PROBES - 1) as f64;
+    let known = k.squared_norm_l2() + 2.0 * tail.squared_norm_l2();
+    (known + mean, (spread / PROBES as f64).sqrt())
+}
+
+fn assemble<T: Real>(
+    mut basis: Panel<T>,
+    k: &Mat<f64>,
+    planes: &Planes,
+    tail: Option<&Mat<f64>>,
+    square: (f64, f64),
+    passes: usize,
+    par: Par,
+) -> SkewSubspace<T> {
+    let rank = basis.cols;
+    fix_rotations(&mut basis);
+    polish(&mut basis, par);
+    let whole = rank / 2;
+    SkewSubspace {
+        basis,
+        strengths: planes.strengths[..whole].to_vec(),
+        next: planes.strengths.get(whole).copied(),
+        residuals: residual_norms(k, planes, tail),
+        square,
+        passes,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::control::Free;
+    use crate::orth::orthogonality_error;
+    use crate::testing::{captured_skew, gaussian_panel, skew_of, with_spectrum};
+
+    const PARAMS: Params = Params { tol: None, seed: 0 };
+
+    fn solve<T: Real>(w: &Panel<T>, g: &Panel<T>, rank: usize, params: Params) -> SkewSubspace<T> {
+        let [w, g] = [w, g].map(|a| {
+            let view = View::row_major(&a.data, a.rows, a.cols);
+            assert_eq!(view.scan("a", Par::Seq).unwrap().exponent, 0, "the tests here are at unit scale");
+            (view, 0)
+        });
+        skew_subspace(w, g, rank, params, &Free, Par::Seq).unwrap()
+    }
+
+    fn unit(a: Panel<f64>) -> Panel<f64> {
+        let largest = a.data.iter().fold(0.0f64, |m, x| m.max(x.abs()));
+        a.scaled(0.7 / largest)
+    }
+
+    /// Energy against the optimum, for every way the operation count may choose.
+    fn check(m: usize, n: usize, rank: usize, power: f64) {
+        let w = unit(gaussian_panel(m, n, 1));
+        let g = unit(with_spectrum(m, n, 4, |i| i.powf(-power)));
+        let s = skew_of(&w, &g);
+        let exact = split(&s, rank).unwrap();
+        let best: f64 = 2.0 * exact.strengths[..rank / 2].iter().map(|x| x * x).sum::<f64>();
+        let total = s.squared_norm_l2();
+        let found = [solve(&w.cast::<f32>(), &g.cast::<f32>(), rank, PARAMS), {
+            let f = solve(&w, &g, rank, PARAMS);
+            SkewSubspace {
+                basis: f.basis.cast(),
+                strengths: f.strengths,
+                next: f.next,
+                residuals: f.residuals,
+                square: f.square,
+                passes: f.passes,
+            }
+        }];
+        for found in found {
+            let kept = captured_skew(&s, &found.basis);
+            let missing = 1.0 - kept / best;
+            assert!(missing < 1e-4, "{m}x{n} r={rank} i^-{power}: {missing:e}");
+            assert!(orthogonality_error(&found.basis) <= 50.0 * f64::from(f32::EPSILON));
+            let claimed: f64 = 2.0 * found.strengths.iter().map(|x| x * x).sum::<f64>();
+            assert!(claimed <= kept * (1.0 + 1e-5) && claimed >= kept * (1.0 - 1e-5), "{claimed} {kept}");
+            let (square, error) = found.square;
+            assert!((square - total).abs() <= 5.0 * error + 1e-5 * total, "{square} +- {error}, is {total}");
+        }
+    }
+
+    #[test]
+    fn matrix_free() {
+        check(300, 600, 16, 0.7);
+        check(300, 600, 32, 0.5);
+    }
+
+    #[test]
+    fn formed() {
+        check(3000, 400, 8, 0.7);
+    }
+
+    #[test]
+    fn formed_and_dense() {
+        check(60, 50, 16, 0.5);
+        check(50, 60, 50, 0.5);
+        check(7, 3, 2, 0.5);
+    }
+
+    #[test]
+    fn row_space() {
+        check(20, 300, 16, 0.5);
+        check(2, 40, 2, 0.5);
+        check(2, 1000, 2, 0.5);
+    }
+
+    #[test]
+    fn low_rank_gradients() {
+        for true_rank in [1, 4] {
+            let w = unit(gaussian_panel(400, 500, 1));
+            let g = unit(with_spectrum(400, 500, 4, |i| if i <= f64::from(true_rank) { 1.0 } else { 0.0 }));
+            let s = skew_of(&w, &g);
+            let found = solve(&w.cast::<f32>(), &g.cast::<f32>(), 16, PARAMS);
+            assert!(orthogonality_error(&found.basis) <= 50.0 * f64::from(f32::EPSILON));
+            assert!(captured_skew(&s, &found.basis) > (1.0 - 1e-5) * s.squared_norm_l2());
+        }
+    }
+
+    #[test]
+    fn tol_is_kept() {
+        let w = unit(gaussian_panel(700, 700, 1));
+        let g = unit(with_spectrum(700, 700, 4, |i| i.powf(-0.3)));
+        let s = skew_of(&w, &g);
+        let best: f64 = 2.0 * split(&s, 8).unwrap().strengths[..4].iter().map(|x| x * x).sum::<f64>();
+        for tol in [1e-3, 1e-6] {
+            let found = solve(&w, &g, 8, Params { tol: Some(tol), seed: 1 });
+            let missing = 1.0 - captured_skew(&s, &found.basis.cast()) / best;
+            assert!(missing < tol.max(2e-7), "{tol}: {missing:e}");
+        }
+    }
+
+    #[test]
+    fn both_sides_project() {
+        let (w, g) = (gaussian_panel::<f64>(5, 8, 1), gaussian_panel::<f64>(5, 8, 2));
+        let views = [&w, &g].map(|a| View::row_major(&a.data, 5, 8));
+        let input = skew_project::<f64>(views[0], views[1], Side::Input, Par::Seq).unwrap();
+        assert!((input.mat() - skew_of(&w, &g)).norm_max() < 1e-14);
+        let output = skew_project::<f64>(views[0], views[1], Side::Output, Par::Seq).unwrap();
+        assert!((output.mat() - skew_of(&g.transposed(), &w.transposed())).norm_max() < 1e-14);
+    }
+}

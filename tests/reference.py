@@ -1,0 +1,61 @@
+"""Float64 references, straight from the definitions, and the small models and batches the tests share."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from loft_rs.transform import skew
+
+
+def exact_transform(name: str, theta: torch.Tensor, r: int) -> torch.Tensor:
+    """T in theta's dtype, straight from the definition, differentiable."""
+    eye = torch.eye(r, dtype=theta.dtype)
+    if name == "free":
+        return eye + theta
+    a = skew(theta, r)
+    return torch.linalg.solve(eye + a, eye - a, left=False) if name == "cayley" else torch.linalg.matrix_exp(a)
+
+
+def basis_of(n: int, r: int, seed: int = 0) -> np.ndarray:
+    """A random orthonormal (n, r)."""
+    return np.linalg.qr(np.random.default_rng(seed).standard_normal((n, r)))[0]
+
+
+def make_llama(dtype: torch.dtype = torch.float32, **options):
+    """A Llama with random weights: nothing tied, no biases, grouped-query attention."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    sizes = {
+        "vocab_size": 61,
+        "hidden_size": 32,
+        "intermediate_size": 80,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 64,
+    }
+    return LlamaForCausalLM(LlamaConfig(**sizes | options)).to(dtype)
+
+
+def make_bert():
+    """A BERT classifier with random weights and a fresh head; biases everywhere, a pooler."""
+    from transformers import BertConfig, BertForSequenceClassification
+
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=61, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64, max_position_embeddings=32
+    )
+    return BertForSequenceClassification(config)
+
+
+def token_batches(count: int, *, size: int = 4, length: int = 12, classes: bool = False, seed: int = 0) -> list[dict]:
+    """Batches of random tokens with labels: the tokens themselves, or a class of two."""
+    generator = torch.Generator().manual_seed(seed)
+    batches = []
+    for _ in range(count):
+        ids = torch.randint(0, 61, (size, length), generator=generator)
+        labels = torch.randint(0, 2, (size,), generator=generator) if classes else ids
+        batches.append({"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels})
+    return batches

@@ -1,0 +1,340 @@
+"""factor.py, layer.py, nn.py: the function, its gradients against float64 autograd, what is saved, merge, LoRA form."""
+
+from __future__ import annotations
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from reference import basis_of, exact_transform
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from loft_rs.factor import LowRank, gram_root
+from loft_rs.layer import choose_placement, custom_basis
+from loft_rs.nn import LoftLinear
+from loft_rs.transform import TRANSFORMS
+
+SIDES, PLACEMENTS, NAMES = ["input", "output"], ["rotate", "add"], sorted(TRANSFORMS)
+
+
+def make_layer(n=20, m=12, r=4, *, side="input", transform="cayley", bias=True, dtype=torch.float64, norm=0.3, placement=None):
+    torch.manual_seed(0)
+    base = torch.nn.Linear(n, m, bias=bias).to(dtype)
+    layer = LoftLinear(base, basis_of(n if side == "input" else m, r), transform, side)
+    with torch.no_grad():
+        layer.loft_theta["default"].normal_(std=norm)
+    layer.placement = placement
+    return layer
+
+
+def rotation(layer: LoftLinear, theta: torch.Tensor) -> torch.Tensor:
+    """R from the definition, in float64, differentiable in theta, with P orthonormalised by its Gram root."""
+    p = layer.loft_support["default"].double()
+    c = gram_root(layer.loft_support["default"])
+    p = p if c is None else p @ c.double()
+    t = exact_transform(layer.loft_group["default"].transform.name, theta, p.shape[1])
+    return torch.eye(len(p), dtype=torch.float64) + p @ (t - torch.eye(len(t), dtype=torch.float64)) @ p.mT
+
+
+def reference(layer: LoftLinear, x: torch.Tensor, theta: torch.Tensor) -> torch.Tensor:
+    w, r = layer.base_layer.weight.detach().double(), rotation(layer, theta)
+    b = layer.base_layer.bias
+    w = w @ r if layer.loft_side["default"] == "input" else r @ w
+    return F.linear(x, w, None if b is None else b.detach().double())
+
+
+@given(
+    n=st.integers(2, 40),
+    m=st.integers(2, 40),
+    side=st.sampled_from(SIDES),
+    placement=st.sampled_from(PLACEMENTS),
+    transform=st.sampled_from(NAMES),
+    bias=st.booleans(),
+    batch=st.lists(st.integers(1, 4), min_size=1, max_size=2),
+    data=st.data(),
+)
+def test_output_and_gradients_against_float64_autograd(n, m, side, placement, transform, bias, batch, data):
+    r = data.draw(st.integers(1, min(n, m)))
+    layer = make_layer(n, m, r, side=side, transform=transform, bias=bias, placement=placement)
+    x = torch.randn(*batch, n, dtype=torch.float64, requires_grad=True)
+    theta = layer.loft_theta["default"].detach().clone().requires_grad_()
+    y, weight = layer(x), torch.randn(*batch, m, dtype=torch.float64)
+    expected = reference(layer, x, theta)
+    torch.testing.assert_close(y, expected, atol=1e-12, rtol=1e-9)
+    wanted = torch.autograd.grad((expected * weight).sum(), (x, theta), allow_unused=True)
+    (y * weight).sum().backward()
+    torch.testing.assert_close(x.grad, wanted[0], atol=1e-12, rtol=1e-9)
+    if theta.numel():
+        torch.testing.assert_close(layer.loft_theta["default"].grad, wanted[1], atol=1e-11, rtol=1e-9)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("side", SIDES)
+@pytest.mark.parametrize("shape", [(24, 12), (12, 24), (16, 16), (12, 40)])
+@pytest.mark.parametrize("bias", [True, False])
+def test_step_zero_is_the_base_layer_bit_for_bit(dtype, side, shape, bias):
+    layer = make_layer(*shape, side=side, bias=bias, dtype=dtype, norm=0.0)
+    x = torch.randn(7, shape[0]).to(dtype)
+    assert torch.equal(layer(x), layer.base_layer(x))
+
+
+@pytest.mark.parametrize("placement", PLACEMENTS)
+@pytest.mark.parametrize("side", SIDES)
+def test_half_precision_gradients_against_float64(side, placement):
+    layer = make_layer(48, 32, 8, side=side, dtype=torch.bfloat16, norm=0.1, placement=placement)
+    x = torch.randn(64, 48).bfloat16()
+    theta = layer.loft_theta["default"].detach().double().requires_grad_()
+    weight = torch.randn(64, 32).bfloat16()
+    y, expected = layer(x), reference(layer, x.double(), theta)
+    (wanted,) = torch.autograd.grad((expected * weight.double()).sum(), theta)
+    (y * weight).sum().backward()
+    grad = layer.loft_theta["default"].grad
+    assert grad.dtype == torch.float32 and layer.loft_support["default"].dtype == torch.bfloat16
+    # bf16 carries 2^-9 relative rounding in each of z, E, dY Q and the output; a norm-wise 2 % leaves room for their sum.
+    assert torch.linalg.norm(y.double() - expected) <= 1e-2 * torch.linalg.norm(expected)
+    assert torch.linalg.norm(grad.double() - wanted) <= 2e-2 * torch.linalg.norm(wanted)
+
+
+def test_a_small_rotation_survives_bfloat16():
+    """Laid down before the base product accumulates on it, a small term keeps its signal; added to a rounded Y, most is lost."""
+    kept = {}
+    for placement in PLACEMENTS:
+        layer = make_layer(256, 256, 16, dtype=torch.bfloat16, bias=False, norm=3e-4, placement=placement)
+        x = torch.randn(2048, 256).bfloat16()
+        with torch.no_grad():
+            base = layer.base_layer(x).double()
+            term = reference(layer, x.double(), layer.loft_theta["default"].double()) - F.linear(x.double(), layer.base_layer.weight.double())
+            change = layer(x).double() - base
+        kept[placement] = float((change * term).sum() / (term * term).sum())
+    assert 0.8 <= kept["add"] <= 1.2
+    assert choose_placement(256, 256, "input", torch.bfloat16) == "add"
+    assert choose_placement(64, 1024, "input", torch.bfloat16) == "add"
+
+
+def saved_by(layer, x):
+    held = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: held.append(t) or t, lambda t: t):
+        y = layer(x)
+    owned = {t.data_ptr() for t in (*layer.parameters(), *layer.buffers())}
+    for _, value in layer._derived.values():
+        owned |= {t.data_ptr() for t in (value if isinstance(value, tuple) else [value]) if t is not None}
+    return y, [t for t in held if t.data_ptr() not in owned]
+
+
+@pytest.mark.parametrize("placement", PLACEMENTS)
+@pytest.mark.parametrize("side", SIDES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_nothing_of_the_size_of_x_is_saved(side, placement, dtype):
+    tokens, n, m, r = 512, 64, 48, 4
+    layer = make_layer(n, m, r, side=side, placement=placement, dtype=dtype)
+    x = torch.randn(tokens, n).to(dtype).requires_grad_()
+    _, held = saved_by(layer, x)
+    assert sorted(t.numel() for t in held if t.numel() >= tokens) == [tokens * r]
+    assert x.data_ptr() not in {t.data_ptr() for t in held}
+
+
+@pytest.mark.parametrize("use_reentrant", [None, False, True])
+@pytest.mark.parametrize("transform", NAMES)
+def test_checkpointing_and_accumulation_give_the_plain_gradient(use_reentrant, transform):
+    layers = torch.nn.Sequential(*(make_layer(16, 16, 4, transform=transform) for _ in range(3)))
+    x = torch.randn(5, 16, dtype=torch.float64, requires_grad=True)
+
+    def run(model, twice):
+        for _ in range(1 + twice):
+            h = x
+            for layer in model:
+                h = torch.tanh(layer(h) if use_reentrant is None else checkpoint(layer, h, use_reentrant=use_reentrant))
+            h.square().sum().backward()
+        return [p.grad.clone() for p in model.parameters() if p.grad is not None]
+
+    plain = copy.deepcopy(layers)
+    wanted = []
+    h = x
+    for layer in plain:
+        h = torch.tanh(reference(layer, h, layer.loft_theta["default"]))
+    h.square().sum().backward()
+    wanted = [p.grad.clone() for p in plain.parameters() if p.grad is not None]
+    assert len(wanted) == 3
+    for got, want in zip(run(layers, True), wanted, strict=True):
+        torch.testing.assert_close(got, 2 * want, atol=1e-12, rtol=1e-9)
+
+
+def test_in_place_update_between_forward_and_backward_keeps_the_gradient_of_the_forward():
+    layer = make_layer()
+    x = torch.randn(5, 20, dtype=torch.float64)
+    twin = copy.deepcopy(layer)
+    twin(x).square().sum().backward()
+    y = layer(x).square().sum()
+    with torch.no_grad():
+        layer.loft_theta["default"].mul_(3)
+    y.backward()
+    torch.testing.assert_close(layer.loft_theta["default"].grad, twin.loft_theta["default"].grad)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@given(n=st.integers(8, 96), r=st.integers(1, 8), seed=st.integers(0, 2**31))
+def test_the_gram_root_makes_a_half_precision_support_orthogonal_again(dtype, n, r, seed):
+    p = torch.from_numpy(basis_of(n, r, seed)).to(dtype)
+    c = gram_root(p).double()
+    a = torch.randn(r, r, dtype=torch.float64)
+    t = torch.linalg.matrix_exp(a - a.mT)
+    e = c @ (t - torch.eye(r, dtype=torch.float64)) @ c
+    # C is float32: relative rounding eps of each entry, against an exactly orthogonal T.
+    assert LowRank(p, e).orthogonality_error() <= 8 * torch.finfo(torch.float32).eps * r**0.5
+    assert gram_root(p.float()) is None
+
+
+@pytest.mark.parametrize("side", SIDES)
+def test_apply_and_adjoint_are_transposes(side):
+    factor = make_layer(side=side).factor("default")
+    x, y = torch.randn(3, len(factor.basis), dtype=torch.float64), torch.randn(3, len(factor.basis), dtype=torch.float64)
+    torch.testing.assert_close((factor.apply(x) * y).sum(), (x * factor.adjoint(y)).sum())
+    torch.testing.assert_close(factor.adjoint(factor.apply(x)), x)
+
+
+@pytest.mark.parametrize("side", SIDES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_merge_and_lora_form_are_the_layer(side, dtype):
+    layer = make_layer(side=side, dtype=dtype)
+    x = torch.randn(9, 20, dtype=dtype)
+    y = layer(x)
+    a, b = layer.lora_factors("default")
+    tolerance = 40 * torch.finfo(dtype).eps
+    torch.testing.assert_close(layer.base_layer(x) + x @ a.mT @ b.mT, y, atol=tolerance, rtol=tolerance)
+    before = layer.base_layer.weight.detach().clone()
+    merged = layer.merge()
+    torch.testing.assert_close(merged(x), y, atol=tolerance, rtol=tolerance)
+    torch.testing.assert_close(layer(x), merged(x))
+    layer.unmerge()
+    assert torch.equal(layer.base_layer.weight, before)
+
+
+def test_a_thousand_merges_in_bfloat16_restore_the_weight_bit_for_bit():
+    layer = make_layer(dtype=torch.bfloat16)
+    before = layer.base_layer.weight.detach().clone()
+    for _ in range(1000):
+        layer.merge()
+        assert not torch.equal(layer.base_layer.weight, before)
+        layer.unmerge()
+    assert torch.equal(layer.base_layer.weight, before)
+
+
+def test_merging_nan_is_refused_when_safe_and_changes_nothing():
+    layer = make_layer()
+    with torch.no_grad():
+        layer.loft_theta["default"].fill_(float("nan"))
+    before = layer.base_layer.weight.detach().clone()
+    with pytest.raises(ValueError, match="would write NaN or Inf"):
+        layer.merge_factors(["default"], safe=True)
+    assert torch.equal(layer.base_layer.weight, before)
+
+
+def test_a_rotation_keeps_the_norm_of_the_weight():
+    layer = make_layer(norm=5.0)
+    rotated, weight = layer.rotated_weight(["default"]), layer.base_layer.weight
+    torch.testing.assert_close(torch.linalg.svdvals(rotated), torch.linalg.svdvals(weight))
+
+
+@pytest.mark.parametrize("side", SIDES)
+def test_autocast_follows_nn_linear(side):
+    layer = make_layer(dtype=torch.float32, side=side)
+    x = torch.randn(4, 20)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = layer(x)
+    assert y.dtype == torch.bfloat16
+    y.float().sum().backward()
+    assert layer.loft_theta["default"].grad.dtype == torch.float32
+    torch.testing.assert_close(y.float(), layer(x), atol=0.05, rtol=0.05)
+
+
+def test_a_base_that_trains_or_is_hooked_keeps_its_own_forward():
+    layer = make_layer(placement="add")
+    x = torch.randn(4, 20, dtype=torch.float64)
+    y = layer(x)
+    calls = []
+    layer.base_layer.register_forward_hook(lambda *_: calls.append(1))
+    torch.testing.assert_close(layer(x), y)
+    assert calls
+    layer.base_layer.weight.requires_grad_(True)
+    layer(x).sum().backward()
+    assert layer.base_layer.weight.grad is not None
+
+
+def test_a_state_dict_round_trip_is_exact():
+    layer, other = make_layer(), make_layer(norm=0.0)
+    other.load_state_dict(layer.state_dict())
+    x = torch.randn(4, 20, dtype=torch.float64)
+    assert torch.equal(layer(x), other(x))
+
+
+def test_deepcopy_is_independent():
+    layer = make_layer()
+    twin = copy.deepcopy(layer)
+    with torch.no_grad():
+        twin.loft_theta["default"].zero_()
+    x = torch.randn(4, 20, dtype=torch.float64)
+    torch.testing.assert_close(twin(x), layer.base_layer(x))
+    assert not torch.allclose(layer(x), twin(x))
+
+
+def test_conv1d_is_a_linear_layer():
+    from transformers.pytorch_utils import Conv1D
+
+    torch.manual_seed(0)
+    conv = Conv1D(24, 16).double()
+    layer = LoftLinear(conv, basis_of(16, 4))
+    x = torch.randn(2, 5, 16, dtype=torch.float64)
+    assert torch.equal(layer(x), conv(x))
+    with torch.no_grad():
+        layer.loft_theta["default"].normal_()
+    y = layer(x)
+    torch.testing.assert_close(layer.merge()(x), y)
+
+
+def test_compiled_layer_gives_the_eager_result():
+    layer = make_layer(dtype=torch.float32)
+    x = torch.randn(4, 20)
+    compiled = torch.compile(layer, backend="aot_eager")
+    y = compiled(x)
+    torch.testing.assert_close(y, layer(x))
+    y.sum().backward()
+    got = layer.loft_theta["default"].grad.clone()
+    layer.loft_theta["default"].grad = None
+    layer(x).sum().backward()
+    torch.testing.assert_close(got, layer.loft_theta["default"].grad)
+
+
+@pytest.mark.parametrize(
+    ("support", "message"),
+    [
+        (np.zeros((20, 2)), "column 0 is zero"),
+        (np.ones((20, 2)), "linearly independent"),
+        (np.full((20, 2), np.nan), "must be finite"),
+        (np.ones((2, 20)), r"must be \(n, r\) with 1 <= r <= n"),
+        (basis_of(19, 2), "support has 19 rows, but the input side of this layer has 20 features"),
+    ],
+)
+def test_a_bad_support_is_named(support, message):
+    with pytest.raises(ValueError, match=message):
+        LoftLinear(torch.nn.Linear(20, 12), support)
+
+
+def test_other_bad_arguments_are_named():
+    with pytest.raises(ValueError, match="transform must be one of"):
+        LoftLinear(torch.nn.Linear(20, 12), basis_of(20, 2), "rotation")
+    with pytest.raises(ValueError, match="side must be 'input' or 'output'"):
+        LoftLinear(torch.nn.Linear(20, 12), basis_of(20, 2), side="left")
+    with pytest.raises(TypeError, match="base_layer must be a linear layer"):
+        LoftLinear(torch.nn.LayerNorm(20), basis_of(20, 2))
+    with pytest.raises(ValueError, match="rank must be between 1 and min"):
+        LoftLinear(torch.nn.Linear(20, 12), basis_of(20, 14))
+
+
+def test_custom_columns_are_orthonormalised_in_order_with_a_warning():
+    with pytest.warns(UserWarning, match="not orthonormal"):
+        p = custom_basis(np.array([[1.0, 1.0], [0.0, 1.0], [0.0, 0.0]]))
+    np.testing.assert_allclose(p, [[1, 0], [0, 1], [0, 0]], atol=1e-7)

@@ -1,0 +1,159 @@
+"""transform.py: orthogonality, the identity at the start, closed-form gradients against float64 autograd, batched values."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from reference import exact_transform
+
+from loft_rs.transform import TRANSFORMS, DeltaGroup, get_transform, rank_of, skew
+
+NAMES = sorted(TRANSFORMS)
+SKEW = ["cayley", "exp"]
+
+
+def theta_of_norm(r: int, norm: float, seed: int, dtype=torch.float32):
+    theta = torch.randn(r * (r - 1) // 2, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return (theta * norm / torch.linalg.matrix_norm(skew(theta, r), 2)).to(dtype)
+
+
+class Member:
+    def __init__(self, theta, fold=None):
+        self.theta, self.fold = {"a": theta}, fold
+
+    def has_adapter(self, adapter):
+        return adapter in self.theta
+
+    def delta_source(self, adapter):
+        return self.theta[adapter], self.fold
+
+
+@given(st.integers(2, 96), st.floats(1e-4, 100), st.sampled_from(SKEW), st.integers(0, 2**31))
+def test_orthogonality(r, norm, name, seed):
+    # loft.md: an fp64 solve rounded to fp32 is orthogonal to 8e-8 for r = 64; each entry of D is rounded by eps/2 = 6e-8 of itself,
+    # so ||T^T T - I||_2 <= 2 ||dD||_F <= eps ||D||_F <= 2 eps sqrt(r).
+    delta, _ = get_transform(name).delta(theta_of_norm(r, norm, seed)[None], r)
+    t = torch.eye(r, dtype=torch.float64) + delta[0].double()
+    error = torch.linalg.matrix_norm(t.mT @ t - torch.eye(r, dtype=torch.float64), 2)
+    assert error <= 2 * torch.finfo(torch.float32).eps * r**0.5
+
+
+@pytest.mark.parametrize("norm", [1.0, 10.0, 100.0])
+@pytest.mark.parametrize("r", [2, 64, 352])
+@pytest.mark.parametrize("name", SKEW)
+def test_orthogonality_against_the_published_figures(name, r, norm):
+    delta, _ = get_transform(name).delta(theta_of_norm(r, norm, 0)[None], r)
+    t = torch.eye(r, dtype=torch.float64) + delta[0].double()
+    error = float(torch.linalg.matrix_norm(t.mT @ t - torch.eye(r, dtype=torch.float64), 2))
+    # fp32 solves reach 5e-7, 3e-6, 1.5e-5 at these norms (r = 64); the fp64 solve rounded once must be below all of them.
+    assert error <= 2e-7
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_identity_at_the_start(name):
+    transform = get_transform(name)
+    delta, _ = transform.delta(torch.zeros(3, *transform.parameter_shape(6)), 6)
+    assert not delta.any()
+
+
+@given(st.integers(1, 12), st.sampled_from(NAMES), st.integers(0, 2**31), st.floats(1e-6, 3))
+def test_value_and_gradient_against_float64_autograd(r, name, seed, norm):
+    generator = torch.Generator().manual_seed(seed)
+    shape = get_transform(name).parameter_shape(r)
+    theta = (norm * torch.randn(shape, generator=generator, dtype=torch.float64)).requires_grad_()
+    weight = torch.randn(r, r, generator=generator, dtype=torch.float64)
+    (reference,) = torch.autograd.grad((exact_transform(name, theta, r) * weight).sum(), theta) if theta.numel() else (theta.detach(),)
+    value = DeltaGroup(name).value(Member(theta), "a")
+    torch.testing.assert_close(value.detach(), exact_transform(name, theta.detach(), r) - torch.eye(r, dtype=torch.float64), atol=1e-12, rtol=0)
+    (value * weight).sum().backward()
+    torch.testing.assert_close(theta.grad, reference, atol=1e-11, rtol=1e-10)
+
+
+@pytest.mark.parametrize("name", SKEW)
+def test_small_rotations_keep_their_digits(name):
+    theta = theta_of_norm(16, 1e-6, 3)
+    delta, _ = get_transform(name).delta(theta[None], 16)
+    reference = exact_transform(name, theta.double(), 16) - torch.eye(16, dtype=torch.float64)
+    assert torch.linalg.norm(delta[0].double() - reference) <= 1e-7 * torch.linalg.norm(reference)
+
+
+@given(st.integers(1, 400))
+def test_rank_of_inverts_parameter_shape(r):
+    for name in NAMES:
+        assert rank_of(torch.zeros(get_transform(name).parameter_shape(r))) == r
+
+
+def test_group_batches_all_members_and_never_goes_stale():
+    group = DeltaGroup("cayley")
+    members = [Member(torch.nn.Parameter(theta_of_norm(8, 0.5, i))) for i in range(4)]
+    solves = []
+    solve = group._solve
+    group._solve = lambda thetas, folds: solves.append(len(thetas)) or solve(thetas, folds)
+    for _ in range(3):
+        for member in members:
+            group.value(member, "a")
+    assert solves[4:] == [4, 4]  # members join one by one in the first pass; then one solve a pass
+    assert solves[:4] == [1, 1, 1, 1]
+    before = group.value(members[0], "a").detach().clone()
+    members[0].theta["a"].data.mul_(2)  # leaves no version behind
+    after = group.value(members[0], "a").detach()
+    torch.testing.assert_close(after, get_transform("cayley").delta(members[0].theta["a"].detach()[None], 8)[0][0])
+    assert not torch.equal(before, after)
+
+
+def test_a_raw_update_after_the_very_first_pass_is_seen():
+    group = DeltaGroup("cayley")
+    members = [Member(torch.nn.Parameter(theta_of_norm(8, 0.5, i))) for i in range(3)]
+    for member in members:
+        group.value(member, "a")
+    for member in members:
+        member.theta["a"].data.mul_(2)  # as a fused optimiser writes: no version left behind
+    for member in members:
+        torch.testing.assert_close(group.value(member, "a"), get_transform("cayley").delta(member.theta["a"].detach()[None], 8)[0][0])
+
+
+def test_group_refreshes_an_unused_value_after_an_in_place_update():
+    group = DeltaGroup("cayley")
+    first, second = (Member(torch.nn.Parameter(theta_of_norm(8, 0.5, i))) for i in range(2))
+    for member in (first, second, first):
+        group.value(member, "a")
+    with torch.no_grad():
+        second.theta["a"].mul_(2)
+    torch.testing.assert_close(group.value(second, "a"), get_transform("cayley").delta(second.theta["a"].detach()[None], 8)[0][0])
+
+
+def test_a_fused_step_between_two_half_passes_is_seen():
+    group = DeltaGroup("cayley")
+    members = [Member(torch.nn.Parameter(theta_of_norm(8, 0.5, i))) for i in range(2)]
+    optimiser = torch.optim.AdamW([m.theta["a"] for m in members], lr=0.1, fused=True)
+    for member in (*members, members[0]):  # the second pass stops after the first member
+        (group.value(member, "a") ** 2).sum().backward()
+    optimiser.step()
+    torch.testing.assert_close(
+        group.value(members[1], "a"), get_transform("cayley").delta(members[1].theta["a"].detach()[None], 8)[0][0]
+    )
+
+
+def test_values_made_in_inference_mode_serve_training():
+    group, member = DeltaGroup("exp"), Member(torch.nn.Parameter(theta_of_norm(6, 0.5, 0)))
+    with torch.inference_mode():
+        group.value(member, "a")
+    group.value(member, "a").sum().backward()
+    assert member.theta["a"].grad is not None
+
+
+def test_group_copies_empty():
+    group, member = DeltaGroup("exp"), Member(torch.nn.Parameter(theta_of_norm(6, 0.5, 0)))
+    group.value(member, "a")
+    twin = copy.deepcopy(group)
+    assert twin.transform is group.transform and not len(twin._members)
+
+
+def test_unknown_transform_is_named():
+    with pytest.raises(ValueError, match=r"transform must be one of \['cayley', 'exp', 'free'\], got 'caley'"):
+        get_transform("caley")

@@ -45,7 +45,12 @@ def make_bert():
 
     torch.manual_seed(0)
     config = BertConfig(
-        vocab_size=61, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64, max_position_embeddings=32
+        vocab_size=61,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=64,
+        max_position_embeddings=32,
     )
     return BertForSequenceClassification(config)
 

@@ -10,10 +10,11 @@ import sys
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
+
 from loft_rs import load_supports, select_support
 from loft_rs.cli import _sentence, main
 from loft_rs.inspection import inspect_adapter
-from safetensors.numpy import load_file, save_file
 
 # transformers warns about its own attribute when PEFT reads it.
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")

@@ -21,7 +21,9 @@ from loft_rs.transform import TRANSFORMS
 SIDES, PLACEMENTS, NAMES = ["input", "output"], ["rotate", "add"], sorted(TRANSFORMS)
 
 
-def make_layer(n=20, m=12, r=4, *, side="input", transform="cayley", bias=True, dtype=torch.float64, norm=0.3, placement=None):
+def make_layer(
+    n=20, m=12, r=4, *, side="input", transform="cayley", bias=True, dtype=torch.float64, norm=0.3, placement=None
+):
     torch.manual_seed(0)
     base = torch.nn.Linear(n, m, bias=bias).to(dtype)
     layer = LoftLinear(base, basis_of(n if side == "input" else m, r), transform, side)
@@ -107,7 +109,9 @@ def test_a_small_rotation_survives_bfloat16():
         x = torch.randn(2048, 256).bfloat16()
         with torch.no_grad():
             base = layer.base_layer(x).double()
-            term = reference(layer, x.double(), layer.loft_theta["default"].double()) - F.linear(x.double(), layer.base_layer.weight.double())
+            term = reference(layer, x.double(), layer.loft_theta["default"].double()) - F.linear(
+                x.double(), layer.base_layer.weight.double()
+            )
             change = layer(x).double() - base
         kept[placement] = float((change * term).sum() / (term * term).sum())
     assert 0.8 <= kept["add"] <= 1.2
@@ -191,7 +195,10 @@ def test_the_gram_root_makes_a_half_precision_support_orthogonal_again(dtype, n,
 @pytest.mark.parametrize("side", SIDES)
 def test_apply_and_adjoint_are_transposes(side):
     factor = make_layer(side=side).factor("default")
-    x, y = torch.randn(3, len(factor.basis), dtype=torch.float64), torch.randn(3, len(factor.basis), dtype=torch.float64)
+    x, y = (
+        torch.randn(3, len(factor.basis), dtype=torch.float64),
+        torch.randn(3, len(factor.basis), dtype=torch.float64),
+    )
     torch.testing.assert_close((factor.apply(x) * y).sum(), (x * factor.adjoint(y)).sum())
     torch.testing.assert_close(factor.adjoint(factor.apply(x)), x)
 

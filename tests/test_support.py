@@ -6,15 +6,16 @@ import json
 import math
 import warnings
 
-import loft_rs
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes
+from safetensors.numpy import load_file, save_file
+
+import loft_rs
 from loft_rs import Support, load_supports, save_supports, select_support
 from loft_rs.support import METHODS
-from safetensors.numpy import load_file, save_file
 
 EPS = float(np.finfo(np.float32).eps)
 KEY = "loft_rs.supports"

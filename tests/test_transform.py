@@ -8,7 +8,6 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-
 from reference import exact_transform
 
 from loft_rs.transform import TRANSFORMS, DeltaGroup, get_transform, rank_of, skew
@@ -67,9 +66,15 @@ def test_value_and_gradient_against_float64_autograd(r, name, seed, norm):
     shape = get_transform(name).parameter_shape(r)
     theta = (norm * torch.randn(shape, generator=generator, dtype=torch.float64)).requires_grad_()
     weight = torch.randn(r, r, generator=generator, dtype=torch.float64)
-    (reference,) = torch.autograd.grad((exact_transform(name, theta, r) * weight).sum(), theta) if theta.numel() else (theta.detach(),)
+    (reference,) = (
+        torch.autograd.grad((exact_transform(name, theta, r) * weight).sum(), theta)
+        if theta.numel()
+        else (theta.detach(),)
+    )
     value = DeltaGroup(name).value(Member(theta), "a")
-    torch.testing.assert_close(value.detach(), exact_transform(name, theta.detach(), r) - torch.eye(r, dtype=torch.float64), atol=1e-12, rtol=0)
+    torch.testing.assert_close(
+        value.detach(), exact_transform(name, theta.detach(), r) - torch.eye(r, dtype=torch.float64), atol=1e-12, rtol=0
+    )
     (value * weight).sum().backward()
     torch.testing.assert_close(theta.grad, reference, atol=1e-11, rtol=1e-10)
 
@@ -114,7 +119,9 @@ def test_a_raw_update_after_the_very_first_pass_is_seen():
     for member in members:
         member.theta["a"].data.mul_(2)  # as a fused optimiser writes: no version left behind
     for member in members:
-        torch.testing.assert_close(group.value(member, "a"), get_transform("cayley").delta(member.theta["a"].detach()[None], 8)[0][0])
+        torch.testing.assert_close(
+            group.value(member, "a"), get_transform("cayley").delta(member.theta["a"].detach()[None], 8)[0][0]
+        )
 
 
 def test_group_refreshes_an_unused_value_after_an_in_place_update():
@@ -124,7 +131,9 @@ def test_group_refreshes_an_unused_value_after_an_in_place_update():
         group.value(member, "a")
     with torch.no_grad():
         second.theta["a"].mul_(2)
-    torch.testing.assert_close(group.value(second, "a"), get_transform("cayley").delta(second.theta["a"].detach()[None], 8)[0][0])
+    torch.testing.assert_close(
+        group.value(second, "a"), get_transform("cayley").delta(second.theta["a"].detach()[None], 8)[0][0]
+    )
 
 
 def test_a_fused_step_between_two_half_passes_is_seen():

@@ -82,7 +82,10 @@ def test_saving_twice_gives_the_same_bytes(tmp_path):
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
     config = json.loads((tmp_path / "a" / "adapter_config.json").read_text())
-    assert config["target_modules"] == ["down_proj", "gate_proj", "q_proj", "v_proj"] and config["loft_format_version"] == 1
+    assert (
+        config["target_modules"] == ["down_proj", "gate_proj", "q_proj", "v_proj"]
+        and config["loft_format_version"] == 1
+    )
 
 
 def test_loading_never_selects_a_support_again(tmp_path, monkeypatch):
@@ -99,7 +102,7 @@ def test_auto_model_knows_loft(tmp_path):
     model = train(build(base=AutoModelForCausalLM.from_pretrained(tmp_path / "base"), task_type="CAUSAL_LM"))
     model.save_pretrained(tmp_path / "adapter")
     code = (
-        "import loft_rs, sys, torch; assert 'peft' not in sys.modules and 'torch' not in sys.modules if False else True\n"
+        "import loft_rs, sys, torch; assert 'peft' not in sys.modules\n"
         "from peft import AutoPeftModelForCausalLM\n"
         f"m = AutoPeftModelForCausalLM.from_pretrained({str(tmp_path / 'adapter')!r})\n"
         "torch.save(m(torch.arange(8)[None]).logits, sys.argv[1])"
@@ -115,7 +118,9 @@ def test_several_adapters_switch_disable_and_delete():
     base = logits(model)
     train(model)
     first = logits(model)
-    model.add_adapter("second", LoftConfig(**QUIET | {"r": 6, "transform": "exp", "side": "output", "target_modules": ["q_proj"]}))
+    model.add_adapter(
+        "second", LoftConfig(**QUIET | {"r": 6, "transform": "exp", "side": "output", "target_modules": ["q_proj"]})
+    )
     assert torch.equal(logits(model), first)
     model.set_adapter("second")
     assert torch.equal(logits(model), base)
@@ -264,7 +269,9 @@ def test_set_support_takes_names_and_suffixes_and_refuses_the_rest():
     with pytest.raises(ValueError, match=r"expected \(32, 4\), got \(32, 6\)"):
         loft_rs.set_support(model, {"layers.0.self_attn.q_proj": first, "layers.1.self_attn.q_proj": basis_of(32, 6)})
     with pytest.raises(ValueError, match="lm_head: no such adapted module"):
-        loft_rs.set_support(model, {"layers.0.self_attn.q_proj": first, "layers.1.self_attn.q_proj": second, "lm_head": first})
+        loft_rs.set_support(
+            model, {"layers.0.self_attn.q_proj": first, "layers.1.self_attn.q_proj": second, "lm_head": first}
+        )
     train(model)
     with pytest.raises(ValueError, match="set_support needs an untrained adapter"):
         loft_rs.set_support(model, {"layers.0.self_attn.q_proj": first, "layers.1.self_attn.q_proj": second})
@@ -364,7 +371,10 @@ def test_a_refused_load_leaves_a_loaded_model_as_it_was(tmp_path):
         load()
     model = train(build(target_modules=["q_proj"]))
     before = logits(model)
-    state = {f"base_model.model.{k}" if not k.startswith("base_model") else k: v for k, v in load_file(tmp_path / "adapter_model.safetensors").items()}
+    state = {
+        f"base_model.model.{k}" if not k.startswith("base_model") else k: v
+        for k, v in load_file(tmp_path / "adapter_model.safetensors").items()
+    }
     with pytest.raises(ValueError, match="does not fit this model"):
         peft.set_peft_model_state_dict(model, state)
     assert torch.equal(logits(model), before)
@@ -381,7 +391,7 @@ def test_a_failed_build_leaves_the_model_as_it_was():
     assert all(p.requires_grad for p in base.parameters())
     model = build(base=make_llama())
     before = logits(model)
-    with pytest.raises(peft.tuners.tuners_utils.NoMatchingPeftModuleError if hasattr(peft.tuners.tuners_utils, "NoMatchingPeftModuleError") else ValueError):
+    with pytest.raises(ValueError, match="nowhere"):
         model.add_adapter("other", LoftConfig(target_modules=["nowhere"]))
     assert torch.equal(logits(model), before)
 
@@ -405,7 +415,10 @@ def test_a_meta_model_is_refused_by_name():
         ({"support": "gradient"}, r"support must be one of .* or the path of a \.safetensors file"),
         ({"seed": -1}, "seed must be an integer >= 0"),
         ({"layers_pattern": "layers"}, "layers_pattern needs layers_to_transform"),
-        ({"layers_to_transform": [1], "target_modules": "all-linear"}, "layers_to_transform needs target_modules to be a list"),
+        (
+            {"layers_to_transform": [1], "target_modules": "all-linear"},
+            "layers_to_transform needs target_modules to be a list",
+        ),
     ],
 )
 def test_bad_configs_are_named(options, message):
@@ -434,6 +447,13 @@ def test_import_is_light_and_registers_with_a_later_peft():
         "assert m[PeftType.LOFT] is loft_rs.LoftConfig and PeftType('LOFT') is PeftType.LOFT and 'LOFT' in list(PeftType)\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=300)
-    for first in ("import peft, loft_rs", "from loft_rs import LoftConfig", "import loft_rs.tuner", "from loft_rs.tuner.layer import Linear"):
-        code = f"{first}\nfrom peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING as m\nassert 'LOFT' in [k.value for k in m]"
+    for first in (
+        "import peft, loft_rs",
+        "from loft_rs import LoftConfig",
+        "import loft_rs.tuner",
+        "from loft_rs.tuner.layer import Linear",
+    ):
+        code = (
+            f"{first}\nfrom peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING as m\nassert 'LOFT' in [k.value for k in m]"
+        )
         subprocess.run([sys.executable, "-c", code], check=True, timeout=300)

@@ -31,7 +31,7 @@ _MODULES = ("linalg", "nn", "transform", "factor", "layer", "calibration", "expo
 # What the extra `train` brings; a missing one is named in the error.
 _TRAINING = ("torch", "peft", "transformers")
 
-__all__ = [*_HOME, *("linalg", "nn")]  # noqa: PLE0604
+__all__ = [*_HOME, *("linalg", "nn")]
 
 
 def __getattr__(name: str) -> Any:

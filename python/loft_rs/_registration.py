@@ -19,7 +19,9 @@ def register() -> None:
     from peft.utils import PeftType, register_peft_method
 
     tuner = importlib.import_module(f"{__package__}.tuner")
-    if "LOFT" in PeftType.__members__ or not hasattr(tuner, "LoftModel"):  # a tuner half imported registers at its own end
+    if "LOFT" in PeftType.__members__ or not hasattr(
+        tuner, "LoftModel"
+    ):  # a tuner half imported registers at its own end
         return
     member = str.__new__(PeftType, "LOFT")
     member._name_ = member._value_ = "LOFT"

@@ -101,7 +101,9 @@ def calibrate(
     if max_batches < 1:
         raise ValueError(f"max_batches must be at least 1, got {max_batches}")
     if method not in CALIBRATED_SUPPORTS and order == "natural":
-        raise ValueError(f"support={method!r} with order='natural' takes nothing from data; there is nothing to calibrate")
+        raise ValueError(
+            f"support={method!r} with order='natural' takes nothing from data; there is nothing to calibrate"
+        )
     batches = None if dataloader is None else list(islice(dataloader, max_batches))
     if batches is not None and not batches:
         raise ValueError("dataloader gave no batch")
@@ -122,8 +124,12 @@ def calibrate(
             run.one_pass(live, layers, backward=needs_gradient, label=f"calibration pass {passes}")
             for name, sketch in live.items():
                 sketch.end_pass(name)
-        supports = {name: sketch.support(order, passes, config) for name, sketch in sketches.items() if not sketch.silent}
-        supports |= _fallbacks({name: layers[name] for name, sketch in sketches.items() if sketch.silent}, config, adapter)
+        supports = {
+            name: sketch.support(order, passes, config) for name, sketch in sketches.items() if not sketch.silent
+        }
+        supports |= _fallbacks(
+            {name: layers[name] for name, sketch in sketches.items() if sketch.silent}, config, adapter
+        )
     for name, layer in layers.items():
         layer.set_basis(adapter, supports[name].basis, supports[name].energy)
     return CalibrationReport(
@@ -184,7 +190,9 @@ def _calibrating(model: nn.Module, layers: Mapping[str, Linear]):
 def _progress_bar(progress: bool | None):
     from tqdm.auto import tqdm
 
-    return lambda total, label: tqdm(total=total, desc=label, disable=None if progress is None else not progress, leave=False)
+    return lambda total, label: tqdm(
+        total=total, desc=label, disable=None if progress is None else not progress, leave=False
+    )
 
 
 class _Runner:
@@ -194,7 +202,9 @@ class _Runner:
         self.model, self.batches, self.train_step, self.bar = model, batches, train_step, bar
         self.device = next(model.parameters()).device
 
-    def one_pass(self, sketches: Mapping[str, Sketch], layers: Mapping[str, Linear], *, backward: bool, label: str) -> None:
+    def one_pass(
+        self, sketches: Mapping[str, Sketch], layers: Mapping[str, Linear], *, backward: bool, label: str
+    ) -> None:
         for name, sketch in sketches.items():
             layers[name].tap = LayerTap(sketch)
         with self.bar(1 if self.batches is None else len(self.batches), label) as bar:
@@ -203,7 +213,11 @@ class _Runner:
                 self._forward(batch, backward)
                 if sum(sketch.seen for sketch in sketches.values()) == before:
                     what = "received a gradient" if backward else "was run"
-                    how = "train_step must call backward() on a loss of this model" if batch is None else "check the batches"
+                    how = (
+                        "train_step must call backward() on a loss of this model"
+                        if batch is None
+                        else "check the batches"
+                    )
                     raise ValueError(f"{label}: no adapted layer {what}; {how}")
                 bar.update()
         for name in sketches:
@@ -228,9 +242,11 @@ class _Runner:
         output = self._call(batch)
         loss = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
         if loss is None:
-            raise ValueError("dataloader batches gave no loss: add labels to them, or pass train_step= with your own loss")
-        if not bool(torch.isfinite(loss)):
-            raise NonFiniteError(f"dataloader gave a batch whose loss is {float(loss)}; nothing was changed")
+            raise ValueError(
+                "dataloader batches gave no loss: add labels to them, or pass train_step= with your own loss"
+            )
+        if not bool(torch.isfinite(loss.detach())):
+            raise NonFiniteError(f"dataloader gave a batch whose loss is {float(loss.detach())}; nothing was changed")
         return loss
 
     def warm_up(self, head: list[nn.Parameter], steps: int) -> None:
@@ -241,7 +257,9 @@ class _Runner:
             with self.bar(steps, "head warm-up") as bar:
                 for step in range(steps):
                     optimiser.zero_grad(set_to_none=True)
-                    self._forward(None if self.batches is None else self.batches[step % len(self.batches)], backward=True)
+                    self._forward(
+                        None if self.batches is None else self.batches[step % len(self.batches)], backward=True
+                    )
                     optimiser.step()
                     bar.update()
         except BaseException:

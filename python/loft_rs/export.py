@@ -1,7 +1,7 @@
 """Exact LoRA form of LOFT adapters, for every server and library that knows LoRA (loft.md, "Exact conversions").
 
-    input side   W0 R - W0 = (W0 P E) P^T        A = P^T (r x n),  B = W0 P E (m x r)
-    output side  R W0 - W0 = P E (P^T W0)        A = P^T W0,       B = P E
+input side   W0 R - W0 = (W0 P E) P^T        A = P^T (r x n),  B = W0 P E (m x r)
+output side  R W0 - W0 = P E (P^T W0)        A = P^T W0,       B = P E
 """
 
 from __future__ import annotations
@@ -23,7 +23,10 @@ __all__ = ["export_lora", "lora_factors"]
 
 
 def lora_factors(model: nn.Module, adapter_name: str | None = None) -> dict[str, tuple[Tensor, Tensor]]:
-    """Module name -> (A (r x n), B (m x r)), W0 + B A being the rotated weight. float32 (float64 for a float64 base), on the layer's device."""
+    """Module name -> (A (r x n), B (m x r)), W0 + B A being the rotated weight.
+
+    float32 (float64 for a float64 base), on the layer's device.
+    """
     adapter, layers = adapted_layers(model, adapter_name)
     return {name: layer.lora_factors(adapter) for name, layer in layers.items()}
 
@@ -39,7 +42,7 @@ def export_lora(
     """Write a LOFT adapter as a PEFT LoRA adapter folder: exact, no SVD, loadable without loft_rs.
 
     One rank for all layers (smaller ones are padded with zeros, since servers ignore `rank_pattern`), `lora_alpha == r`, scale 1.
-    path: the folder to write, whole or not at all; an existing one is replaced. dtype: of the stored factors.
+    path: the folder to write, whole or not at all; in an existing one the two files are replaced. dtype: of the stored factors.
     ValueError where the adapter has `modules_to_save`, which a LoRA server cannot load, unless `drop_modules_to_save`.
     """
     from peft import LoraConfig
@@ -59,7 +62,9 @@ def export_lora(
         for kind, value in (("lora_A", a), ("lora_B", b)):
             tensors[f"base_model.model.{name}.{kind}.weight"] = value.to("cpu", dtype).contiguous()
     if rank > 16:
-        warnings.warn(f"the LoRA has rank {rank}; vLLM accepts at most --max-lora-rank, which is 16 unless set", stacklevel=2)
+        warnings.warn(
+            f"the LoRA has rank {rank}; vLLM accepts at most --max-lora-rank, which is 16 unless set", stacklevel=2
+        )
     lora = LoraConfig(
         r=rank,
         lora_alpha=rank,

@@ -97,17 +97,29 @@ class AddLowRank(torch.autograd.Function):
     dE = (dY right)^T z;  dX = (dY right) E left^T, and dY W is accumulated onto it.
 
     The term is laid down first and the base product accumulates on it in the matrix unit's float32: adding a small term to a Y that
-    is already rounded to bf16 loses most of it. At E = 0 the result has the base layer's own bits.
+    is already rounded to bf16 loses most of it. Where E is known to be 0 (`identity`), the base layer's own product gives its own bits.
     """
 
     @staticmethod
-    def forward(ctx, x: Tensor, delta: Tensor, weight: Tensor, bias: Tensor | None, left: Tensor, right: Tensor) -> Tensor:
+    def forward(
+        ctx,
+        x: Tensor,
+        delta: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        left: Tensor,
+        right: Tensor,
+        identity: bool,
+    ) -> Tensor:
         rows, e = x.reshape(-1, x.shape[-1]), delta.to(x.dtype)
         z = rows @ left
-        y = (z @ e.mT) @ right.mT
-        if bias is not None:
-            y += bias
-        y.addmm_(rows, weight.mT)
+        if identity:
+            y = torch.nn.functional.linear(x, weight, bias)
+        else:
+            y = (z @ e.mT) @ right.mT
+            if bias is not None:
+                y += bias
+            y.addmm_(rows, weight.mT)
         ctx.save_for_backward(z, e, weight, left, right)
         ctx.delta_dtype = delta.dtype
         return y.view(*x.shape[:-1], weight.shape[0])
@@ -124,4 +136,4 @@ class AddLowRank(torch.autograd.Function):
             dx = (gr @ e) @ left.mT
             dx.addmm_(rows, weight)
             dx = dx.view(*g.shape[:-1], weight.shape[1])
-        return dx, d_delta, None, None, None, None
+        return dx, d_delta, None, None, None, None, None

@@ -55,7 +55,9 @@ def feature_sizes(base: nn.Module) -> tuple[int, int]:
         return base.weight.shape[0], base.weight.shape[1]
     if hasattr(base, "in_features") and hasattr(base, "out_features"):
         return base.in_features, base.out_features
-    raise TypeError(f"base_layer must be a linear layer (nn.Linear, Conv1D or a quantised linear), got {type(base).__name__}")
+    raise TypeError(
+        f"base_layer must be a linear layer (nn.Linear, Conv1D or a quantised linear), got {type(base).__name__}"
+    )
 
 
 def dense_weight(base: nn.Module) -> Tensor | None:
@@ -121,7 +123,9 @@ class AdaptedLinear(nn.Module):
 
     # -- factors ---------------------------------------------------------------------------------------------------------
 
-    def add_factor(self, adapter: str, rank: int, group: DeltaGroup, side: str = "input", *, identity: bool = True) -> None:
+    def add_factor(
+        self, adapter: str, rank: int, group: DeltaGroup, side: str = "input", *, identity: bool = True
+    ) -> None:
         """Add an unset support of `rank` and a transform at the identity (or, for tests, a small random skew).
 
         `group` computes D for all its members at once; layers of one model share one.
@@ -238,7 +242,8 @@ class AdaptedLinear(nn.Module):
         if dtype != weight.dtype:  # under autocast, as nn.Linear does
             x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
         with torch.autocast(kind, enabled=False):
-            return AddLowRank.apply(x, delta, weight, bias, left, right)
+            identity = self.loft_group[adapter].is_identity(self, adapter)
+            return AddLowRank.apply(x, delta, weight, bias, left, right, identity)
 
     def _products(self, adapter: str, weight: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """(left, right) of `AddLowRank`: (P, W0 P) on the input side, (W0^T P, P) on the output side; kept while P and W0 last."""
@@ -279,7 +284,9 @@ class AdaptedLinear(nn.Module):
         weight = self.dense_or_raise("merging")
         rotated = self.rotated_weight(adapters)
         if safe and not bool(torch.isfinite(rotated).all()):
-            raise ValueError(f"merging adapters {adapters} would write NaN or Inf into the base weight; nothing was changed")
+            raise ValueError(
+                f"merging adapters {adapters} would write NaN or Inf into the base weight; nothing was changed"
+            )
         if self._original is None:
             self._original = weight.detach().to("cpu", copy=True)
         weight.copy_(rotated)
@@ -381,7 +388,9 @@ def custom_basis(support: Any) -> np.ndarray:
         raise ValueError(f"support column {int(np.argmin(norms))} is zero; give {basis.shape[1]} independent columns")
     spread = np.linalg.eigvalsh((basis / norms).T @ (basis / norms))
     if spread[0] < 1e-10 * spread[-1]:
-        raise ValueError(f"support must have linearly independent columns (r = {basis.shape[1]}); give fewer or other columns")
+        raise ValueError(
+            f"support must have linearly independent columns (r = {basis.shape[1]}); give fewer or other columns"
+        )
     if spread[-1] - spread[0] > 1e-3:
         warnings.warn("support is not orthonormal; its columns were orthonormalised in order", stacklevel=3)
     return orthonormalize(basis).astype(np.float32)

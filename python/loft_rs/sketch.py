@@ -116,7 +116,9 @@ class Sketch:
     def end_pass(self, name: str) -> None:
         for what, value in self.sums.items():
             if not bool(torch.isfinite(value).all()):
-                raise linalg.NonFiniteError(f"layer {name} saw NaN or Inf while calibrating ({what}); nothing was changed")
+                raise linalg.NonFiniteError(
+                    f"layer {name} saw NaN or Inf while calibrating ({what}); nothing was changed"
+                )
         main = self.sums.get("sketch", self.sums.get("moment"))
         if main is None or not bool(main.any()):
             self.silent = self.finished = True
@@ -221,7 +223,12 @@ class GradientSketch(Sketch):
         squares, v = _descending(image.T @ image)
         probes, q = self.numpy("sketch")[:, self.columns :], self.basis.double().cpu().numpy()
         missed = np.sum((probes - q @ (q.T @ probes)) ** 2, 0)
-        return v[:, : self.rank], np.sqrt(squares), float(np.sum(image**2)) + float(missed.mean()), _standard_error(missed)
+        return (
+            v[:, : self.rank],
+            np.sqrt(squares),
+            float(np.sum(image**2)) + float(missed.mean()),
+            _standard_error(missed),
+        )
 
 
 class ActivationSketch(Sketch):

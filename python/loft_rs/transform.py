@@ -172,12 +172,13 @@ register_optimizer_step_post_hook(_count_step)
 
 
 class _Entry:
-    """One layer's current value: D (folded), what its gradient needs, the version it belongs to, and whether it was used."""
+    """One layer's current value: D (folded), what its gradient needs, the version it belongs to, whether D is known to be
+    exactly zero, and whether the value was used."""
 
-    __slots__ = ("delta", "saved", "used", "version")
+    __slots__ = ("delta", "identity", "saved", "used", "version")
 
-    def __init__(self, delta: Tensor, saved: Tensor, version: tuple):
-        self.delta, self.saved, self.version, self.used = delta, saved, version, False
+    def __init__(self, delta: Tensor, saved: Tensor, version: tuple, identity: bool):
+        self.delta, self.saved, self.version, self.identity, self.used = delta, saved, version, identity, False
 
 
 def _version(theta: Tensor, fold: Tensor | None) -> tuple:
@@ -236,8 +237,26 @@ class DeltaGroup:
         # Values outlive an evaluation under inference mode, so they must not be inference tensors.
         with torch.inference_mode(False):
             deltas, saved = self._solve([theta.detach() for _, _, theta, _ in members], [fold for *_, fold in members])
+        identity = self._identities(members)
         for i, (entries, adapter, theta, fold) in enumerate(members):
-            entries[adapter] = _Entry(deltas[i], saved[i], _version(theta, fold))
+            entries[adapter] = _Entry(deltas[i], saved[i], _version(theta, fold), i in identity)
+
+    @staticmethod
+    def _identities(members: list[tuple[dict, str, Tensor, Tensor | None]]) -> set[int]:
+        """Which members are exactly the identity. Looking synchronises with the device, so only what was never looked at, or was
+        the identity and has seen no optimiser step since, is looked at: training pays once."""
+        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+            return set()
+        held = [entries.get(adapter) for entries, adapter, _, _ in members]
+        open_ = [i for i, e in enumerate(held) if e is None or (e.identity and e.version[-1] == _steps[0])]
+        if not open_:
+            return set()
+        moved = torch.stack([members[i][2].detach().flatten() != 0 for i in open_]).any(1).tolist()
+        return {i for i, m in zip(open_, moved, strict=True) if not m}
+
+    def is_identity(self, layer, adapter: str) -> bool:
+        """Whether the value last handed out is known to be exactly zero; never while compiling."""
+        return not torch.compiler.is_compiling() and self._members[layer][adapter].identity
 
     @torch.no_grad()
     def _solve(self, thetas: list[Tensor], folds: list[Tensor | None]) -> tuple[Tensor, Tensor]:

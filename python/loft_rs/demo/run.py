@@ -35,7 +35,7 @@ class Options:
     model: Path | None = None
     support: str = "skewgrad"
     rank: int = 128
-    steps: int = 60
+    steps: int = 45
     compare: tuple[str, ...] = ()
     seed: int = 0
     threads: int | None = None

@@ -30,13 +30,14 @@ class LoftConfig(PeftConfig):
         r (`int`): Rank of the support. Trained parameters a layer: r(r - 1)/2 (`cayley`, `exp`) or r^2 (`free`). Even: an odd rank gains
             nothing over the even one below it under a skew transform, and warns. A layer with min(in, out) < r gets the largest even
             rank that fits, in one warning that lists the layers.
-        target_modules (`list[str] | str`): Names or suffixes, a regular expression, or `"all-linear"`. None: the usual modules of the architecture.
+        target_modules (`list[str] | str`): Names or suffixes, a regular expression, or `"all-linear"`. None: the usual
+            modules of the architecture.
         exclude_modules (`list[str] | str`): Names, suffixes or a regular expression of modules to leave alone.
         support (`str`): How P is chosen. Without data: `principal` (top singular vectors of W0, the default), `random`, `coordinate`. By
             `loft_rs.calibrate`: `skewgrad`, `gradsvd`, `activation`. Or the path of a file written by `loft_rs.save_supports`.
         transform (`str`): `cayley` (default), `exp` or `free` (not orthogonal).
         side (`str`): `input` (W0 R, default) or `output` (R W0).
-        order (`str`): Order of the coordinates inside the support. `input_pca`: eigenvectors of sum z^T z, z = X P, descending, at `calibrate`;
+        order (`str`): Order of the coordinates inside the support. `input_pca`: eigenvectors of sum z^T z, z = X P, descending;
             `natural`: as the support's method gives them; `auto` (default): `input_pca` wherever `calibrate` runs.
         seed (`int`): Seed of the support's random sketch, or of a `random` or `coordinate` support.
         rank_pattern (`dict[str, int]`): Ranks of single modules, by name, suffix or regular expression.
@@ -91,7 +92,9 @@ class LoftConfig(PeftConfig):
             if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
                 raise ValueError(f"{name} must be a positive, even integer, got {rank!r}")
             if rank % 2 and self.transform != "free":
-                warnings.warn(f"{name} = {rank} is odd: a skew transform gains nothing over rank {rank - 1}", stacklevel=4)
+                warnings.warn(
+                    f"{name} = {rank} is odd: a skew transform gains nothing over rank {rank - 1}", stacklevel=4
+                )
         for name, value, choices in (
             ("transform", self.transform, TRANSFORMS),
             ("side", self.side, SIDES),

@@ -47,7 +47,9 @@ class LoftModel(BaseTuner):
                 parameter.requires_grad_(requires_grad)
             raise
         if self._lowered:
-            listed = ", ".join(f"{key} ({wanted} -> {fitted})" for key, (wanted, fitted) in sorted(self._lowered.items()))
+            listed = ", ".join(
+                f"{key} ({wanted} -> {fitted})" for key, (wanted, fitted) in sorted(self._lowered.items())
+            )
             warnings.warn(f"r was lowered to the largest even rank that fits in: {listed}", stacklevel=2)
         if not getattr(model, "_loft_checks_loading", False):
             model.register_load_state_dict_pre_hook(check_state)
@@ -107,7 +109,9 @@ class LoftModel(BaseTuner):
     def _enable_peft_forward_hooks(self, *args: Any, adapter_names: Any = None, **kwargs: Any):
         # A tuner without this method has its adapter_names dropped silently by PEFT.
         if adapter_names is not None:
-            raise ValueError("adapter_names (mixed batches) is not supported by LOFT yet; use set_adapter and one adapter a batch")
+            raise ValueError(
+                "adapter_names (mixed batches) is not supported by LOFT yet; use set_adapter and one adapter a batch"
+            )
         yield
 
 
@@ -135,7 +139,9 @@ def _choose_for_model(model: nn.Module, config: LoftConfig, adapter: str) -> Non
 def _withdraw(model: nn.Module, adapter: str) -> None:
     for name, layer in [(n, m) for n, m in model.named_modules() if isinstance(m, Linear)]:
         if layer.has_adapter(adapter):
-            for held in (getattr(layer, attribute) for attribute in layer.adapter_layer_names + layer.other_param_names):
+            for held in (
+                getattr(layer, attribute) for attribute in layer.adapter_layer_names + layer.other_param_names
+            ):
                 if adapter in held:
                     del held[adapter]
         if not layer.loft_theta:
@@ -198,11 +204,11 @@ def check_state(model: nn.Module, state_dict: dict, prefix: str, *_: Any) -> Non
         if isinstance(module, Linear):
             for kind in ("loft_theta", "loft_support", "loft_energy"):
                 held = getattr(module, kind)
-                for adapter in held.keys():  # noqa: SIM118 - a module, not a dict
+                for adapter in held.keys():
                     expected.setdefault(adapter, {})[f"{prefix}{name}.{kind}.{adapter}"] = held[adapter]
     given = {key for key in state_dict if ".loft_" in key and key.startswith(prefix)}
     problems = []
-    for adapter, tensors in expected.items():
+    for tensors in expected.values():
         if not given & tensors.keys():
             continue
         problems += [f"{key} is missing" for key in tensors if key not in given]
@@ -230,4 +236,8 @@ def _tensor_problems(key: str, value: torch.Tensor, held: torch.Tensor) -> list[
     eps = torch.finfo(value.dtype).eps
     # Rounding each entry of an orthonormal P by eps/2 moves P^T P by at most eps sqrt(r) in the 2-norm; fp32 bases carry 50 eps.
     limit = max(50 * torch.finfo(torch.float32).eps, eps) * p.shape[1] ** 0.5
-    return [] if error <= limit else [f"{key} is not orthonormal: ||P^T P - I||_2 = {error:.1e}, expected at most {limit:.1e}"]
+    return (
+        []
+        if error <= limit
+        else [f"{key} is not orthonormal: ||P^T P - I||_2 = {error:.1e}, expected at most {limit:.1e}"]
+    )

@@ -41,7 +41,11 @@ def match_supports(supports: Mapping[str, Any], names: Mapping[str, Any] | list[
     """
     matched, problems, used = {}, [], set()
     for name in names:
-        keys = [name] if name in supports else [k for k in supports if f".{name}".endswith(f".{k}") or f".{k}".endswith(f".{name}")]
+        keys = (
+            [name]
+            if name in supports
+            else [k for k in supports if f".{name}".endswith(f".{k}") or f".{k}".endswith(f".{name}")]
+        )
         if len(keys) == 1:
             matched[name] = supports[keys[0]]
             used.add(keys[0])

@@ -12,9 +12,10 @@
 //!
 //! Differences from ABRIK: the block is about a quarter of the rank, since a deep Krylov space of small
 //! blocks captures more per product than a shallow one of wide blocks; both bases are kept orthonormal;
-//! blocks that lose rank are completed. It stops after a default depth, or, given `tol`, when the
-//! energy that the residuals allow to be missing is below `tol` of that captured; and at once when the space is
-//! invariant.
+//! blocks that lose rank are completed. It stops when the energy
+//! that the residuals allow to be missing is below `tol` of that captured, and at once when the space is invariant.
+//! Without a `tol` it takes the depth that decaying spectra need and, while that estimate stays above 1e-3, a few
+//! blocks more.
 
 use faer::Mat;
 
@@ -31,7 +32,7 @@ use crate::small;
 /// What the solvers may be told.
 #[derive(Debug, Clone, Copy)]
 pub struct Params {
-    /// Largest fraction of the captured energy that may be missing; `None` for the default depth.
+    /// Largest fraction of the captured energy that may be missing; `None` for the default.
     pub tol: Option<f64>,
     /// Seed of every draw.
     pub seed: u64,
@@ -57,19 +58,26 @@ pub struct Truncated<T> {
 /// Columns for which the products run fastest (measured).
 const WIDTH: usize = 24;
 
-/// Block size and default number of blocks of a Krylov space.
+/// Block size of a Krylov space, and how many blocks it gets without a `tol`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Depth {
     pub(crate) block: usize,
+    /// Enough for a decaying spectrum; from here on the residuals decide.
     pub(crate) steps: usize,
+    /// Where a flat spectrum is given up on.
+    pub(crate) most: usize,
 }
+
+/// Without a `tol`, the estimate of the missing fraction of energy that ends the search.
+const CLOSE: f64 = 1e-3;
 
 impl Depth {
     /// Blocks of about a quarter of the rank, whole multiples of what the kernels like best, and
     /// `spread r / b + least` of them: the fewer the blocks per rank, the more depth a given energy takes.
     pub(crate) fn new(rank: usize, spread: f64, least: f64) -> Self {
         let block = rank.div_ceil(4).next_multiple_of(WIDTH);
-        Self { block, steps: (spread * rank as f64 / block as f64 + least).round() as usize }
+        let steps = (spread * rank as f64 / block as f64 + least).round() as usize;
+        Self { block, steps, most: steps + 3 }
     }
 
     pub(crate) fn columns(self) -> usize {
@@ -80,6 +88,31 @@ impl Depth {
     pub(crate) fn fits(self, dimension: usize) -> bool {
         fits(self.columns() + self.block, dimension)
     }
+
+    /// Whether the Ritz values should be looked at after `step` blocks.
+    pub(crate) fn tests(self, step: usize, rank: usize, tol: Option<f64>) -> bool {
+        if tol.is_some() { 2 * step * self.block > 3 * rank } else { step >= self.steps }
+    }
+
+    /// What to do when `missing` of `energy` may still be outside after `step` blocks.
+    pub(crate) fn verdict(self, step: usize, dimension: usize, missing: f64, energy: f64, tol: Option<f64>) -> Verdict {
+        let full = !fits((step + 2) * self.block, dimension);
+        if missing <= tol.unwrap_or(CLOSE) * energy || (tol.is_none() && (step >= self.most || full)) {
+            Verdict::Done
+        } else if full {
+            Verdict::Dense
+        } else {
+            Verdict::Deeper
+        }
+    }
+}
+
+/// Stop, take another block, or give the Krylov space up for a dense decomposition.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Verdict {
+    Done,
+    Deeper,
+    Dense,
 }
 
 pub(crate) fn fits(columns: usize, dimension: usize) -> bool {
@@ -127,15 +160,16 @@ pub fn truncated_svd<T: Real>(
         control.check()?;
         space.advance(op, par);
         // With nothing left outside, and room for the rank inside, the triplets are final.
-        let due = step >= depth.steps || (space.tail.norm_max() == 0.0 && space.right.cols() >= rank);
-        if due || (params.tol.is_some() && 2 * space.right.cols() > 3 * rank) {
-            let small = Small::solve(&space, rank)?;
-            if params.tol.map_or(due, |tol| small.missing() <= tol * small.energy()) {
-                return Ok(Some(space.finish(small, par)));
-            }
-            if !fits(space.right.cols() + 2 * depth.block, dimension) {
-                return Ok(None);
-            }
+        let final_already = space.tail.norm_max() == 0.0 && space.right.cols() >= rank;
+        if !final_already && !depth.tests(step, rank, params.tol) {
+            continue;
+        }
+        let small = Small::solve(&space, rank)?;
+        let missing = if final_already { 0.0 } else { small.missing() };
+        match depth.verdict(step, dimension, missing, small.energy(), params.tol) {
+            Verdict::Done => return Ok(Some(space.finish(small, par))),
+            Verdict::Dense => return Ok(None),
+            Verdict::Deeper => {}
         }
     }
     unreachable!("the loop above ends by returning")
@@ -189,7 +223,7 @@ impl<T: Real> Space<T> {
     }
 }
 
-fn stack(upper: &Mat<f64>, lower: &Mat<f64>) -> Mat<f64> {
+pub(crate) fn stack(upper: &Mat<f64>, lower: &Mat<f64>) -> Mat<f64> {
     let cut = upper.nrows();
     Mat::from_fn(cut + lower.nrows(), lower.ncols(), |i, j| if i < cut { upper[(i, j)] } else { lower[(i - cut, j)] })
 }

@@ -18,7 +18,7 @@ use faer::Mat;
 
 use crate::control::Control;
 use crate::error::{Result, invalid};
-use crate::krylov::{Depth, Params, fits, missing};
+use crate::krylov::{Depth, Params, Verdict, missing, stack};
 use crate::op::{Dense, Operator, SkewDense, SkewProduct};
 use crate::orth::{Deflation, Extension, extend, orthonormalize, orthonormalize_with_r, polish};
 use crate::panel::{Basis, Panel, cross, round, times};
@@ -125,9 +125,9 @@ pub fn skew_project<T: Real>(weight: View<'_>, grad: View<'_>, side: Side, par: 
 fn dense<T: Real>(op: &SkewDense<T>, rank: usize, par: Par) -> Result<SkewSubspace<T>> {
     let small = op.matrix.mat();
     let k = Mat::from_fn(small.nrows(), small.ncols(), |i, j| small[(i, j)].f64());
-    let planes = split(&k, rank)?;
-    let basis = Panel::from_mat(planes.vectors.as_ref());
-    Ok(assemble(basis, &k, &planes, None, (op.square(), 0.0), 1, par))
+    let ritz = Ritz::whole(k, rank)?;
+    let basis = Panel::from_mat(ritz.planes.vectors.as_ref());
+    Ok(assemble(basis, &ritz, (op.square(), 0.0), 1, par))
 }
 
 fn row_space<T: Real>(weight: Scaled<'_>, grad: Scaled<'_>, rank: usize, par: Par) -> Result<SkewSubspace<T>> {
@@ -138,9 +138,9 @@ fn row_space<T: Real>(weight: Scaled<'_>, grad: Scaled<'_>, rank: usize, par: Pa
     let (r_w, r_g) = (r.subcols(0, m), r.subcols(m, m));
     let product = r_w * r_g.transpose();
     let k = Mat::from_fn(2 * m, 2 * m, |i, j| (product[(i, j)] - product[(j, i)]) / 2.0);
-    let planes = split(&k, rank)?;
-    let basis = times(q.mat(), planes.vectors.as_ref(), par).cast();
-    Ok(assemble(basis, &k, &planes, None, (k.squared_norm_l2(), 0.0), 1, par))
+    let ritz = Ritz::whole(k, rank)?;
+    let basis = times(q.mat(), ritz.planes.vectors.as_ref(), par).cast();
+    Ok(assemble(basis, &ritz, (ritz.k.squared_norm_l2(), 0.0), 1, par))
 }
 
 /// `None` if the Krylov space would come near the whole space.
@@ -168,36 +168,61 @@ fn lanczos<T: Real>(
         }
         let Extension { block, coefficients, r } = extend(&basis, &image, &mut deflation, par);
         next = block;
-        let due = step >= depth.steps || (r.norm_max() == 0.0 && basis.cols() >= rank);
-        let test = due || (params.tol.is_some() && basis.cols() > 2 * rank);
-        if test {
-            let k = compressed(&columns, &coefficients, depth.block);
-            let planes = split(&k, rank)?;
-            let residuals = residual_norms(&k, &planes, Some(&r));
-            if params.tol.map_or(due, |tol| allowed(&planes, &residuals, tol)) {
-                control.check()?;
-                let (square, extra) = match square {
-                    Some(square) => ((square, 0.0), 0),
-                    None => (estimate_square(op, &basis, &k, &r, params.seed, par), 1),
-                };
-                let lifted = times(basis.mat(), round::<T>(planes.vectors.as_ref()).as_ref(), par);
-                return Ok(Some(assemble(lifted, &k, &planes, Some(&r), square, step + extra, par)));
-            }
-            if !fits(basis.cols() + 2 * depth.block, n) {
-                return Ok(None);
+        // With nothing left outside, and room for the rank inside, the planes are final.
+        let final_already = r.norm_max() == 0.0 && basis.cols() >= rank;
+        if final_already || depth.tests(step, rank, params.tol) {
+            let ritz = Ritz::of(compressed(&columns, &coefficients, depth.block), r.clone(), rank)?;
+            let missing = if final_already { 0.0 } else { ritz.missing() };
+            match depth.verdict(step, n, missing, ritz.energy(), params.tol) {
+                Verdict::Done => {
+                    control.check()?;
+                    let estimate = || (estimate_square(op, &basis, &ritz, params.seed, par), 1);
+                    let (square, extra) = square.map_or_else(estimate, |square| ((square, 0.0), 0));
+                    let lifted = times(basis.mat(), round::<T>(ritz.planes.vectors.as_ref()).as_ref(), par);
+                    return Ok(Some(assemble(lifted, &ritz, square, step + extra, par)));
+                }
+                Verdict::Dense => return Ok(None),
+                Verdict::Deeper => {}
             }
         }
-        columns.push(Mat::from_fn(coefficients.nrows() + r.nrows(), r.ncols(), |i, j| {
-            if i < coefficients.nrows() { coefficients[(i, j)] } else { r[(i - coefficients.nrows(), j)] }
-        }));
+        columns.push(stack(&coefficients, &r));
     }
     unreachable!("the loop above ends by returning")
 }
 
-fn allowed(planes: &Planes, residuals: &[f64], tol: f64) -> bool {
-    let values: Vec<f64> = (0..residuals.len()).map(|j| planes.strengths.get(j / 2).copied().unwrap_or(0.0)).collect();
-    let next = planes.strengths.get(residuals.len().div_ceil(2)).copied().unwrap_or(0.0);
-    missing(&values, residuals, next) <= tol * values.iter().map(|x| x * x).sum::<f64>()
+/// The planes of a compressed S, and the tail `R_q` by which S leaves the space (no columns where it does not).
+struct Ritz {
+    k: Mat<f64>,
+    tail: Mat<f64>,
+    planes: Planes,
+    residuals: Vec<f64>,
+}
+
+impl Ritz {
+    fn of(k: Mat<f64>, tail: Mat<f64>, rank: usize) -> Result<Self> {
+        let planes = split(&k, rank)?;
+        let residuals = residual_norms(&k, &planes, &tail);
+        Ok(Self { k, tail, planes, residuals })
+    }
+
+    fn whole(k: Mat<f64>, rank: usize) -> Result<Self> {
+        Self::of(k, Mat::zeros(0, 0), rank)
+    }
+
+    /// Strengths by column.
+    fn values(&self) -> Vec<f64> {
+        let strength = |j: usize| self.planes.strengths.get(j / 2).copied().unwrap_or(0.0);
+        (0..self.residuals.len()).map(strength).collect()
+    }
+
+    fn energy(&self) -> f64 {
+        self.values().iter().map(|x| x * x).sum()
+    }
+
+    fn missing(&self) -> f64 {
+        let next = self.planes.strengths.get(self.residuals.len().div_ceil(2)).copied().unwrap_or(0.0);
+        missing(&self.values(), &self.residuals, next)
+    }
 }
 
 /// `V^T S V` from the coefficient columns; the last one has nothing below it yet.
@@ -211,7 +236,7 @@ fn compressed(columns: &[Mat<f64>], last: &Mat<f64>, block: usize) -> Mat<f64> {
 }
 
 /// `||S y - K-part||`: what leaves the space, and what the split of K itself left over.
-fn residual_norms(k: &Mat<f64>, planes: &Planes, tail: Option<&Mat<f64>>) -> Vec<f64> {
+fn residual_norms(k: &Mat<f64>, planes: &Planes, tail: &Mat<f64>) -> Vec<f64> {
     let y = &planes.vectors;
     let image = k * y;
     (0..y.ncols())
@@ -224,24 +249,15 @@ fn residual_norms(k: &Mat<f64>, planes: &Planes, tail: Option<&Mat<f64>>) -> Vec
             } else {
                 0.0
             };
-            let outside = tail.map_or(0.0, |r| {
-                let last = y.col(j).subrows(y.nrows() - r.ncols(), r.ncols());
-                (r * last).squared_norm_l2()
-            });
+            let last = y.col(j).subrows(y.nrows() - tail.ncols(), tail.ncols());
+            let outside = (tail * last).squared_norm_l2();
             (inside + outside).sqrt()
         })
         .collect()
 }
 
 /// `||S||_F^2` and its standard error, from the Krylov space and probes in its complement.
-fn estimate_square<T: Real>(
-    op: &impl Operator<T>,
-    basis: &Basis<T>,
-    k: &Mat<f64>,
-    tail: &Mat<f64>,
-    seed: u64,
-    par: Par,
-) -> (f64, f64) {
+fn estimate_square<T: Real>(op: &impl Operator<T>, basis: &Basis<T>, ritz: &Ritz, seed: u64, par: Par) -> (f64, f64) {
     let outside = |mut panel: Panel<T>| {
         let c = cross(basis.mat(), panel.mat(), par);
         panel.subtract(basis.mat(), c.as_ref(), par);
@@ -251,28 +267,20 @@ fn estimate_square<T: Real>(
     let samples: Vec<f64> = outside(op.apply(&probes, par)).norms().iter().map(|x| x * x).collect();
     let mean = samples.iter().sum::<f64>() / PROBES as f64;
     let spread = samples.iter().map(|x| (x - mean).powi(2)).sum::<f64>() / (PROBES - 1) as f64;
-    let known = k.squared_norm_l2() + 2.0 * tail.squared_norm_l2();
+    let known = ritz.k.squared_norm_l2() + 2.0 * ritz.tail.squared_norm_l2();
     (known + mean, (spread / PROBES as f64).sqrt())
 }
 
-fn assemble<T: Real>(
-    mut basis: Panel<T>,
-    k: &Mat<f64>,
-    planes: &Planes,
-    tail: Option<&Mat<f64>>,
-    square: (f64, f64),
-    passes: usize,
-    par: Par,
-) -> SkewSubspace<T> {
+fn assemble<T: Real>(mut basis: Panel<T>, ritz: &Ritz, square: (f64, f64), passes: usize, par: Par) -> SkewSubspace<T> {
     let rank = basis.cols;
     fix_rotations(&mut basis);
     polish(&mut basis, par);
     let whole = rank / 2;
     SkewSubspace {
         basis,
-        strengths: planes.strengths[..whole].to_vec(),
-        next: planes.strengths.get(whole).copied(),
-        residuals: residual_norms(k, planes, tail),
+        strengths: ritz.planes.strengths[..whole].to_vec(),
+        next: ritz.planes.strengths.get(whole).copied(),
+        residuals: ritz.residuals.clone(),
         square,
         passes,
     }

@@ -1,0 +1,303 @@
+"""calibration.py, sketch.py, callback.py: supports against dense gradients, order, what is left untouched, refusals."""
+
+from __future__ import annotations
+
+import numpy as np
+import peft
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from reference import make_bert, make_llama, token_batches
+
+import loft_rs
+from loft_rs import LoftConfig, NonFiniteError, calibrate
+from loft_rs.tuner.model import adapted_layers
+
+
+def build(base=None, **options):
+    return peft.get_peft_model(base or make_llama(), LoftConfig(**{"target_modules": "all-linear", "r": 6} | options))
+
+
+def dense_gradients(batches):
+    """(weights, gradients, inputs) of every linear layer in float64, over all batches, through ordinary weight gradients."""
+    model = make_llama().double()
+    layers = {n: m for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and n != "lm_head"}
+    inputs, outputs = {n: [] for n in layers}, {n: [] for n in layers}
+
+    def keep(name, x, y):
+        inputs[name].append(x.detach().flatten(0, -2))
+        outputs[name].append(y.detach().flatten(0, -2))
+
+    for name, layer in layers.items():
+        layer.register_forward_hook(lambda _, x, y, name=name: keep(name, x[0], y))
+    for batch in batches:
+        model(**batch).loss.backward()
+    return (
+        {n: m.weight.detach() for n, m in layers.items()},
+        {n: m.weight.grad for n, m in layers.items()},
+        {n: torch.cat(v) for n, v in inputs.items()},
+        {n: torch.cat(v) for n, v in outputs.items()},
+    )
+
+
+def skew_of(weight, gradient, side):
+    product = weight.mT @ gradient if side == "input" else gradient @ weight.mT
+    return (product - product.mT) / 2
+
+
+def span_energy(basis, matrix):
+    return float(torch.linalg.norm(basis.mT @ matrix @ basis) ** 2)
+
+
+@given(n=st.integers(1, 12), m=st.integers(1, 12), tokens=st.integers(1, 9), seed=st.integers(0, 2**31))
+def test_the_skew_matrix_needs_no_weight_gradient(n, m, tokens, seed):
+    generator = torch.Generator().manual_seed(seed)
+    w, x, dy = (torch.randn(*s, generator=generator, dtype=torch.float64) for s in ((m, n), (tokens, n), (tokens, m)))
+    dx, y0 = dy @ w, x @ w.mT
+    torch.testing.assert_close(skew_of(w, dy.mT @ x, "input"), (dx.mT @ x - x.mT @ dx) / 2)
+    torch.testing.assert_close(skew_of(w, dy.mT @ x, "output"), (dy.mT @ y0 - y0.mT @ dy) / 2)
+
+
+@pytest.mark.parametrize("side", ["input", "output"])
+@pytest.mark.parametrize("support", ["skewgrad", "gradsvd", "activation"])
+def test_calibrated_supports_capture_what_dense_gradients_would(side, support):
+    batches, rank = token_batches(3), 16
+    model = build(support=support, side=side, r=rank)
+    report = calibrate(model, batches)
+    weights, gradients, inputs, outputs = dense_gradients(batches)
+    assert report.passes == 2 and report.batches == 3 and len(report.layers) == 14
+    for name, layer in adapted_layers(model)[1].items():
+        p = layer.loft_support["default"].double()
+        eps = torch.finfo(torch.float32).eps
+        assert torch.linalg.matrix_norm(p.mT @ p - torch.eye(rank), 2) <= 50 * eps
+        if support == "skewgrad":
+            s = skew_of(weights[name], gradients[name], side)
+            values = torch.linalg.svdvals(s) ** 2
+            captured, total = span_energy(p, s), float(values.sum())
+        else:
+            matrix = gradients[name] if side == "input" else gradients[name].mT
+            if support == "activation":
+                matrix = inputs[name] if side == "input" else outputs[name]
+            values = torch.linalg.svdvals(matrix) ** 2
+            captured, total = float(torch.linalg.norm(matrix @ p) ** 2), float(values.sum())
+        # A sketch as wide as the layer is the dense problem; a narrower one, on the flat spectra of a random model, is near it.
+        whole = len(p) <= rank + 16
+        assert captured >= (0.9999 if whole else 0.8) * float(values[:rank].sum())
+        reported = report.layers[name]
+        assert abs(reported.energy - captured / total) <= 1e-4 + 5 * reported.energy_stderr
+
+
+@pytest.mark.parametrize("support", ["principal", "random", "skewgrad"])
+@pytest.mark.parametrize("side", ["input", "output"])
+def test_input_pca_order_decorrelates_the_coordinates_in_descending_order(support, side):
+    batches = token_batches(3)
+    model = build(support=support, side=side)
+    before = {n: layer.loft_support["default"].clone() for n, layer in adapted_layers(model)[1].items()}
+    report = calibrate(model, batches)
+    _, _, inputs, outputs = dense_gradients(batches)
+    assert report.passes == (2 if support == "skewgrad" else 1) and report.order == "input_pca"
+    for name, layer in adapted_layers(model)[1].items():
+        p = layer.loft_support["default"]
+        z = (inputs if side == "input" else outputs)[name] @ p.double()
+        moment = z.mT @ z
+        diagonal = moment.diagonal()
+        assert (moment - torch.diag(diagonal)).abs().max() <= 1e-4 * diagonal[0]
+        assert (diagonal[1:] <= diagonal[:-1] * 1.0001).all()
+        if support != "skewgrad":  # the span is the one it was
+            torch.testing.assert_close(p @ (p.mT @ before[name]), before[name], atol=1e-5, rtol=0)
+
+
+def test_natural_order_keeps_the_planes_together():
+    model = build(support="skewgrad", order="natural")
+    report = calibrate(model, token_batches(2))
+    weights, gradients, *_ = dense_gradients(token_batches(2))
+    name = next(iter(report.layers))
+    p = torch.from_numpy(report.layers[name].basis).double()
+    compressed = p.mT @ skew_of(weights[name], gradients[name], "input") @ p
+    planes = torch.block_diag(*[torch.ones(2, 2)] * 3)
+    assert float((compressed * (1 - planes)).abs().max()) <= 0.02 * float(compressed.abs().max())
+    assert np.allclose(report.layers[name].values[::2], report.layers[name].values[1::2])
+
+
+def test_a_train_step_gives_what_a_dataloader_gives():
+    batches = token_batches(3)
+    first, second = build(support="gradsvd"), build(support="gradsvd")
+    calibrate(first, batches)
+
+    def step():
+        for batch in batches:
+            second(**batch).loss.backward()
+
+    report = calibrate(second, train_step=step)
+    assert report.batches is None
+    for (name, a), (_, b) in zip(first.state_dict().items(), second.state_dict().items(), strict=True):
+        if "loft_support" in name:
+            torch.testing.assert_close(a, b, atol=1e-6, rtol=0)
+
+
+def test_forward_only_supports_take_a_train_step_that_calls_backward():
+    batches = token_batches(2)
+    model, twin = build(support="activation"), build(support="activation")
+    calibrate(model, train_step=lambda: [model(**batch).loss.backward() for batch in batches])
+    calibrate(twin, batches)
+    for name, layer in adapted_layers(model)[1].items():
+        torch.testing.assert_close(layer.loft_support["default"], adapted_layers(twin)[1][name].loft_support["default"])
+
+
+def test_calibration_leaves_everything_else_alone():
+    model = build(make_bert(), support="skewgrad", target_modules=["query", "value", "dense"], task_type="SEQ_CLS")
+    model.train()
+    kept = {n: p.detach().clone() for n, p in model.named_parameters()}
+    some = next(p for p in model.parameters() if p.requires_grad)
+    some.grad = torch.ones_like(some)
+    calibrate(model, token_batches(2, classes=True), head_steps=0)
+    assert all(m.training for m in model.modules())
+    assert torch.equal(some.grad, torch.ones_like(some))
+    assert all(torch.equal(p, kept[n]) and (p is some or p.grad is None) for n, p in model.named_parameters())
+    assert all(layer.tap is None for layer in adapted_layers(model)[1].values())
+
+
+def test_a_fresh_head_is_warmed_up_kept_and_named_in_the_report():
+    model = build(make_bert(), support="skewgrad", target_modules=["query", "value"], task_type="SEQ_CLS")
+    head = next(p for n, p in model.named_parameters() if "classifier.modules_to_save" in n)
+    before = head.detach().clone()
+    report = calibrate(model, token_batches(2, classes=True))
+    assert report.head_steps == 20 and "head warmed up for 20 steps" in str(report)
+    assert not torch.equal(head, before) and head.grad is None
+
+
+def test_checkpointing_models_that_run_twice_and_in_place_activations():
+    class Twice(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.a, self.b = torch.nn.Linear(12, 12), torch.nn.Linear(12, 12)
+
+        def forward(self, x):
+            h = torch.relu_(self.a(x))
+            return (self.b(torch.relu_(self.a(h))) ** 2).mean()
+
+    x = torch.randn(20, 12, generator=torch.Generator().manual_seed(1))
+    model = peft.get_peft_model(
+        Twice(), LoftConfig(r=4, target_modules=["a", "b"], support="skewgrad", order="natural")
+    )
+    calibrate(model, train_step=lambda: model(x).backward())
+    plain = Twice().double()
+    plain(x.double()).backward()
+    s = skew_of(plain.a.weight.detach(), plain.a.weight.grad, "input")
+    p = adapted_layers(model)[1]["a"].loft_support["default"].double()
+    assert span_energy(p, s) >= 0.999 * float((torch.linalg.svdvals(s)[:4] ** 2).sum())
+
+
+def test_an_unreached_layer_gets_a_random_support_and_a_warning():
+    model = build(make_bert().bert, support="skewgrad", target_modules=["query", "dense"])
+    batch = {k: v for k, v in token_batches(1)[0].items() if k != "labels"}
+
+    def step():
+        model(**batch).last_hidden_state.square().mean().backward()
+
+    with pytest.warns(UserWarning, match=r"no calibration batch .* pooler\.dense: a random support"):
+        report = calibrate(model, train_step=step)
+    assert report.layers["pooler.dense"].method == "random"
+    model.train()
+    model(**batch)
+
+
+def test_the_callback_calibrates_once_before_training(tmp_path):
+    from transformers import Trainer, TrainingArguments
+
+    model, callback = build(support="gradsvd"), loft_rs.LoftCalibrationCallback(max_batches=2)
+    arguments = TrainingArguments(
+        output_dir=str(tmp_path), max_steps=2, report_to=[], save_strategy="no", disable_tqdm=True, use_cpu=True
+    )
+    data = [{"input_ids": b["input_ids"][0], "labels": b["labels"][0]} for b in token_batches(16)]
+    Trainer(model, arguments, train_dataset=data, callbacks=[callback]).train()
+    assert callback.report.method == "gradsvd" and callback.report.batches == 2
+    assert any(layer.loft_theta["default"].any() for layer in adapted_layers(model)[1].values())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16])
+def test_half_precision_models_calibrate(dtype):
+    model = build(make_llama(dtype), support="skewgrad")
+    report = calibrate(model, token_batches(2))
+    assert all(0 < s.energy <= 1 for s in report.layers.values())
+    assert next(iter(adapted_layers(model)[1].values())).loft_support["default"].dtype == dtype
+
+
+UNLABELLED = [{"input_ids": torch.zeros(1, 3, dtype=torch.long)}]
+
+
+def nan_batch():
+    class Broken:
+        def __iter__(self):
+            yield token_batches(1)[0]
+            yield {"inputs_embeds": torch.full((1, 3, 32), float("nan")), "labels": torch.zeros(1, 3, dtype=torch.long)}
+
+    return Broken()
+
+
+@pytest.mark.parametrize(
+    ("options", "arguments", "error", "message"),
+    [
+        ({"support": "skewgrad"}, {}, ValueError, "exactly one of dataloader and train_step"),
+        ({"support": "skewgrad"}, {"dataloader": []}, ValueError, "dataloader gave no batch"),
+        (
+            {"support": "skewgrad"},
+            {"dataloader": token_batches(1), "max_batches": 0},
+            ValueError,
+            "max_batches must be at least 1",
+        ),
+        (
+            {"support": "skewgrad"},
+            {"dataloader": UNLABELLED},
+            ValueError,
+            "gave no loss: add labels",
+        ),
+        ({"support": "skewgrad"}, {"train_step": lambda: None}, ValueError, r"train_step must call backward\(\)"),
+        ({"support": "skewgrad"}, {"dataloader": nan_batch()}, NonFiniteError, "loss is nan; nothing was changed"),
+        ({"order": "natural"}, {"dataloader": token_batches(1)}, ValueError, "nothing to calibrate"),
+        (
+            {"support": "skewgrad"},
+            {"dataloader": token_batches(1), "head_steps": 3},
+            ValueError,
+            "head_steps needs modules_to_save",
+        ),
+    ],
+)
+def test_bad_calibrations_are_named_and_change_nothing(options, arguments, error, message):
+    model = build(**options)
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    with pytest.raises(error, match=message):
+        calibrate(model, **arguments)
+    for key, value in model.state_dict().items():
+        torch.testing.assert_close(value, before[key], equal_nan=True, atol=0, rtol=0)
+    assert all(layer.tap is None for layer in adapted_layers(model)[1].values())
+
+
+def test_an_exception_in_train_step_and_a_nan_activation_leave_the_model_as_it_was():
+    model = build(support="activation")
+    model.train()
+
+    def explode():
+        model(**token_batches(1)[0])
+        raise OSError("disk")
+
+    with pytest.raises(OSError, match="disk"):
+        calibrate(model, train_step=explode)
+    assert model.training and all(layer.tap is None for layer in adapted_layers(model)[1].values())
+    embeds = torch.full((1, 3, 32), float("nan"))
+    with pytest.raises(NonFiniteError, match=r"layer model\.layers\.0\.\S+ saw NaN or Inf"):
+        calibrate(model, [{"inputs_embeds": embeds}])
+    assert not any(layer.loft_ready["default"] for layer in adapted_layers(model)[1].values())
+
+
+def test_a_trained_adapter_is_not_calibrated_again():
+    model = build()
+    with torch.no_grad():
+        for layer in adapted_layers(model)[1].values():
+            layer.loft_theta["default"].fill_(0.1)
+    with pytest.raises(ValueError, match="calibrate needs an untrained adapter"):
+        calibrate(model, token_batches(1))
+    with pytest.raises(ValueError, match="model has no LOFT layers"):
+        calibrate(make_llama(), token_batches(1))

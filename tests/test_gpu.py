@@ -1,0 +1,112 @@
+"""On a CUDA device: the function, its gradients and its start against float64 on the CPU. Skipped without one."""
+
+from __future__ import annotations
+
+import copy
+
+import peft
+import pytest
+import torch
+from reference import basis_of, make_llama, token_batches
+
+import loft_rs
+from loft_rs import LoftConfig
+from loft_rs.nn import LoftLinear
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+# Norm-wise: float32 arithmetic over 256 terms; bf16 carries 2^-9 in each of z, E, dY Q and the output.
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
+
+
+def on_gpu(layer, dtype):
+    twin = copy.deepcopy(layer).to("cuda")
+    twin.base_layer.to(dtype)
+    twin.loft_support["default"] = twin.loft_support["default"].to(dtype)
+    twin.loft_theta["default"].data = twin.loft_theta["default"].data.float()
+    return twin
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("side", ["input", "output"])
+@pytest.mark.parametrize("placement", ["rotate", "add"])
+@pytest.mark.parametrize("transform", ["cayley", "exp", "free"])
+def test_output_and_gradients_against_float64_on_the_cpu(dtype, side, placement, transform):
+    torch.manual_seed(0)
+    base = torch.nn.Linear(256, 192).to(dtype).double()
+    layer = LoftLinear(base, basis_of(256 if side == "input" else 192, 16), transform, side)
+    with torch.no_grad():
+        layer.loft_theta["default"].normal_(std=0.1)
+    layer.placement = placement
+    twin = on_gpu(layer, dtype)
+    x = torch.randn(64, 256).to(dtype)
+    grad = torch.randn(64, 192).to(dtype)
+    pairs = []
+    for module, value, weight in ((layer, x.double(), grad.double()), (twin, x.cuda(), grad.cuda())):
+        value.requires_grad_()
+        y = module(value)
+        y.backward(weight)
+        pairs.append([t.detach().double().cpu() for t in (y, value.grad, module.loft_theta["default"].grad)])
+    for wanted, got in zip(*pairs, strict=True):
+        assert torch.linalg.norm(got - wanted) <= TOLERANCE[dtype] * torch.linalg.norm(wanted)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("side", ["input", "output"])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("shape", [(64, 256, 192), (1000, 1024, 4096), (1000, 4096, 1024), (7, 33, 65)])
+def test_step_zero_is_the_base_layer_on_cuda(dtype, side, bias, shape):
+    tokens, n, m = shape
+    torch.manual_seed(0)
+    base = torch.nn.Linear(n, m, bias=bias).to("cuda", dtype)
+    layer = LoftLinear(base, basis_of(n if side == "input" else m, 16), side=side)
+    x = torch.randn(tokens, n, device="cuda", dtype=dtype)
+    assert torch.equal(layer(x), base(x))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_calibrate_train_save_load_and_export(tmp_path, dtype):
+    base = make_llama(dtype).cuda()
+    batches = [{k: v.cuda() for k, v in batch.items()} for batch in token_batches(4)]
+    model = peft.get_peft_model(base, LoftConfig(r=8, target_modules="all-linear", support="skewgrad"))
+    report = loft_rs.calibrate(model, batches)
+    assert all(0 < s.energy <= 1 for s in report.layers.values())
+    optimiser = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.02, fused=True)
+    model.train()
+    losses = []
+    for _ in range(10):
+        for batch in batches:
+            loss = model(**batch).loss
+            loss.backward()
+            optimiser.step()
+            optimiser.zero_grad()
+        losses.append(float(loss))
+    assert losses[-1] < losses[0] and loft_rs.orthogonality_error(model) <= 1e-6
+    with torch.no_grad():
+        wanted = model.eval()(**batches[0]).logits
+    model.save_pretrained(tmp_path / "loft")
+    loaded = peft.PeftModel.from_pretrained(make_llama(dtype).cuda(), str(tmp_path / "loft")).eval()
+    loft_rs.export_lora(model, tmp_path / "lora")
+    lora = peft.PeftModel.from_pretrained(make_llama(dtype).cuda(), str(tmp_path / "lora")).eval()
+    with torch.no_grad():
+        assert torch.equal(loaded(**batches[0]).logits, wanted)
+        difference = (lora(**batches[0]).logits - wanted).abs().max()
+    assert difference <= (1e-5 if dtype == torch.float32 else 0.05)
+
+
+def test_select_support_takes_cuda_tensors():
+    g = torch.randn(96, 64, device="cuda", dtype=torch.bfloat16)
+    support, reference = loft_rs.select_support(g, 8), loft_rs.select_support(g.cpu(), 8)
+    assert (support.basis == reference.basis).all()
+
+
+def test_peak_memory_holds_nothing_of_the_size_of_x():
+    tokens, n, r = 8192, 2048, 16
+    base = torch.nn.Linear(n, n, bias=False).to("cuda", torch.bfloat16).requires_grad_(False)
+    layer = LoftLinear(base, basis_of(n, r))
+    layer(torch.randn(8, n, device="cuda", dtype=torch.bfloat16).requires_grad_()).sum().backward()
+    x = torch.randn(tokens, n, device="cuda", dtype=torch.bfloat16).requires_grad_()
+    before = torch.cuda.memory_allocated()
+    y = layer(x)
+    held = torch.cuda.memory_allocated() - before - y.numel() * 2
+    assert held <= 4 * tokens * r  # z in bf16, and the allocator's rounding

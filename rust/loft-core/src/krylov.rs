@@ -71,6 +71,9 @@ pub(crate) struct Depth {
 /// Without a `tol`, the estimate of the missing fraction of energy that ends the search.
 const CLOSE: f64 = 1e-3;
 
+/// Up to this dimension a dense decomposition takes well under a second.
+const DENSE: usize = 1024;
+
 impl Depth {
     /// Blocks of about a quarter of the rank, whole multiples of what the kernels like best, and
     /// `spread r / b + least` of them: the fewer the blocks per rank, the more depth a given energy takes.
@@ -97,7 +100,8 @@ impl Depth {
     /// What to do when `missing` of `energy` may still be outside after `step` blocks.
     pub(crate) fn verdict(self, step: usize, dimension: usize, missing: f64, energy: f64, tol: Option<f64>) -> Verdict {
         let full = !fits((step + 2) * self.block, dimension);
-        if missing <= tol.unwrap_or(CLOSE) * energy || (tol.is_none() && (step >= self.most || full)) {
+        let spent = step >= self.most || (full && dimension > DENSE);
+        if missing <= tol.unwrap_or(CLOSE) * energy || (tol.is_none() && spent) {
             Verdict::Done
         } else if full {
             Verdict::Dense

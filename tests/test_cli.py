@@ -10,6 +10,7 @@ import sys
 
 import numpy as np
 import pytest
+from reference import make_llama
 from safetensors.numpy import load_file, save_file
 
 from loft_rs import load_supports, select_support
@@ -225,16 +226,7 @@ def trained(tmp_path_factory):
     from loft_rs import LoftConfig
 
     folder = tmp_path_factory.mktemp("trained")
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=40,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-    )
-    transformers.LlamaForCausalLM(config).save_pretrained(folder / "base")
+    make_llama(num_hidden_layers=1).save_pretrained(folder / "base")
     base = transformers.AutoModelForCausalLM.from_pretrained(folder / "base")
     options = dict(r=8, target_modules="all-linear", task_type="CAUSAL_LM", init_weights=False)
     model = peft.get_peft_model(base, LoftConfig(**options)).eval()

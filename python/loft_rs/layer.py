@@ -17,12 +17,12 @@ import torch
 from torch import Tensor, nn
 
 from .factor import AddLowRank, LowRank, gram_root
+from .support import SIDES
 from .transform import DeltaGroup, get_transform
 
 __all__ = ["AdaptedLinear", "LoftLinear", "choose_placement", "dense_weight", "feature_sizes"]
 
 _HALF = (torch.bfloat16, torch.float16)
-SIDES = ("input", "output")
 
 
 class TensorDict(nn.Module):

@@ -9,12 +9,11 @@ from dataclasses import dataclass, field
 from peft.config import PeftConfig
 from peft.utils import PeftType
 
-from ..layer import SIDES
+from ..inspection import FORMAT_VERSION
+from ..support import SIDES
 from ..transform import TRANSFORMS
 
-__all__ = ["FORMAT_VERSION", "LoftConfig"]
-
-FORMAT_VERSION = 1
+__all__ = ["LoftConfig"]
 
 # Chosen when the model is built, from the weights or a seed; the others wait for `calibrate`.
 DATA_FREE_SUPPORTS = ("principal", "random", "coordinate")

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
+from datetime import timedelta
+
 import numpy as np
 import peft
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from reference import make_bert, make_llama, token_batches
+from reference import basis_of, make_bert, make_llama, token_batches
 
 import loft_rs
 from loft_rs import LoftConfig, NonFiniteError, calibrate
@@ -211,17 +215,31 @@ def test_an_unreached_layer_gets_a_random_support_and_a_warning():
     model(**batch)
 
 
-def test_the_callback_calibrates_once_before_training(tmp_path):
+def trained_with_callback(model, folder, **options):
     from transformers import Trainer, TrainingArguments
 
-    model, callback = build(support="gradsvd"), loft_rs.LoftCalibrationCallback(max_batches=2)
-    arguments = TrainingArguments(
-        output_dir=str(tmp_path), max_steps=2, report_to=[], save_strategy="no", disable_tqdm=True, use_cpu=True
-    )
+    callback = loft_rs.LoftCalibrationCallback(max_batches=2)
+    options |= {"report_to": [], "save_strategy": "no", "disable_tqdm": True, "use_cpu": True}
     data = [{"input_ids": b["input_ids"][0], "labels": b["labels"][0]} for b in token_batches(16)]
+    arguments = TrainingArguments(output_dir=str(folder), max_steps=2, **options)
     Trainer(model, arguments, train_dataset=data, callbacks=[callback]).train()
-    assert callback.report.method == "gradsvd" and callback.report.batches == 2
     assert any(layer.loft_theta["default"].any() for layer in adapted_layers(model)[1].values())
+    return callback.report
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_the_callback_calibrates_once_before_training(tmp_path, bf16):
+    report = trained_with_callback(build(support="gradsvd"), tmp_path, bf16=bf16)
+    assert report.method == "gradsvd" and report.batches == 2
+
+
+def test_the_callback_leaves_supports_that_are_set(tmp_path):
+    model = build(support="skewgrad", target_modules=["q_proj"])
+    loft_rs.set_support(model, {name: basis_of(32, 6) for name in adapted_layers(model)[1]})
+    held = [layer.loft_support["default"].clone() for layer in adapted_layers(model)[1].values()]
+    assert trained_with_callback(model, tmp_path) is None
+    for layer, support in zip(adapted_layers(model)[1].values(), held, strict=True):
+        assert torch.equal(layer.loft_support["default"], support)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16])
@@ -230,6 +248,186 @@ def test_half_precision_models_calibrate(dtype):
     report = calibrate(model, token_batches(2))
     assert all(0 < s.energy <= 1 for s in report.layers.values())
     assert next(iter(adapted_layers(model)[1].values())).loft_support["default"].dtype == dtype
+
+
+def overlap(one, other):
+    """The mean over the layers of ||P^T P'||_F^2 / r: 1 where the spans are equal."""
+    spans = [(one.layers[name].basis, other.layers[name].basis) for name in one.layers]
+    return np.mean([np.linalg.norm(p.T @ q) ** 2 / p.shape[1] for p, q in spans])
+
+
+class Perceptron(torch.nn.Module):
+    """Two layers around a ReLU that may work in place, a mean loss, and a layer that is never run."""
+
+    def __init__(self, inplace=False, loss_factor=1.0, dropout=0.0):
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.b, self.unused = (torch.nn.Linear(n, m) for n, m in ((24, 32), (32, 24), (8, 8)))
+        self.relu, self.dropout, self.loss_factor = torch.nn.ReLU(inplace), torch.nn.Dropout(dropout), loss_factor
+
+    def forward(self, x):
+        y = self.b(self.relu(self.a(self.dropout(x))))
+        return {"loss": (y.float() - 1).square().mean() * self.loss_factor}
+
+
+X = torch.randn(40, 24, generator=torch.Generator().manual_seed(1))
+
+
+def perceptron(*targets, base=None, **options):
+    return build(base or Perceptron(), target_modules=list(targets) or ["a", "b"], r=4, **options)
+
+
+@pytest.mark.parametrize("side", ["input", "output"])
+@pytest.mark.parametrize("support", ["skewgrad", "gradsvd", "activation", "principal"])
+def test_autocast_gives_the_supports_of_float32(support, side):
+    plain, mixed = (perceptron(support=support, side=side) for _ in range(2))
+    wanted = calibrate(plain, [{"x": X}])
+
+    def step():
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            mixed(X)["loss"].backward()  # the tap's own backward runs under autocast too
+
+    report = calibrate(mixed, train_step=step)
+    if support == "principal":
+        assert overlap(wanted, report) >= 1 - 1e-5
+    if support == "activation" and side == "input":  # the first layer reads X itself, which nothing may round
+        np.testing.assert_array_equal(report.layers["a"].basis, wanted.layers["a"].basis)
+    # bf16 carries 2^-9: directions of equal strength may turn into each other, the captured energy may not change more than that.
+    base = Perceptron().double()
+    inputs = {}
+    for name in ("a", "b"):
+        layer = getattr(base, name)
+        layer.register_forward_hook(lambda layer, x, y, name=name: inputs.update({name: (x[0], y - layer.bias)}))
+    base(X.double())["loss"].backward()
+    for name in ("a", "b"):
+        w, g = getattr(base, name).weight.detach(), getattr(base, name).weight.grad
+        x = inputs[name][side == "output"].detach()
+        matrix = {"skewgrad": skew_of(w, g, side), "gradsvd": g if side == "input" else g.mT}.get(support, x)
+        bases = [torch.from_numpy(r.layers[name].basis).double() for r in (wanted, report)]
+        if support == "skewgrad":
+            best, captured = (span_energy(p, matrix) for p in bases)
+        else:
+            best, captured = (float((matrix @ p).square().sum()) for p in bases)
+        assert abs(captured - best) <= 0.01 * best
+        if support != "principal":
+            assert abs(report.layers[name].energy - wanted.layers[name].energy) <= 0.01
+
+
+@pytest.mark.parametrize("support", ["skewgrad", "gradsvd"])
+def test_float16_gradients_do_not_vanish_and_values_know_no_loss_scale(support):
+    # Gradients near 4e-7, of which float16 keeps the first bit or two: its smallest number is 6e-8.
+    wanted = calibrate(perceptron(support=support, base=Perceptron(loss_factor=2e-4)), [{"x": X}])
+    half = perceptron(support=support, base=Perceptron(loss_factor=2e-4).half())
+    report = calibrate(half, [{"x": X.half()}])
+    assert overlap(wanted, report) >= 0.999
+    for name, s in report.layers.items():
+        assert np.allclose(s.values, wanted.layers[name].values, rtol=0.03)
+
+
+@pytest.mark.parametrize("side", ["input", "output"])
+@pytest.mark.parametrize("support", ["skewgrad", "gradsvd", "activation"])
+def test_a_layer_whose_output_is_changed_in_place_calibrates(support, side):
+    changed, plain = (perceptron(support=support, side=side, base=Perceptron(inplace)) for inplace in (True, False))
+    report, wanted = (
+        calibrate(model, train_step=lambda m=model: m(X)["loss"].backward()) for model in (changed, plain)
+    )
+    for name, s in report.layers.items():
+        np.testing.assert_array_equal(s.basis, wanted.layers[name].basis)
+
+
+def test_a_train_step_that_calls_train_changes_nothing():
+    plain, restless = (perceptron(support="skewgrad", base=Perceptron(dropout=0.5)) for _ in range(2))
+
+    def step():
+        restless.train()
+        restless(X)["loss"].backward()
+
+    wanted, report = calibrate(plain, [{"x": X}]), calibrate(restless, train_step=step)
+    assert overlap(wanted, report) >= 1 - 1e-5
+    model = build(make_bert(), support="skewgrad", target_modules=["query"], task_type="SEQ_CLS")
+    batch = token_batches(1, classes=True)[0]
+    # In training mode a layer without a support refuses to run, also while the head is warmed up.
+    assert calibrate(model, train_step=lambda: model.train()(**batch).loss.backward()).head_steps == 20
+
+
+@pytest.mark.parametrize("rank", [1, 5])
+def test_half_a_plane_counts_nothing(rank):
+    model = build(support="skewgrad", r=rank, order="natural", transform="free")
+    even = calibrate(build(support="skewgrad", r=rank + 1, order="natural"), token_batches(2))
+    report = calibrate(model, token_batches(2))
+    weights, gradients, *_ = dense_gradients(token_batches(2))
+    for name, s in report.layers.items():
+        skew, p = skew_of(weights[name], gradients[name], "input"), torch.from_numpy(s.basis).double()
+        captured, total = span_energy(p, skew), float(skew.square().sum())
+        assert abs(s.energy - captured / total) <= 1e-4 + 5 * s.energy_stderr
+        assert s.values[-1] == 0 and np.allclose(s.values[:-1], even.layers[name].values[: rank - 1], rtol=1e-3)
+        assert np.isnan(s.gap) if rank == 1 else s.gap > 0
+
+
+def test_a_support_that_was_never_loaded_is_chosen_first_and_then_ordered():
+    model, reference = build(), build()
+    config = dataclasses.replace(adapted_layers(model)[1]["model.layers.0.mlp.up_proj"].loft_config["default"])
+    again = peft.get_peft_model(make_llama(), config)
+    for layer in adapted_layers(model)[1].values():  # as a config from a checkpoint leaves it
+        layer.loft_support["default"].zero_()
+        layer.loft_ready["default"] = False
+    wanted = calibrate(reference, token_batches(2))
+    for each in (model, again):
+        report = calibrate(each, token_batches(2))
+        for name, s in report.layers.items():
+            assert s.method == "principal"
+            np.testing.assert_allclose(s.basis, wanted.layers[name].basis, atol=1e-5)
+
+
+def test_a_support_from_a_file_is_ordered_and_saved_again(tmp_path):
+    path = str(tmp_path / "s.safetensors")
+    loft_rs.save_supports(path, calibrate(build(), token_batches(1)).layers)
+    report = calibrate(build(support=path), token_batches(1))
+    loft_rs.save_supports(tmp_path / "again.safetensors", report.layers)
+    assert {s.method for s in loft_rs.load_supports(tmp_path / "again.safetensors").values()} == {"custom"}
+
+
+@pytest.mark.parametrize("support", ["principal", "skewgrad"])
+def test_an_unreached_layer_keeps_the_support_it_has(support):
+    model = perceptron("a", "b", "unused", support=support)
+    if support == "skewgrad":
+        loft_rs.set_support(model, {n: basis_of(w, 4) for n, w in (("a", 24), ("b", 32), ("unused", 8))})
+    held = adapted_layers(model)[1]["unused"].loft_support["default"].clone()
+    with pytest.warns(UserWarning, match="to unused: their supports are left as they were"):
+        report = calibrate(model, [{"x": X}])
+    assert torch.equal(adapted_layers(model)[1]["unused"].loft_support["default"], held)
+    assert report.layers["unused"].method == ("principal" if support == "principal" else "custom")
+
+
+def test_a_failure_after_the_warm_up_restores_the_head_and_every_gradient():
+    model = build(make_bert(), support="skewgrad", target_modules=["query"], task_type="SEQ_CLS")
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    head = next(p for n, p in model.named_parameters() if "classifier.modules_to_save" in n)
+    head.grad = torch.ones_like(head)
+    calls = []
+
+    def step():
+        calls.append(not torch.equal(head, before[next(n for n, p in model.named_parameters() if p is head)]))
+        (model(**token_batches(1, classes=True)[0]).loss * (float("nan") if len(calls) > 20 else 1)).backward()
+
+    with pytest.raises(NonFiniteError, match="nothing was changed"):
+        calibrate(model, train_step=step)
+    assert len(calls) == 21 and calls[-1]  # the head had moved
+    assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
+    calibrate(model, token_batches(1, classes=True), head_steps=0)  # its backward reaches the head
+    assert torch.equal(head.grad, torch.ones_like(head))
+
+
+def test_a_half_precision_head_warms_up_in_float32():
+    batches = token_batches(2, classes=True)
+    options = {"support": "skewgrad", "target_modules": ["query"], "task_type": "SEQ_CLS"}
+    plain, half = build(make_bert(), **options), build(make_bert().half(), **options)
+    heads = []
+    for model in (plain, half):
+        calibrate(model, batches)
+        heads.append(next(p for n, p in model.named_parameters() if "classifier.modules_to_save" in n).detach().float())
+    # Adam moves an entry by 1e-3 a step at most, and the sign of a gradient near zero is rounding.
+    assert (heads[0] - heads[1]).abs().median() <= 1e-3
 
 
 UNLABELLED = [{"input_ids": torch.zeros(1, 3, dtype=torch.long)}]
@@ -253,7 +451,28 @@ def nan_batch():
             {"support": "skewgrad"},
             {"dataloader": token_batches(1), "max_batches": 0},
             ValueError,
-            "max_batches must be at least 1",
+            "max_batches must be an integer of at least 1, got 0",
+        ),
+        (
+            {"support": "skewgrad"},
+            {"dataloader": token_batches(1), "max_batches": 1.5},
+            ValueError,
+            "max_batches must be an integer of at least 1, got 1.5",
+        ),
+        ({"support": "skewgrad"}, {"dataloader": token_batches(1)[0]}, TypeError, "put a single batch in a list"),
+        ({"support": "skewgrad"}, {"dataloader": 3}, TypeError, "dataloader must give batches one by one, got one int"),
+        (
+            {"support": "skewgrad"},
+            {"dataloader": [X]},
+            TypeError,
+            "dataloader must give batches that are .* got Tensor",
+        ),
+        ({"support": "skewgrad"}, {"train_step": 3}, TypeError, "train_step must be a function of no arguments"),
+        (
+            {"support": "skewgrad"},
+            {"dataloader": token_batches(1), "head_steps": -1},
+            ValueError,
+            "head_steps must be None or an integer of at least 0, got -1",
         ),
         (
             {"support": "skewgrad"},
@@ -308,3 +527,132 @@ def test_a_trained_adapter_is_not_calibrated_again():
         calibrate(model, token_batches(1))
     with pytest.raises(ValueError, match="model has no LOFT layers"):
         calibrate(make_llama(), token_batches(1))
+
+
+# -- several processes -------------------------------------------------------------------------------------------------------
+
+
+def classifier():
+    """A double-precision BERT, so that sums in another order differ by nothing that can be seen."""
+    return build(make_bert().double(), support="skewgrad", target_modules=["query", "dense"], task_type="SEQ_CLS")
+
+
+def head_of(model):
+    return [p for n, p in model.named_parameters() if "modules_to_save" in n]
+
+
+def classes():
+    return token_batches(3, classes=True)
+
+
+def step_over(model, batches, factor=1.0):
+    def step():
+        for batch in batches:
+            (model(**batch).loss * factor).backward()
+
+    return step
+
+
+def state_of(model):
+    return {k: v for k, v in model.state_dict().items() if "loft_support" in k or "loft_energy" in k} | {
+        f"head {i}": p.detach() for i, p in enumerate(head_of(model))
+    }
+
+
+def error_of(call):
+    try:
+        call()
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return "no error"
+
+
+def calibrate_on_rank(rank, folder):
+    """One of two processes: calibrations over a share of the batches, and failures that only rank 1 meets."""
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2, timeout=timedelta(seconds=120)
+    )
+    mine = classes()[:2] if rank == 0 else classes()[2:]
+    found = {}
+    model = classifier()
+    found["report"] = calibrate(model, mine, head_steps=0)
+    found["plain"] = state_of(model)
+    model = classifier()
+    with torch.no_grad():
+        for parameter in head_of(model):
+            parameter += rank  # rank 0's is the one that counts
+    report = calibrate(model, train_step=step_over(model, mine))
+    found["warm"] = state_of(model)
+    assert report.head_steps == 20
+    model = perceptron("a", "b", "unused", base=Perceptron().double(), support="gradsvd")
+    x = X.double()
+    layers = adapted_layers(model)[1]
+
+    def one_layer_each():
+        (layers["a"](x) if rank == 0 else layers["b"](x.repeat(1, 2)[:, :32])).square().mean().backward()
+
+    with pytest.warns(UserWarning, match="to unused: a random support was put there"):
+        found["split"] = calibrate(model, train_step=one_layer_each)
+    # What only rank 1 meets must not leave rank 0 waiting.
+    model = classifier()
+    before = copy.deepcopy(model.state_dict())
+    broken = {
+        "inputs_embeds": torch.full((1, 3, 32), float("nan")).double(),
+        "labels": torch.zeros(1, dtype=torch.long),
+    }
+
+    def explode():
+        if rank == 1:
+            raise OSError("disk")
+        step_over(model, mine)()
+
+    poison = step_over(model, mine, float("nan") if rank == 1 else 1.0)
+    found["errors"] = [
+        error_of(lambda: calibrate(model, mine if rank == 0 else [])),
+        error_of(lambda: calibrate(model, mine if rank == 0 else [broken], head_steps=0)),
+        error_of(lambda: calibrate(model, mine if rank == 0 else [broken])),
+        error_of(lambda: calibrate(model, train_step=explode)),
+        error_of(
+            lambda: calibrate(model, train_step=(lambda: None) if rank == 1 else step_over(model, mine), head_steps=0)
+        ),
+        error_of(lambda: calibrate(model, train_step=poison, head_steps=0)),
+    ]
+    found["unchanged"] = all(torch.equal(v, before[k]) or v.isnan().all() for k, v in model.state_dict().items())
+    torch.save(found, f"{folder}/{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def test_two_processes_calibrate_as_one_with_all_the_batches(tmp_path):
+    torch.multiprocessing.spawn(calibrate_on_rank, (str(tmp_path),), nprocs=2)
+    first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=False) for rank in range(2))
+    for what in ("plain", "warm"):
+        assert first[what].keys() == second[what].keys()
+        assert all(torch.equal(first[what][key], second[what][key]) for key in first[what])
+    assert first["report"].batches == 3
+    plain, warm = classifier(), classifier()
+    start = [p.detach().clone() for p in head_of(warm)]
+    report = calibrate(plain, classes(), head_steps=0)
+    calibrate(warm, train_step=step_over(warm, classes(), 0.5))
+    assert not any(torch.equal(p, q) for p, q in zip(head_of(warm), start, strict=True))
+    for what, model in (("plain", plain), ("warm", warm)):
+        for key, value in state_of(model).items():
+            torch.testing.assert_close(first[what][key], value, atol=1e-5, rtol=1e-5)
+    for name, s in report.layers.items():
+        np.testing.assert_allclose(first["report"].layers[name].values, s.values, rtol=1e-6)
+    # a and b were each seen by one process only; that is enough for both.
+    for found in (first, second):
+        assert {name: s.method for name, s in found["split"].layers.items()} == {
+            "a": "gradsvd",
+            "b": "gradsvd",
+            "unused": "random",
+        }
+        for name, s in found["split"].layers.items():
+            np.testing.assert_array_equal(s.basis, first["split"].layers[name].basis)
+    own = ["ValueError: dataloader gave no batch", "NonFiniteError: dataloader gave a batch whose loss is nan"]
+    own += [own[1], "OSError: disk", "ValueError: calibration pass 1: no adapted layer received a gradient"]
+    for told, raised, text in zip(first["errors"], second["errors"], own, strict=False):
+        assert told.startswith("RuntimeError: calibrate failed on rank 1") and raised.startswith(text)
+    # A NaN that is only seen in the sums is everyone's.
+    assert all(found["errors"][5].startswith("NonFiniteError: layer bert.") for found in (first, second))
+    assert first["unchanged"] and second["unchanged"]

@@ -14,7 +14,7 @@ from reference import make_llama
 from safetensors.numpy import load_file, save_file
 
 from loft_rs import load_supports, select_support
-from loft_rs.cli import _sentence, main
+from loft_rs.cli import _parser, _sentence, main
 from loft_rs.inspection import inspect_adapter
 
 # transformers warns about its own attribute when PEFT reads it.
@@ -93,7 +93,8 @@ def test_select_failures_are_one_sentence_and_write_nothing(gradients, capsys):
     assert "at least 1, not 0" in fails(capsys, "select", file, "--rank", 0, "--out", out)
     assert "at most 10" in fails(capsys, "select", file, "--rank", 11, "--out", out)
     assert "weights are missing" in fails(capsys, "select", file, "--rank", 2, "--method", "skewgrad", "--out", out)
-    assert "needs weights" in fails(capsys, "select", file, "--rank", 2, "--method", "principal", "--out", out)
+    message = fails(capsys, "select", file, "--rank", 2, "--method", "principal", "--out", out)
+    assert message.endswith("weights are missing: method 'principal' needs weights")
     assert "no part in method 'gradsvd'" in fails(
         capsys, "select", file, "--rank", 2, "--weights", folder / "weights.safetensors", "--out", out
     )
@@ -122,6 +123,8 @@ def test_select_failures_are_one_sentence_and_write_nothing(gradients, capsys):
     assert "no 2-D tensor" in fails(capsys, "select", file, "--rank", 2, "--out", out)
     save_file(grads, file)
     assert "does not exist" in fails(capsys, "select", file, "--rank", 2, "--out", folder / "no" / "s.safetensors")
+    # Before any work: the gradients are not even read.
+    assert "exists and is not a file" in fails(capsys, "select", folder / "none", "--rank", 2, "--out", folder)
     assert not out.exists() and not [each for each in folder.iterdir() if each.name.startswith(".")]
 
 
@@ -211,6 +214,7 @@ def test_inspect_failures_are_one_sentence(tmp_path, capsys):
     assert "transform 'magic'" in fails(capsys, "inspect", folder)
     config.write_text(json.dumps(good))
     assert "does not exist" in fails(capsys, "inspect", folder, "--plot", tmp_path / "no" / "a.png")
+    assert "must end in .png, not 'a.pdf'" in fails(capsys, "inspect", folder, "--plot", tmp_path / "a.pdf")
     (folder / "adapter_model.safetensors").write_bytes(b"junk")
     assert "damaged" in fails(capsys, "inspect", folder)
     (folder / "adapter_model.safetensors").unlink()
@@ -261,6 +265,29 @@ def test_export_lora_and_merge_keep_the_output(trained, tmp_path, capsys):
         torch.testing.assert_close(merged(tokens).logits, wanted, atol=1e-5, rtol=0)
 
 
+def test_merge_takes_the_tokenizer_along(trained, tmp_path, capsys):
+    base, adapter = tmp_path / "base", tmp_path / "adapter"
+    shutil.copytree(trained[0] / "base", base)
+    shutil.copytree(trained[0] / "adapter", adapter)
+    (base / "tokenizer.json").write_text("base")
+    (base / "merges.txt").write_text("base")
+    arguments = ["merge", str(adapter), "--base", str(base)]
+    assert main([*arguments, "--out", str(tmp_path / "first")]) == 0
+    assert [(tmp_path / "first" / name).read_text() for name in ("tokenizer.json", "merges.txt")] == ["base", "base"]
+    (adapter / "tokenizer.json").write_text("extended")  # one beside the adapter is the whole of it
+    assert main([*arguments, "--out", str(tmp_path / "second")]) == 0
+    assert (tmp_path / "second" / "tokenizer.json").read_text() == "extended"
+    assert not (tmp_path / "second" / "merges.txt").exists()
+    capsys.readouterr()
+
+
+def test_every_option_of_every_command_is_described():
+    (commands,) = (action for action in _parser()._actions if hasattr(action, "choices") and action.choices)
+    for name, command in commands.choices.items():
+        for action in command._actions:
+            assert action.help, f"{name} {action.dest}"
+
+
 def test_export_and_merge_failures_are_one_sentence(trained, tmp_path, capsys):
     folder = trained[0]
     for command in ("export-lora", "merge"):
@@ -271,6 +298,13 @@ def test_export_and_merge_failures_are_one_sentence(trained, tmp_path, capsys):
     copy = tmp_path / "copy"
     shutil.copytree(folder / "adapter", copy)
     config = json.loads((copy / "adapter_config.json").read_text())
+    (copy / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": None}))
+    assert "it names no base model; give its folder with --base DIR" in fails(
+        capsys, "merge", copy, "--out", tmp_path / "o"
+    )
+    (tmp_path / "file").write_text("")
+    assert "exists and is not a folder" in fails(capsys, "export-lora", copy, "--out", tmp_path / "file")
+    assert "holds a LOFT adapter" in fails(capsys, "export-lora", copy, "--out", copy)
     (copy / "adapter_config.json").write_text(json.dumps(config | {"task_type": None}))
     assert "neither its task_type nor its auto_mapping" in fails(capsys, "merge", copy, "--out", tmp_path / "o")
     assert not (tmp_path / "o").exists()

@@ -87,8 +87,39 @@ def test_modules_to_save_are_refused_unless_dropped(tmp_path):
         loft_rs.export_lora(model, tmp_path / "lora")
     assert not (tmp_path / "lora").exists()
     loft_rs.export_lora(model, tmp_path / "lora", drop_modules_to_save=True)
+    tokens = build(trainable_token_indices=[3, 1], target_modules=["q_proj"])
+    with pytest.raises(ValueError, match=r"trainable_token_indices=\[1, 3\].*drop_modules_to_save=True"):
+        loft_rs.export_lora(tokens, tmp_path / "tokens")
+    assert not (tmp_path / "tokens").exists()
+    loft_rs.export_lora(tokens, tmp_path / "tokens", drop_modules_to_save=True)
     with pytest.raises(FileNotFoundError, match="does not exist"):
         loft_rs.export_lora(model, tmp_path / "no" / "folder", drop_modules_to_save=True)
+
+
+def test_a_loft_adapter_is_never_overwritten_but_another_lora_is(tmp_path):
+    model = build(target_modules=["q_proj"])
+    model.save_pretrained(tmp_path / "loft")
+    kept = {file.name: file.read_bytes() for file in (tmp_path / "loft").iterdir()}
+    with pytest.raises(ValueError, match="holds a LOFT adapter, which the LoRA would overwrite; give another folder"):
+        loft_rs.export_lora(model, tmp_path / "loft")
+    assert {file.name: file.read_bytes() for file in (tmp_path / "loft").iterdir()} == kept
+    for _ in range(2):
+        loft_rs.export_lora(model, tmp_path / "lora")
+
+
+def test_an_adapter_without_supports_is_not_exported(tmp_path):
+    model = build(support="skewgrad")
+    with pytest.raises(ValueError, match=r"export_lora needs supports.*layers\.0.*loft_rs\.calibrate"):
+        loft_rs.export_lora(model, tmp_path / "lora")
+    with pytest.raises(ValueError, match="lora_factors needs supports"):
+        loft_rs.lora_factors(model)
+    assert not (tmp_path / "lora").exists()
+
+
+@pytest.mark.parametrize("dtype", ["float16", torch.int8])
+def test_a_dtype_that_is_none_is_named(tmp_path, dtype):
+    with pytest.raises(ValueError, match="dtype must be a floating-point torch.dtype"):
+        loft_rs.export_lora(build(target_modules=["q_proj"]), tmp_path / "lora", dtype=dtype)
 
 
 def test_a_high_rank_warns_of_the_servers_limit(tmp_path):

@@ -65,6 +65,30 @@ def test_step_zero_is_the_base_layer_on_cuda(dtype, side, bias, shape):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("x_dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("side", ["input", "output"])
+@pytest.mark.parametrize("placement", ["rotate", "add"])
+def test_autocast_on_cuda_follows_nn_linear(dtype, x_dtype, side, placement):
+    torch.manual_seed(0)
+    base = torch.nn.Linear(256, 192).to(dtype).double()
+    layer = LoftLinear(base, basis_of(256 if side == "input" else 192, 16), side=side)
+    twin = on_gpu(layer, dtype)
+    x, weight = torch.randn(4, 16, 256).to(x_dtype), torch.randn(4, 16, 192).bfloat16()
+    with torch.autocast("cuda", torch.bfloat16):
+        assert torch.equal(twin(x.cuda()), twin.base_layer(x.cuda()))
+    with torch.no_grad():
+        layer.loft_theta["default"].normal_(std=0.1)
+        twin.loft_theta["default"].copy_(layer.loft_theta["default"])
+    layer(x.double()).mul(0.5).backward(weight.double())
+    with torch.autocast("cuda", torch.bfloat16):
+        y = twin(x.cuda())
+        assert y.dtype == twin.base_layer(x.cuda()).dtype == torch.bfloat16
+        y.mul_(0.5).backward(weight.cuda())  # inside autocast, and of an output that was changed in place
+    wanted, got = layer.loft_theta["default"].grad, twin.loft_theta["default"].grad.double().cpu()
+    assert torch.linalg.norm(got - wanted) <= TOLERANCE[torch.bfloat16] * torch.linalg.norm(wanted)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_calibrate_train_save_load_and_export(tmp_path, dtype):
     base = make_llama(dtype).cuda()
     batches = [{k: v.cuda() for k, v in batch.items()} for batch in token_batches(4)]
@@ -80,7 +104,7 @@ def test_calibrate_train_save_load_and_export(tmp_path, dtype):
             loss.backward()
             optimiser.step()
             optimiser.zero_grad()
-        losses.append(float(loss))
+        losses.append(float(loss.detach()))
     assert losses[-1] < losses[0] and loft_rs.orthogonality_error(model) <= 1e-6
     with torch.no_grad():
         wanted = model.eval()(**batches[0]).logits

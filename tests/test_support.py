@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import warnings
 
 import numpy as np
@@ -15,6 +16,7 @@ from safetensors.numpy import load_file, save_file
 
 import loft_rs
 from loft_rs import Support, load_supports, save_supports, select_support
+from loft_rs._io import whole_directory
 from loft_rs.support import METHODS
 
 EPS = float(np.finfo(np.float32).eps)
@@ -132,11 +134,13 @@ def same(one: Support, other: Support, timing: bool = True) -> bool:
 def test_strides_and_threads_do_not_change_a_bit(method):
     grad, weight = matrices((40, 24), 4)
     wanted = choose(method, grad, weight, 6)
-    turned = choose(method, np.asfortranarray(grad), np.asfortranarray(weight), 6, threads=2)
+    turned = [choose(method, *map(np.asfortranarray, (grad, weight)), 6, threads=threads) for threads in (1, 2)]
     backwards = choose(
         method, np.ascontiguousarray(grad[::-1])[::-1], np.ascontiguousarray(weight[:, ::-1])[:, ::-1], 6, threads=1
     )
-    assert same(wanted, turned, timing=False) and same(wanted, backwards, timing=False)
+    assert same(wanted, backwards, timing=False) and same(*turned, timing=False)
+    # Contiguous columns are summed in another order than contiguous rows.
+    np.testing.assert_allclose(turned[0].values, wanted.values, rtol=1e-5)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -206,7 +210,8 @@ BAD = [
     (dict(weights=W), ValueError, "weights have no part in method 'gradsvd'"),
     (dict(method="skewgrad"), ValueError, "weights are missing: method 'skewgrad'"),
     (dict(method="principal"), ValueError, "grads have no part in method 'principal'"),
-    (dict(method="principal", grads=None), ValueError, "needs weights, and neither"),
+    (dict(method="principal", grads=None), ValueError, "weights are missing: method 'principal' needs weights"),
+    (dict(grads=None), ValueError, "grads are missing: method 'gradsvd' needs grads"),
     (dict(method="skewgrad", grads=None, weights=W), ValueError, "grads are missing"),
     (dict(method="random", grads=None), ValueError, "for the shape, and neither"),
     (dict(rank=0), ValueError, "rank must be at least 1, not 0"),
@@ -217,6 +222,7 @@ BAD = [
     (dict(rank={"a": 2}), TypeError, "rank may be a mapping only"),
     (dict(grads={}), ValueError, "grads is an empty mapping"),
     (dict(grads={3: G}), TypeError, "non-empty strings, not 3"),
+    (dict(grads={"a": None}), TypeError, r"grads\['a'\] must be a matrix, not None"),
     (
         dict(grads={"a": G}, rank={"b": 2}),
         ValueError,
@@ -261,9 +267,19 @@ def test_non_finite_entries_are_refused_before_any_work(method, poison):
             2,
             progress=pytest.fail,
         )
-    if method == "skewgrad":
-        with pytest.raises(ValueError, match="weights"):
-            choose(method, grad, bad_weight, 2)
+    if method in ("skewgrad", "random", "coordinate"):
+        with pytest.raises(loft_rs.NonFiniteError, match="weights"):
+            select_support(grad, 2, method=method, weights=bad_weight)
+
+
+@pytest.mark.parametrize("side", ["input", "output"])
+@pytest.mark.parametrize("method", ["random", "coordinate"])
+def test_a_blind_energy_does_not_depend_on_the_scale(method, side):
+    wanted = select_support(G.astype(np.float64), 2, method=method, side=side)
+    for scale in (2.0**1000, 2.0**-1000):
+        support = select_support(G.astype(np.float64) * scale, 2, method=method, side=side)
+        assert support.energy == wanted.energy
+        np.testing.assert_array_equal(support.values, wanted.values * scale)
 
 
 @pytest.mark.parametrize("method", ["gradsvd", "skewgrad", "random"])
@@ -391,9 +407,24 @@ def test_truncated_files_are_refused(tmp_path_factory, cut):
         load_supports(path)
 
 
+@pytest.mark.skipif(os.name != "posix", reason="file modes are a POSIX matter")
+def test_a_written_file_has_the_mode_that_the_umask_allows(tmp_path):
+    before = os.umask(0o027)
+    try:
+        save_supports(tmp_path / "s.safetensors", select_support(G, 2))
+        with whole_directory(tmp_path / "out") as folder:
+            save_file({"a": G}, folder / "t.safetensors")
+    finally:
+        os.umask(before)
+    for file in (tmp_path / "s.safetensors", tmp_path / "out" / "t.safetensors"):
+        assert file.stat().st_mode & 0o777 == 0o640
+
+
 def test_other_files_are_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match="no such file"):
         load_supports(tmp_path / "none.safetensors")
+    with pytest.raises(ValueError, match="is a folder, not a safetensors file"):
+        load_supports(tmp_path)
     save_file({"a": G}, tmp_path / "other.safetensors")
     with pytest.raises(ValueError, match=r"not a file that loft_rs\.save_supports wrote"):
         load_supports(tmp_path / "other.safetensors")
@@ -413,6 +444,12 @@ def test_what_load_would_refuse_save_refuses_and_leaves_nothing(tmp_path):
         save_supports(target, {})
     with pytest.raises(TypeError, match="must be a Support"):
         save_supports(target, {"p": good.basis})
+    for names in ({1: good}, {"p": good, 1: good}, {"": good}):
+        with pytest.raises(TypeError, match="the names in supports must be non-empty strings"):
+            save_supports(target, names)
+    for each in ([good], good.basis):
+        with pytest.raises(TypeError, match="supports must be a Support or a mapping of names to them, not"):
+            save_supports(target, each)
     with pytest.raises(FileNotFoundError, match="does not exist"):
         save_supports(tmp_path / "nowhere" / "s.safetensors", good)
     assert target.read_bytes() == b"precious" and list(tmp_path.iterdir()) == [target]

@@ -34,8 +34,8 @@ class Member:
 
 @given(st.integers(2, 96), st.floats(1e-4, 100), st.sampled_from(SKEW), st.integers(0, 2**31))
 def test_orthogonality(r, norm, name, seed):
-    # loft.md: an fp64 solve rounded to fp32 is orthogonal to 8e-8 for r = 64; each entry of D is rounded by eps/2 = 6e-8 of itself,
-    # so ||T^T T - I||_2 <= 2 ||dD||_F <= eps ||D||_F <= 2 eps sqrt(r).
+    # The fp64 solve is exact beside its one rounding to fp32, in which each entry of D changes by at most eps/2 of itself: so
+    # ||T^T T - I||_2 <= 2 ||dD||_F <= eps ||D||_F <= 2 eps sqrt(r).
     delta, _ = get_transform(name).delta(theta_of_norm(r, norm, seed)[None], r)
     t = torch.eye(r, dtype=torch.float64) + delta[0].double()
     error = torch.linalg.matrix_norm(t.mT @ t - torch.eye(r, dtype=torch.float64), 2)
@@ -146,6 +146,57 @@ def test_a_fused_step_between_two_half_passes_is_seen():
     torch.testing.assert_close(
         group.value(members[1], "a"), get_transform("cayley").delta(members[1].theta["a"].detach()[None], 8)[0][0]
     )
+
+
+@pytest.mark.parametrize("fold", [None, torch.eye(8)])
+def test_without_gradients_a_value_is_solved_once_and_never_goes_stale(fold):
+    group = DeltaGroup("cayley")
+    members = [Member(torch.nn.Parameter(theta_of_norm(8, 0.5, i)), fold) for i in range(3)]
+    for member in members:
+        group.value(member, "a")
+    solves, solve = [], group._solve
+    group._solve = lambda thetas, folds: solves.append(len(thetas)) or solve(thetas, folds)
+
+    def values():
+        with torch.no_grad():
+            return torch.stack([group.value(member, "a") for member in members])
+
+    def exact():
+        thetas = torch.stack([member.theta["a"].detach() for member in members])
+        return get_transform("cayley").delta(thetas, 8)[0]
+
+    before = values()
+    assert torch.equal(values(), before) and not solves
+    members[1].theta["a"].data.mul_(2)  # as an averaging scheme writes: no version left behind
+    torch.testing.assert_close(values(), exact())
+    assert solves == [3] and not torch.equal(values(), before)
+    for member in members:
+        member.fold = 2 * torch.eye(8)
+    torch.testing.assert_close(values(), 4 * exact())
+    for member in members:
+        member.theta["a"].data = member.theta["a"].data.double()
+    torch.testing.assert_close(values(), 4 * exact())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_half_precision_theta_gives_a_float32_value_and_its_own_gradient(name):
+    r, shape = 8, get_transform(name).parameter_shape(8)
+    theta = torch.nn.Parameter(torch.randn(shape, generator=torch.Generator().manual_seed(0)).bfloat16())
+    wide = torch.nn.Parameter(theta.detach().float())
+    weight = torch.randn(r, r, generator=torch.Generator().manual_seed(1))
+    for each in (theta, wide):
+        value = DeltaGroup(name).value(Member(each), "a")
+        assert value.dtype == torch.float32
+        (value * weight).sum().backward()
+    assert theta.grad.dtype == torch.bfloat16 and torch.equal(theta.grad, wide.grad.bfloat16())
+
+
+def test_indices_made_under_a_fake_mode_are_not_kept():
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode():
+        skew(torch.zeros(1, 37 * 36 // 2), 37)
+    assert skew(torch.ones(37 * 36 // 2), 37).sum() == 0
 
 
 def test_values_made_in_inference_mode_serve_training():

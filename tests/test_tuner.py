@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import subprocess
 import sys
 import warnings
+from pathlib import Path
 
 import numpy as np
 import peft
@@ -17,6 +19,7 @@ from safetensors.torch import load_file, save_file
 
 import loft_rs
 from loft_rs import LoftConfig
+from loft_rs.inspection import inspect_adapter
 from loft_rs.tuner import Linear
 from loft_rs.tuner.model import adapted_layers
 
@@ -162,6 +165,21 @@ def test_merge_and_unmerge_restore_every_bit(dtype):
             assert torch.equal(parameter, weights[name])
 
 
+@pytest.mark.parametrize("call", ["merge_adapter", "merge_and_unload"])
+def test_a_refused_merge_changes_nothing(call):
+    model = train(build())
+    weights = {n: p.detach().clone() for n, p in model.named_parameters()}
+    theta = adapted_layers(model)[1]["model.layers.1.mlp.down_proj"].loft_theta["default"]
+    with torch.no_grad():
+        theta[0] = float("nan")
+    with pytest.raises(ValueError, match="would write NaN or Inf into the base weight; nothing was changed"):
+        getattr(model, call)(safe_merge=True)
+    for name, parameter in model.named_parameters():
+        assert parameter is theta or torch.equal(parameter, weights[name])
+    with pytest.raises(ValueError, match=r"merging needs supports, but adapter 'default' has none yet in .*calibrate"):
+        getattr(build(support="gradsvd"), call)()
+
+
 def test_merge_and_unload_is_a_plain_model():
     model = train(build())
     wanted = logits(model)
@@ -197,14 +215,17 @@ def test_modules_to_save_train_and_are_saved(tmp_path):
     assert torch.equal(logits(loaded, classes=True), logits(model, classes=True))
 
 
-def test_transformers_own_adapter_calls_work(tmp_path):
+@pytest.mark.parametrize("support", ["principal", "skewgrad"])
+def test_transformers_own_adapter_calls_work(tmp_path, support):
     base = make_llama()
-    base.add_adapter(LoftConfig(**QUIET), adapter_name="mine")
+    base.add_adapter(LoftConfig(**QUIET | {"support": support}), adapter_name="mine")
+    loft_rs.calibrate(base, token_batches(2))  # P is not what would be chosen without data
     train(base)
     wanted = logits(base)
     base.save_pretrained(tmp_path)
     fresh = make_llama()
-    fresh.load_adapter(str(tmp_path), adapter_name="mine")
+    fresh.load_adapter(str(tmp_path), adapter_name="mine", is_trainable=True)
+    train(fresh, steps=1, lr=0.0)
     assert torch.equal(logits(fresh), wanted)
 
 
@@ -268,6 +289,11 @@ def test_set_support_takes_names_and_suffixes_and_refuses_the_rest():
         loft_rs.set_support(model, {"model.layers.0.self_attn.q_proj": first})
     with pytest.raises(ValueError, match=r"expected \(32, 4\), got \(32, 6\)"):
         loft_rs.set_support(model, {"layers.0.self_attn.q_proj": first, "layers.1.self_attn.q_proj": basis_of(32, 6)})
+    output = loft_rs.select_support(basis_of(32, 32), 4, side="output")
+    with pytest.raises(
+        ValueError, match=r"layers\.1\.\S+: expected one for the input side, got one for the output side"
+    ):
+        loft_rs.set_support(model, {"layers.0.self_attn.q_proj": first, "layers.1.self_attn.q_proj": output})
     with pytest.raises(ValueError, match="lm_head: no such adapted module"):
         loft_rs.set_support(
             model, {"layers.0.self_attn.q_proj": first, "layers.1.self_attn.q_proj": second, "lm_head": first}
@@ -291,9 +317,15 @@ def test_supports_from_a_file_set_ranks_and_bases(tmp_path):
     (tmp_path / "s.safetensors").unlink()
     loaded = peft.PeftModel.from_pretrained(make_llama(), str(tmp_path / "adapter"))
     assert torch.equal(logits(loaded), logits(model))
+    never_loaded = build(LoftConfig.from_pretrained(str(tmp_path / "adapter")))
+    with pytest.raises(RuntimeError, match="was built from a saved config and never loaded"):
+        logits(never_loaded)
     with pytest.raises(ValueError, match="no support"):
         loft_rs.save_supports(tmp_path / "s.safetensors", supports)
-        build(support=str(tmp_path / "s.safetensors"), target_modules=["q_proj", "v_proj"])
+        build(support=tmp_path / "s.safetensors", target_modules=["q_proj", "v_proj"])
+    loft_rs.save_supports(tmp_path / "one.safetensors", next(iter(supports.values())))
+    with pytest.raises(ValueError, match="holds one support without a module name"):
+        build(support=tmp_path / "one.safetensors", target_modules=["q_proj"])
 
 
 def test_an_uncalibrated_support_refuses_to_train_but_runs():
@@ -316,12 +348,63 @@ def test_whether_it_was_calibrated_survives_saving(tmp_path):
     loaded(**token_batches(1)[0]).loss.backward()
 
 
-def test_a_saved_config_alone_builds_a_new_adapter(tmp_path):
-    build().save_pretrained(tmp_path)
-    config = LoftConfig.from_pretrained(str(tmp_path))
+def supports_of(model):
+    return {name: layer.loft_support["default"].clone() for name, layer in adapted_layers(model)[1].items()}
+
+
+@pytest.mark.parametrize("use", ["train", "calibrate", "merge", "export"])
+@pytest.mark.parametrize("support", ["principal", "random"])
+def test_a_saved_config_alone_builds_a_new_adapter(tmp_path, support, use):
+    fresh = build(support=support)
+    fresh.save_pretrained(tmp_path)
+    config = peft.PeftConfig.from_pretrained(str(tmp_path))
     config.inference_mode = False  # PEFT saves it as True
-    model = train(build(config))
-    assert all(layer.loft_ready["default"] for layer in adapted_layers(model)[1].values())
+    model = build(config)
+    if use == "train":
+        train(model, lr=0.0)
+    elif use == "calibrate":
+        for each in (fresh, model):
+            loft_rs.calibrate(each, token_batches(2))
+    elif use == "export":
+        loft_rs.export_lora(model, tmp_path / "lora")
+    else:
+        model.merge_adapter()
+    wanted = supports_of(fresh)
+    for name, basis in supports_of(model).items():
+        assert torch.equal(basis, wanted[name])
+
+
+def test_a_copied_config_chooses_its_supports_when_the_model_is_built():
+    config = LoftConfig(**QUIET)
+    build(config)
+    fields = {k: v for k, v in config.to_dict().items() if k != "peft_type"}
+    for copied in (dataclasses.replace(config, seed=1), LoftConfig(**fields), copy.deepcopy(config)):
+        layers = adapted_layers(build(copied))[1].values()
+        assert all(layer.loft_support["default"].any() for layer in layers)
+
+
+@pytest.mark.parametrize("tensors", [{}, {"a": torch.zeros(1)}])
+def test_a_file_without_the_adapter_is_refused(tmp_path, tensors):
+    build().save_pretrained(tmp_path)
+    save_file(tensors, tmp_path / "adapter_model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match="does not fit this model: it holds no tensor of adapter 'default'"):
+        peft.PeftModel.from_pretrained(make_llama(), str(tmp_path))
+    model = build()
+    model.load_state_dict(make_llama().state_dict(), strict=False)  # an adapter that waits for nothing is left alone
+
+
+def test_a_half_precision_adapter_is_orthogonal_in_full_precision_too(tmp_path):
+    model = train(build(base=make_llama(torch.bfloat16)), lr=0.5)
+    model.save_pretrained(tmp_path / "half")
+    loaded = peft.PeftModel.from_pretrained(make_llama(), str(tmp_path / "half"))
+    model.float().save_pretrained(tmp_path / "full")
+    again = peft.PeftModel.from_pretrained(make_llama(), str(tmp_path / "full"))
+    for each in (model, loaded, again):
+        # E and C are float32, as in tests of the layer.
+        assert loft_rs.orthogonality_error(each) <= 8 * torch.finfo(torch.float32).eps * 2
+    for name in ("half", "full"):
+        reports = inspect_adapter(tmp_path / name)
+        assert max(report.orthogonality_error for report in reports) <= 8 * torch.finfo(torch.float32).eps * 2
 
 
 def tampered(tmp_path, change):
@@ -380,15 +463,28 @@ def test_a_refused_load_leaves_a_loaded_model_as_it_was(tmp_path):
     assert torch.equal(logits(model), before)
 
 
-def test_a_failed_build_leaves_the_model_as_it_was():
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"modules_to_save": ["lm_head"]}, {"trainable_token_indices": [1, 2]}, {"exclude_modules": ["q_proj"]}],
+)
+def test_a_failed_build_leaves_the_model_as_it_was(options):
     base = make_llama()
     names = [(n, type(m)) for n, m in base.named_modules()]
     with torch.no_grad():
         base.model.layers[1].mlp.down_proj.weight[0, 0] = float("nan")
     with pytest.raises(ValueError, match=r"model\.layers\.1\.mlp\.down_proj"):
-        build(base=base)
+        build(base=base, **options)
     assert [(n, type(m)) for n, m in base.named_modules()] == names
     assert all(p.requires_grad for p in base.parameters())
+    first = build(base=make_llama(), target_modules=["q_proj"], modules_to_save=["lm_head"])
+    with torch.no_grad():
+        first.base_model.model.model.layers[1].mlp.down_proj.weight[0, 0] = float("nan")
+    state = [(n, p.requires_grad) for n, p in first.named_parameters()]
+    with pytest.raises(ValueError, match=r"model\.layers\.1\.mlp\.down_proj"):
+        first.add_adapter(
+            "other", LoftConfig(target_modules=["down_proj"], r=4, **{"modules_to_save": ["lm_head"]} | options)
+        )
+    assert [(n, p.requires_grad) for n, p in first.named_parameters()] == state
     model = build(base=make_llama())
     before = logits(model)
     with pytest.raises(ValueError, match="nowhere"):
@@ -412,7 +508,9 @@ def test_a_meta_model_is_refused_by_name():
         ({"transform": "cayly"}, "transform must be one of"),
         ({"side": "left"}, "side must be one of"),
         ({"order": "pca"}, "order must be one of"),
+        ({"r": 1}, "r must be at least 2: a cayley transform of rank 1 has nothing to train"),
         ({"support": "gradient"}, r"support must be one of .* or the path of a \.safetensors file"),
+        ({"support": None}, r"support must be one of .* or the path of a \.safetensors file.*got None"),
         ({"seed": -1}, "seed must be an integer >= 0"),
         ({"layers_pattern": "layers"}, "layers_pattern needs layers_to_transform"),
         (
@@ -424,6 +522,12 @@ def test_a_meta_model_is_refused_by_name():
 def test_bad_configs_are_named(options, message):
     with pytest.raises(ValueError, match=message):
         LoftConfig(**options)
+
+
+def test_no_rank_pattern_and_paths_are_plain_values():
+    config = LoftConfig(rank_pattern=None, support=Path("s.safetensors"))
+    assert config.rank_pattern == {} and config.support == "s.safetensors"
+    assert LoftConfig(r=1, transform="free").r == 1
 
 
 def test_an_odd_rank_warns():
@@ -449,6 +553,8 @@ def test_import_is_light_and_registers_with_a_later_peft():
     subprocess.run([sys.executable, "-c", code], check=True, timeout=300)
     for first in (
         "import peft, loft_rs",
+        "import loft_rs, importlib.util; assert importlib.util.find_spec('peft'); import peft",
+        "import loft_rs; from transformers import Trainer; import peft",
         "from loft_rs import LoftConfig",
         "import loft_rs.tuner",
         "from loft_rs.tuner.layer import Linear",

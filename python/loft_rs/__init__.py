@@ -12,6 +12,7 @@ from typing import Any
 from ._registration import register_when_imported
 
 _HOME = {
+    "Budget": "budget",
     "CalibrationReport": "calibration",
     "LoftCalibrationCallback": "callback",
     "LoftConfig": "tuner",

@@ -27,27 +27,30 @@ _DTYPES = {
 }
 
 
-def check_writable(path: str | os.PathLike) -> None:
-    """Refuse a target in a folder that is not there, before the work whose result goes to it."""
-    folder = Path(path).resolve().parent
-    if not folder.is_dir():
-        raise FileNotFoundError(f"cannot write {path}: the folder {folder} does not exist")
+def check_writable(path: str | os.PathLike, *, folder: bool = False) -> None:
+    """Refuse a target file (or folder) that could not be written, before the work whose result goes to it."""
+    target = Path(path).resolve()
+    if target.exists() and not (target.is_dir() if folder else target.is_file()):
+        raise ValueError(f"cannot write {path}: it exists and is not a {'folder' if folder else 'file'}")
+    if not target.parent.is_dir():
+        raise FileNotFoundError(f"cannot write {path}: the folder {target.parent} does not exist")
 
 
 def _beside(path: Path) -> Path:
-    check_writable(path)
     return path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.part")
 
 
 @contextmanager
 def whole_file(path: str | os.PathLike) -> Iterator[Path]:
     """Yield a temporary path; it becomes `path` if the block ends well and is removed if it raises."""
+    check_writable(path)
     target = Path(path).resolve()
-    if target.exists() and not target.is_file():
-        raise ValueError(f"cannot write {path}: it exists and is not a file")
     part = _beside(target)
     try:
+        part.touch()
+        mode = part.stat().st_mode  # what the umask allows; safetensors would leave 0600
         yield part
+        part.chmod(mode)
         os.replace(part, target)
     finally:
         part.unlink(missing_ok=True)
@@ -59,13 +62,16 @@ def whole_directory(path: str | os.PathLike) -> Iterator[Path]:
 
     If `path` is already a directory, the finished files are moved into it one by one; nothing else in it is touched.
     """
+    check_writable(path, folder=True)
     target = Path(path).resolve()
-    if target.exists() and not target.is_dir():
-        raise ValueError(f"cannot write {path}: it exists and is not a folder")
     part = _beside(target)
     part.mkdir()
     try:
+        mode = part.stat().st_mode & 0o666
         yield part
+        for file in part.rglob("*"):
+            if file.is_file():
+                file.chmod(mode)
         if target.is_dir():
             _move_into(part, target)
         else:
@@ -87,6 +93,8 @@ def read_safetensors(path: str | os.PathLike) -> tuple[dict[str, np.ndarray], di
     """A safetensors file's tensors, memory-mapped, and its metadata. bfloat16, which NumPy lacks, comes as float32."""
     from safetensors import SafetensorError, safe_open
 
+    if Path(path).is_dir():
+        raise ValueError(f"{path}: is a folder, not a safetensors file")
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path}: no such file")
     try:

@@ -1,7 +1,7 @@
 """Makes PEFT know LOFT: adds the enum member and calls PEFT's own `register_peft_method`, once, whenever peft is imported.
 
-`import loft_rs` must stay light, so it never imports peft. If peft is already there, LOFT is registered at once; otherwise a one-shot
-`sys.meta_path` finder lets the ordinary machinery import peft and registers LOFT right after peft's own code has run.
+`import loft_rs` must stay light, so it never imports peft. If peft is already there, LOFT is registered at once; otherwise a
+`sys.meta_path` finder lets the ordinary machinery import peft, registers LOFT right after peft's own code has run, and goes.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import importlib
 import importlib.abc
 import importlib.util
 import sys
+import threading
 
 __all__ = ["register", "register_when_imported"]
 
@@ -37,18 +38,26 @@ def register() -> None:
 
 
 class _AfterPeft(importlib.abc.MetaPathFinder):
-    """Finds `peft` through the other finders, once, and wraps its loader."""
+    """Finds `peft` through the other finders and wraps its loader. Stays until peft has run: many only ask whether it is there."""
+
+    def __init__(self):
+        self._asking = threading.local()
 
     def find_spec(self, fullname, path=None, target=None):
-        if fullname != "peft":
+        if fullname != "peft" or getattr(self._asking, "others", False):
             return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec("peft")
+        self._asking.others = True
+        try:
+            spec = importlib.util.find_spec("peft")
+        finally:
+            self._asking.others = False
         if spec is not None and spec.loader is not None:
             run = spec.loader.exec_module
 
             def exec_module(module):
                 run(module)
+                if self in sys.meta_path:
+                    sys.meta_path.remove(self)
                 register()
 
             spec.loader.exec_module = exec_module

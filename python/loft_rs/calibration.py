@@ -1,4 +1,4 @@
-"""Calibration: supports from a task's own batches, without one weight gradient (loft.md, "Weight-gradient-free calibration").
+"""Calibration: supports from a task's own batches, without one weight gradient.
 
 With X a layer's input, dX its own input gradient, Y0 its output without bias and dY that output's gradient,
 
@@ -9,7 +9,7 @@ With X a layer's input, dX its own input gradient, Y0 its output without bias an
 Each is seen only through skinny products, summed over the batches (`sketch.py`). Pass 1 accumulates a random sketch (n x k); its
 orthonormal basis Q is held for pass 2, which accumulates the compressed problem and the moment (XQ)^T (XQ). The small problem is
 finished in Rust, and the moment turns P into input-PCA order without another pass. A support that needs no data takes one forward
-pass, for its order alone.
+pass, for its order alone. The sums are linear in the batches: the processes of a `torch.distributed` run add theirs up after each pass.
 """
 
 from __future__ import annotations
@@ -18,24 +18,29 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .linalg import NonFiniteError
+from .layer import AdaptedLinear
+from .linalg import NonFiniteError, orthonormalize
+from .ranks import Ranks
 from .sketch import LayerTap, Sketch, sketch_for
-from .support import Support, blind_support
-from .tuner.config import CALIBRATED_SUPPORTS, LoftConfig
+from .support import Support, _is_int, blind_support
+from .tuner.config import CALIBRATED_SUPPORTS, DATA_FREE_SUPPORTS, LoftConfig
 from .tuner.layer import Linear
 from .tuner.model import adapted_layers, require_untrained
+from .tuner.selection import choose_supports
 
 __all__ = ["CalibrationReport", "calibrate"]
 
 HEAD_STEPS = 20
 HEAD_LEARNING_RATE = 1e-3
+# Mean losses have gradients that float16 rounds to zero. A power of two changes nothing in the other formats.
+LOSS_SCALE = 1024.0
 
 
 @dataclass(frozen=True)
@@ -45,7 +50,7 @@ class CalibrationReport:
     method: str
     order: str
     passes: int
-    batches: int | None
+    batches: int | None  # of all processes
     head_steps: int
     seconds: float
     layers: dict[str, Support] = field(repr=False)
@@ -76,88 +81,135 @@ def calibrate(
 
     Args:
         model: a PEFT model with a LOFT adapter, on any device, not wrapped in DDP and not compiled.
-        dataloader: batches as the model takes them: a mapping gives `model(**batch)`, a sequence `model(*batch)`. Gradient supports need
-            `.loss` in the output, so the batches must carry labels. The first `max_batches` are kept and used in every pass.
+        dataloader: batches as the model takes them: a mapping gives `model(**batch)`, a list or tuple `model(*batch)`. Gradient
+            supports need `.loss` in the output, so the batches must carry labels. The first `max_batches` are kept and used in every
+            pass. The loss is scaled, so that float16 gradients do not vanish.
         train_step: instead of a dataloader, a function of no arguments called once a pass (and once a head step) that runs
-            forward and `backward()` over the calibration batches, the same ones each time; no optimiser step.
+            forward and `backward()` over the calibration batches, the same ones each time; no optimiser step. Where gradients are
+            float16 it should scale its loss: supports and energies do not depend on the scale, only `Support.values` do.
         max_batches: how many batches of the dataloader to use.
         adapter_name: default: the active one.
         head_steps: optimiser steps that warm up the `modules_to_save` of a fresh head first, and are kept, since step-0 gradients
             through a random head say little. None: 20 for a gradient support where the adapter has such modules, else 0.
         progress: show a progress bar; None: on a terminal only.
 
-    Dropout is off, gradients of parameters are left as they were, no base parameter is ever asked for one. ValueError for a bad
-    argument, a trained adapter or batches without loss or gradient; `loft_rs.NonFiniteError` names the layer that saw NaN or Inf.
-    The adapter is changed only once everything has succeeded.
+    In a `torch.distributed` run every process calls this with its own share of the batches, and all get the supports, and the
+    warmed-up head, that one process with all the batches would get (rank 0's, bit for bit); an error in one raises in all.
+
+    Dropout is off, gradients of parameters are left as they were, no base parameter is ever asked for one. A layer that no batch
+    reaches keeps the support it has, or gets a random one, with a warning. TypeError or ValueError for a bad argument, a trained
+    adapter or batches without loss or gradient; `loft_rs.NonFiniteError` names the layer that saw NaN or Inf. The adapter and the
+    head are changed only once everything has succeeded.
     """
     started = time.perf_counter()
-    adapter, layers = adapted_layers(model, adapter_name)
-    require_untrained(layers, adapter, "calibrate")
-    config = next(iter(layers.values())).loft_config[adapter]
-    method, order = config.support, "natural" if config.order == "natural" else "input_pca"
-    needs_gradient = method in ("skewgrad", "gradsvd")
-    if (dataloader is None) == (train_step is None):
-        raise ValueError("give exactly one of dataloader and train_step")
-    if max_batches < 1:
-        raise ValueError(f"max_batches must be at least 1, got {max_batches}")
-    if method not in CALIBRATED_SUPPORTS and order == "natural":
-        raise ValueError(
-            f"support={method!r} with order='natural' takes nothing from data; there is nothing to calibrate"
-        )
-    batches = None if dataloader is None else list(islice(dataloader, max_batches))
-    if batches is not None and not batches:
-        raise ValueError("dataloader gave no batch")
-    head = _head_parameters(model)
-    if head_steps is None:
-        head_steps = HEAD_STEPS if needs_gradient and head else 0
-    if head_steps and not head:
-        raise ValueError("head_steps needs modules_to_save in the LoftConfig: there is no head to warm up")
-
-    run = _Runner(model, batches, train_step, _progress_bar(progress))
-    with _calibrating(model, layers):
+    ranks = Ranks(next(model.parameters()).device)
+    with ranks.stage():
+        adapter, layers = adapted_layers(model, adapter_name)
+        require_untrained(layers, adapter, "calibrate")
+        config = next(iter(layers.values())).loft_config[adapter]
+        method, order = config.support, "natural" if config.order == "natural" else "input_pca"
+        needs_gradient = method in ("skewgrad", "gradsvd")
+        if method not in CALIBRATED_SUPPORTS and order == "natural":
+            raise ValueError(
+                f"support={method!r} with order='natural' takes nothing from data; there is nothing to calibrate"
+            )
+        batches = _batches(dataloader, train_step, max_batches)
+        head = _head_parameters(model)
+        head_steps = _head_steps(head_steps, head, needs_gradient)
+        run = _Runner(model, layers, batches, train_step, ranks, progress)
+        if method not in CALIBRATED_SUPPORTS and not all(layer.loft_ready[adapter] for layer in layers.values()):
+            choose_supports(layers, config, adapter)  # built to be loaded, and never was
+    with _calibrating(model, layers, head if head_steps else []):
         if head_steps:
             run.warm_up(head, head_steps)
-        sketches = {name: sketch_for(method, layer, adapter, config.seed) for name, layer in layers.items()}
+        sketches = {
+            name: sketch_for(method, layer, adapter, config.seed, run.loss_scale) for name, layer in layers.items()
+        }
         passes = 0
         while live := {name: sketch for name, sketch in sketches.items() if not sketch.finished}:
             passes += 1
-            run.one_pass(live, layers, backward=needs_gradient, label=f"calibration pass {passes}")
-            for name, sketch in live.items():
-                sketch.end_pass(name)
-        supports = {
-            name: sketch.support(order, passes, config) for name, sketch in sketches.items() if not sketch.silent
-        }
-        supports |= _fallbacks(
-            {name: layers[name] for name, sketch in sketches.items() if sketch.silent}, config, adapter
-        )
+            run.one_pass(live, backward=needs_gradient, label=f"calibration pass {passes}")
+            with ranks.stage():
+                for name, sketch in live.items():
+                    sketch.end_pass(name)
+        with ranks.stage():
+            supports = {
+                name: sketch.support(order, passes, config) for name, sketch in sketches.items() if not sketch.silent
+            }
+            supports |= _unreached({n: layers[n] for n, sketch in sketches.items() if sketch.silent}, config, adapter)
+        supports = {name: ranks.first(supports[name]) for name in layers}
+        for parameter in head if head_steps else []:
+            ranks.copy_first(parameter.data)
+        used = None if batches is None else ranks.total(len(batches))
     for name, layer in layers.items():
-        layer.set_basis(adapter, supports[name].basis, supports[name].energy)
-    return CalibrationReport(
-        method,
-        order,
-        passes,
-        None if batches is None else len(batches),
-        head_steps,
-        time.perf_counter() - started,
-        {name: supports[name] for name in layers},
-    )
+        if not (sketches[name].silent and layer.loft_ready[adapter]):
+            layer.set_basis(adapter, supports[name].basis, supports[name].energy)
+    return CalibrationReport(method, order, passes, used, head_steps, time.perf_counter() - started, supports)
 
 
-def _fallbacks(layers: Mapping[str, Linear], config: LoftConfig, adapter: str) -> dict[str, Support]:
-    """Random supports for layers that no calibration batch reached, so that training can go on; says so once."""
-    if not layers:
-        return {}
-    warnings.warn(
-        f"no calibration batch gave a gradient or an activation to {', '.join(layers)}: a random support was put there; exclude these "
-        "modules from target_modules if they are never used",
-        stacklevel=3,
-    )
-    return {
-        name: blind_support(
+def _batches(
+    dataloader: Iterable | None, train_step: Callable[[], Any] | None, max_batches: int
+) -> list[Mapping | list | tuple] | None:
+    """The batches that every pass uses, checked; None where there is a train_step."""
+    if (dataloader is None) == (train_step is None):
+        raise ValueError("give exactly one of dataloader and train_step")
+    if not _is_int(max_batches) or max_batches < 1:
+        raise ValueError(f"max_batches must be an integer of at least 1, got {max_batches!r}")
+    if dataloader is None:
+        if not callable(train_step):
+            raise TypeError(f"train_step must be a function of no arguments, got {type(train_step).__name__}")
+        return None
+    if isinstance(dataloader, (Mapping, str)) or not (
+        isinstance(dataloader, Iterable) or hasattr(dataloader, "__getitem__")
+    ):
+        raise TypeError(
+            f"dataloader must give batches one by one, got one {type(dataloader).__name__}; put a single batch in a list"
+        )
+    batches = list(islice(dataloader, max_batches))
+    if not batches:
+        raise ValueError("dataloader gave no batch")
+    wrong = [type(batch).__name__ for batch in batches if not isinstance(batch, (Mapping, list, tuple))]
+    if wrong:
+        raise TypeError(
+            f"dataloader must give batches that are mappings, for model(**batch), or lists or tuples, for model(*batch), got {wrong[0]}"
+        )
+    return batches
+
+
+def _head_steps(steps: int | None, head: list[nn.Parameter], needs_gradient: bool) -> int:
+    if steps is None:
+        return HEAD_STEPS if needs_gradient and head else 0
+    if not _is_int(steps) or steps < 0:
+        raise ValueError(f"head_steps must be None or an integer of at least 0, got {steps!r}")
+    if steps and not head:
+        raise ValueError("head_steps needs modules_to_save in the LoftConfig: there is no head to warm up")
+    return int(steps)
+
+
+def _unreached(layers: Mapping[str, Linear], config: LoftConfig, adapter: str) -> dict[str, Support]:
+    """Supports for layers that no calibration batch reached: the one a layer has, or a random one, so that training can go on."""
+    supports = {}
+    for name, layer in layers.items():
+        supports[name] = blind_support(
             layer.support_width(config.side), layer.rank(adapter), method="random", side=config.side, seed=config.seed
         )
-        for name, layer in layers.items()
-    }
+        if layer.loft_ready[adapter]:
+            held = layer.loft_support[adapter].double().cpu().numpy()
+            supports[name] = replace(
+                supports[name],
+                basis=orthonormalize(held).astype("float32"),
+                energy=float(layer.loft_energy[adapter]),
+                method=config.support if config.support in DATA_FREE_SUPPORTS else "custom",
+            )
+    for what, ready in (("their supports are left as they were", True), ("a random support was put there", False)):
+        names = [name for name, layer in layers.items() if layer.loft_ready[adapter] is ready]
+        if names:
+            warnings.warn(
+                f"no calibration batch gave a gradient or an activation to {', '.join(names)}: {what}; exclude these modules "
+                "from target_modules if they are never used",
+                stacklevel=3,
+            )
+    return supports
 
 
 # -- running the model -----------------------------------------------------------------------------------------------------
@@ -170,44 +222,70 @@ def _head_parameters(model: nn.Module) -> list[nn.Parameter]:
     return [p for wrapper in wrappers for p in wrapper.parameters() if p.requires_grad]
 
 
+def _evaluate(module: nn.Module, *_: Any) -> None:
+    module.training = False
+
+
+def _base_alone(layer: AdaptedLinear, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """The tap of a layer that has nothing to show: its adapter is at the identity."""
+    return layer.base_layer(x, *args, **kwargs)
+
+
 @contextmanager
-def _calibrating(model: nn.Module, layers: Mapping[str, Linear]):
-    """Evaluation mode (dropout off), taps removed and every parameter's gradient put back at the end, whatever happens."""
+def _calibrating(model: nn.Module, layers: Mapping[str, Linear], head: list[nn.Parameter]):
+    """Dropout off whatever a train_step says, no parameter with a gradient; at the end all is put back, after an error the head too."""
     training = [(module, module.training) for module in model.modules()]
     gradients = [(p, p.grad) for p in model.parameters()]
+    weights = [p.detach().clone() for p in head]
+    hooks = [module.register_forward_pre_hook(_evaluate) for module in model.modules()]
     model.eval()
+    for parameter, _ in gradients:  # backward would add to it in place
+        parameter.grad = None
     try:
         yield
+    except BaseException:
+        for parameter, weight in zip(head, weights, strict=True):
+            parameter.data.copy_(weight)
+        raise
     finally:
         for layer in layers.values():
             layer.tap = None
+        for hook in hooks:
+            hook.remove()
         for parameter, gradient in gradients:
             parameter.grad = gradient
         for module, mode in training:
             module.training = mode
 
 
-def _progress_bar(progress: bool | None):
-    from tqdm.auto import tqdm
-
-    return lambda total, label: tqdm(
-        total=total, desc=label, disable=None if progress is None else not progress, leave=False
-    )
-
-
 class _Runner:
-    """Runs forward (and backward) over the calibration batches."""
+    """Runs forward (and backward) over the calibration batches of this process, and adds up what all of them saw."""
 
-    def __init__(self, model: nn.Module, batches: list | None, train_step: Callable[[], Any] | None, bar: Callable):
-        self.model, self.batches, self.train_step, self.bar = model, batches, train_step, bar
-        self.device = next(model.parameters()).device
+    def __init__(
+        self,
+        model: nn.Module,
+        layers: Mapping[str, Linear],
+        batches: list | None,
+        train_step: Callable[[], Any] | None,
+        ranks: Ranks,
+        progress: bool | None,
+    ):
+        self.model, self.layers, self.batches, self.train_step = model, layers, batches, train_step
+        self.ranks, self.progress = ranks, progress
+        self.loss_scale = 1.0 if batches is None else LOSS_SCALE
 
-    def one_pass(
-        self, sketches: Mapping[str, Sketch], layers: Mapping[str, Linear], *, backward: bool, label: str
-    ) -> None:
-        for name, sketch in sketches.items():
-            layers[name].tap = LayerTap(sketch)
-        with self.bar(1 if self.batches is None else len(self.batches), label) as bar:
+    def bar(self, total: int, label: str):
+        from tqdm.auto import tqdm
+
+        hidden = True if self.ranks.rank else None
+        return tqdm(
+            total=total, desc=label, disable=hidden if self.progress is None else not self.progress, leave=False
+        )
+
+    def one_pass(self, sketches: Mapping[str, Sketch], *, backward: bool, label: str) -> None:
+        for name, layer in self.layers.items():
+            layer.tap = LayerTap(sketches[name]) if name in sketches else _base_alone
+        with self.ranks.stage(), self.bar(1 if self.batches is None else len(self.batches), label) as bar:
             for batch in [None] if self.batches is None else self.batches:
                 before = sum(sketch.seen for sketch in sketches.values())
                 self._forward(batch, backward)
@@ -220,8 +298,9 @@ class _Runner:
                     )
                     raise ValueError(f"{label}: no adapted layer {what}; {how}")
                 bar.update()
-        for name in sketches:
-            layers[name].tap = None
+        for sketch in sketches.values():
+            for value in sketch.pending.values():
+                self.ranks.add_up(value)
 
     def _forward(self, batch: Any, backward: bool) -> None:
         if batch is None:
@@ -229,13 +308,14 @@ class _Runner:
                 self.train_step()
         elif backward:
             with torch.enable_grad():
-                self._loss(batch).backward()
+                loss = self._loss(batch)
+                loss.backward(torch.full_like(loss, self.loss_scale))
         else:
             with torch.no_grad():
                 self._call(batch)
 
     def _call(self, batch: Any) -> Any:
-        batch = _to_device(batch, self.device)
+        batch = _to_device(batch, self.ranks.device)
         return self.model(**batch) if isinstance(batch, Mapping) else self.model(*batch)
 
     def _loss(self, batch: Any) -> Tensor:
@@ -250,23 +330,27 @@ class _Runner:
         return loss
 
     def warm_up(self, head: list[nn.Parameter], steps: int) -> None:
-        """A few AdamW steps on the head alone; restored to where it was if one fails."""
-        kept = [p.detach().clone() for p in head]
-        optimiser = torch.optim.AdamW(head, lr=HEAD_LEARNING_RATE)
-        try:
-            with self.bar(steps, "head warm-up") as bar:
-                for step in range(steps):
-                    optimiser.zero_grad(set_to_none=True)
-                    self._forward(
-                        None if self.batches is None else self.batches[step % len(self.batches)], backward=True
-                    )
-                    optimiser.step()
-                    bar.update()
-        except BaseException:
-            with torch.no_grad():
-                for parameter, value in zip(head, kept, strict=True):
-                    parameter.copy_(value)
-            raise
+        """A few Adam steps on the head alone, in float32 or wider, on the gradient's mean over the processes."""
+        for layer in self.layers.values():
+            layer.tap = _base_alone
+        for parameter in head:
+            self.ranks.copy_first(parameter.data)
+        wide = [p.detach().to(torch.promote_types(p.dtype, torch.float32), copy=True) for p in head]
+        optimiser = torch.optim.Adam(wide, lr=HEAD_LEARNING_RATE)
+        with self.bar(steps, "head warm-up") as bar:
+            for step in range(steps):
+                with self.ranks.stage():
+                    batch = None if self.batches is None else self.batches[step % len(self.batches)]
+                    self._forward(batch, backward=True)
+                for parameter, value in zip(head, wide, strict=True):
+                    gradient = torch.zeros_like(value) if parameter.grad is None else parameter.grad.to(value.dtype)
+                    self.ranks.add_up(gradient)
+                    value.grad = gradient / (self.loss_scale * self.ranks.size)
+                optimiser.step()
+                for parameter, value in zip(head, wide, strict=True):
+                    parameter.data.copy_(value)
+                    parameter.grad = None
+                bar.update()
 
 
 def _to_device(batch: Any, device: torch.device) -> Any:

@@ -13,9 +13,11 @@ __all__ = ["LoftCalibrationCallback"]
 
 
 class LoftCalibrationCallback(TrainerCallback):
-    """Calibrates the active LOFT adapter at the start of training, unless its supports are already set (a resumed run).
+    """Calibrates the active LOFT adapter at the start of training.
 
-    Keyword arguments are those of `loft_rs.calibrate`; the Trainer's own dataloader is used. The last report is `report`.
+    Left alone are the supports of a resumed run and of a trained adapter, and gradient or activation supports that are set already
+    (`calibrate`, `set_support`). Keyword arguments are those of `loft_rs.calibrate`; the Trainer's own dataloader is used, of every
+    process its share. The last report is `report`.
     """
 
     def __init__(self, **options: Any):
@@ -23,6 +25,9 @@ class LoftCalibrationCallback(TrainerCallback):
         self.report: CalibrationReport | None = None
 
     def on_train_begin(self, args, state, control, model=None, train_dataloader=None, **kwargs):
-        adapter, layers = adapted_layers(model, self.options.get("adapter_name"))
-        if state.global_step == 0 and not any(layer.loft_theta[adapter].detach().any() for layer in layers.values()):
+        adapter, held = adapted_layers(model, self.options.get("adapter_name"))
+        layers = held.values()
+        trained = any(bool(layer.loft_theta[adapter].detach().any()) for layer in layers)
+        chosen = all(layer.loft_config[adapter].needs_calibration and layer.loft_ready[adapter] for layer in layers)
+        if state.global_step == 0 and not trained and not chosen:
             self.report = calibrate(model, train_dataloader, **self.options)

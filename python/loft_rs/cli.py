@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shutil
 import sys
 import warnings
 from collections.abc import Sequence
@@ -103,7 +104,7 @@ def _demo_parser(commands: argparse._SubParsersAction) -> None:
     demo.add_argument(
         "--out", type=Path, default=argparse.SUPPRESS, metavar="DIR", help="folder for all results (default: loft-demo)"
     )
-    demo.add_argument("--seed", type=int, default=argparse.SUPPRESS)
+    demo.add_argument("--seed", type=int, default=argparse.SUPPRESS, help="of everything that is drawn at random")
     demo.add_argument(
         "--threads", type=int, default=argparse.SUPPRESS, help="CPU threads (default: PyTorch's own choice)"
     )
@@ -113,7 +114,14 @@ def _demo_parser(commands: argparse._SubParsersAction) -> None:
 def _select_parser(commands: argparse._SubParsersAction) -> None:
     select = commands.add_parser("select", help="choose supports for the gradients in a safetensors file")
     select.add_argument("grads", type=Path, metavar="GRADS.safetensors", help="one (out, in) gradient for each layer")
-    select.add_argument("--rank", type=int, required=True)
+    size = select.add_mutually_exclusive_group(required=True)
+    size.add_argument("--rank", type=int, help="columns of every support")
+    size.add_argument(
+        "--params",
+        type=int,
+        metavar="N",
+        help="trained parameters of all layers together, r(r - 1)/2 each: even ranks, shared out by what they capture",
+    )
     select.add_argument(
         "--weights",
         type=Path,
@@ -124,16 +132,29 @@ def _select_parser(commands: argparse._SubParsersAction) -> None:
     select.add_argument(
         "--method", choices=METHODS, default="gradsvd", help="with 'principal' GRADS only names the layers"
     )
-    select.add_argument("--side", choices=("input", "output"), default="input")
-    select.add_argument("--seed", type=int, default=0)
-    select.add_argument("--threads", type=int)
-    select.add_argument("--out", type=Path, default=Path("supports.safetensors"), metavar="FILE")
+    select.add_argument(
+        "--side",
+        choices=("input", "output"),
+        default="input",
+        help="the side of the weight that is rotated: W0 R (input, the default) or R W0",
+    )
+    select.add_argument("--seed", type=int, default=0, help="of the random sketch (default: 0)")
+    select.add_argument(
+        "--threads", type=int, metavar="N", help="CPU threads (default: LOFT_RS_NUM_THREADS, or all cores)"
+    )
+    select.add_argument(
+        "--out",
+        type=Path,
+        default=Path("supports.safetensors"),
+        metavar="FILE",
+        help="file to write (default: supports.safetensors)",
+    )
     select.set_defaults(command=_select, extra="train")
 
 
 def _inspect_parser(commands: argparse._SubParsersAction) -> None:
     inspect = commands.add_parser("inspect", help="ranks, energy, orthogonality error and angles of a saved adapter")
-    inspect.add_argument("adapter", type=Path, metavar="ADAPTER")
+    inspect.add_argument("adapter", type=Path, metavar="ADAPTER", help="a folder that save_pretrained wrote")
     inspect.add_argument("--plot", type=Path, metavar="FILE.png", help="also draw them")
     inspect.set_defaults(command=_inspect, extra="plot")
 
@@ -145,15 +166,20 @@ def _export_parser(commands: argparse._SubParsersAction) -> None:
 
 
 def _merge_parser(commands: argparse._SubParsersAction) -> None:
-    merge = commands.add_parser("merge", help="merge an adapter into its base model and save the whole model")
+    merge = commands.add_parser(
+        "merge",
+        help="merge an adapter into its base model and save the whole model",
+        description="Merge an adapter into its base model and save the whole model, with the tokenizer that lies beside the "
+        "adapter, or else beside the base.",
+    )
     _adapter_arguments(merge)
     merge.set_defaults(command=_merge, extra="train")
 
 
 def _adapter_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("adapter", type=Path, metavar="ADAPTER")
+    parser.add_argument("adapter", type=Path, metavar="ADAPTER", help="a folder that save_pretrained wrote")
     parser.add_argument("--base", type=Path, metavar="DIR", help="the base model (default: the one the adapter names)")
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to write")
 
 
 def _demo(options: argparse.Namespace) -> None:
@@ -170,14 +196,16 @@ def _demo(options: argparse.Namespace) -> None:
 
 def _select(options: argparse.Namespace) -> None:
     from ._io import check_writable
+    from .budget import Allocation, Budget
     from .support import save_supports, select_support
 
     check_writable(options.out)
+    rank = options.rank if options.params is None else Budget(params=options.params)
     grads = _layers(options.grads)
     weights = None if options.weights is None else _named_weights(options.weights, list(grads))
     supports = select_support(
         None if options.method == "principal" else grads,
-        options.rank,
+        rank,
         method=options.method,
         weights=weights,
         side=options.side,
@@ -189,6 +217,8 @@ def _select(options: argparse.Namespace) -> None:
     assert isinstance(supports, dict)  # a mapping was given
     for name, support in supports.items():
         print(f"{name}  {support!r}")
+    if isinstance(supports, Allocation):
+        print(f"{supports.params} of {options.params} parameters are given out")
     print(f"{len(supports)} supports are in {options.out}")
 
 
@@ -223,8 +253,13 @@ def _named_weights(paths: list[Path], names: list[str]) -> dict:
 
 
 def _inspect(options: argparse.Namespace) -> None:
+    from ._io import check_writable
     from .inspection import inspect_adapter, text_table
 
+    if options.plot is not None:
+        if options.plot.suffix.lower() != ".png":
+            raise ValueError(f"--plot writes a PNG: its name must end in .png, not {options.plot.name!r}")
+        check_writable(options.plot)
     reports = inspect_adapter(options.adapter)
     if options.plot is not None:
         from .plots import plot_adapter
@@ -237,33 +272,66 @@ def _inspect(options: argparse.Namespace) -> None:
 
 def _export_lora(options: argparse.Namespace) -> None:
     from ._io import check_writable
-    from .export import export_lora
+    from .export import check_target, export_lora
 
-    check_writable(options.out)
-    export_lora(_load(options), options.out)
+    check_writable(options.out, folder=True)
+    check_target(options.out)
+    export_lora(_load(options, _base_folder(options)), options.out)
     print(f"The LoRA is in {options.out}")
 
 
 def _merge(options: argparse.Namespace) -> None:
     from ._io import whole_directory
 
+    base = _base_folder(options)
     with whole_directory(options.out) as folder:
-        _load(options).merge_and_unload().save_pretrained(folder)
+        _load(options, base).merge_and_unload().save_pretrained(folder)
+        _copy_tokenizer((options.adapter, base), folder)
     print(f"The merged model is in {options.out}")
 
 
-def _load(options: argparse.Namespace):
-    """The adapter on its base, which must lie on this machine."""
+_TOKENIZER = (
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.*",
+    "merges.txt",
+    "*.model",
+    "chat_template*",
+)
+
+
+def _copy_tokenizer(sources: Sequence[Path], target: Path) -> None:
+    """Copy the tokenizer's files from the first source that has any."""
+    for source in sources:
+        files = {file for pattern in _TOKENIZER for file in source.glob(pattern) if file.is_file()}
+        if files:
+            for file in files:
+                shutil.copyfile(file, target / file.name)
+            return
+
+
+def _base_folder(options: argparse.Namespace) -> Path:
+    """The base model's folder, which must lie on this machine."""
+    from .inspection import read_config
+
+    base = options.base or read_config(options.adapter).get("base_model_name_or_path")
+    if not base:
+        raise ValueError(f"{options.adapter}: it names no base model; give its folder with --base DIR")
+    if not Path(base).is_dir():
+        raise ValueError(
+            f"{options.adapter}: its base model {str(base)!r} is not a folder on this machine; name it with --base DIR"
+        )
+    return Path(base)
+
+
+def _load(options: argparse.Namespace, base: Path):
+    """The adapter on its base."""
     import importlib
 
     from .inspection import read_config
 
     config = read_config(options.adapter)
-    base = options.base or config.get("base_model_name_or_path")
-    if not base or not Path(base).is_dir():
-        raise ValueError(
-            f"{options.adapter}: its base model {str(base)!r} is not a folder on this machine; name it with --base DIR"
-        )
     import peft
     from transformers.utils import logging
 

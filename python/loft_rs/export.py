@@ -1,4 +1,4 @@
-"""Exact LoRA form of LOFT adapters, for every server and library that knows LoRA (loft.md, "Exact conversions").
+"""Exact LoRA form of LOFT adapters, for every server and library that knows LoRA (R = I + P E P^T).
 
 input side   W0 R - W0 = (W0 P E) P^T        A = P^T (r x n),  B = W0 P E (m x r)
 output side  R W0 - W0 = P E (P^T W0)        A = P^T W0,       B = P E
@@ -6,8 +6,10 @@ output side  R W0 - W0 = P E (P^T W0)        A = P^T W0,       B = P E
 
 from __future__ import annotations
 
+import json
 import os
 import warnings
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,19 +17,21 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ._io import whole_directory
+from .inspection import CONFIG_FILE
 from .layer import is_conv1d
 from .tuner.layer import Linear
-from .tuner.model import adapted_layers
+from .tuner.model import adapted_layers, require_supports
 
-__all__ = ["export_lora", "lora_factors"]
+__all__ = ["check_target", "export_lora", "lora_factors"]
 
 
 def lora_factors(model: nn.Module, adapter_name: str | None = None) -> dict[str, tuple[Tensor, Tensor]]:
     """Module name -> (A (r x n), B (m x r)), W0 + B A being the rotated weight.
 
-    float32 (float64 for a float64 base), on the layer's device.
+    float32 (float64 for a float64 base), on the layer's device. ValueError where the adapter has no support yet.
     """
     adapter, layers = adapted_layers(model, adapter_name)
+    require_supports(layers, adapter, "lora_factors")
     return {name: layer.lora_factors(adapter) for name, layer in layers.items()}
 
 
@@ -43,17 +47,24 @@ def export_lora(
 
     One rank for all layers (smaller ones are padded with zeros, since servers ignore `rank_pattern`), `lora_alpha == r`, scale 1.
     path: the folder to write, whole or not at all; in an existing one the two files are replaced. dtype: of the stored factors.
-    ValueError where the adapter has `modules_to_save`, which a LoRA server cannot load, unless `drop_modules_to_save`.
+    ValueError where the adapter has no support yet, where `path` holds a LOFT adapter, and where the adapter has `modules_to_save` or
+    `trainable_token_indices`, which a LoRA server cannot load, unless `drop_modules_to_save`.
     """
     from peft import LoraConfig
 
+    check_target(path)
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise ValueError(f"dtype must be a floating-point torch.dtype such as torch.float16, got {dtype!r}")
     adapter, layers = adapted_layers(model, adapter_name)
+    require_supports(layers, adapter, "export_lora")
     config = next(iter(layers.values())).loft_config[adapter]
-    if config.modules_to_save and not drop_modules_to_save:
-        raise ValueError(
-            f"the adapter also trains modules_to_save={sorted(config.modules_to_save)}, which a LoRA server cannot load; "
-            "pass drop_modules_to_save=True to export without them"
-        )
+    for kind in ("modules_to_save", "trainable_token_indices"):
+        trained = getattr(config, kind)
+        if trained and not drop_modules_to_save:
+            raise ValueError(
+                f"the adapter also trains {kind}={trained if isinstance(trained, dict) else sorted(trained)}, which a LoRA server "
+                "cannot load; pass drop_modules_to_save=True to export without them"
+            )
     rank = max(layer.rank(adapter) for layer in layers.values())
     tensors = {}
     for name, layer in layers.items():
@@ -78,6 +89,19 @@ def export_lora(
         save_file(tensors, os.path.join(folder, "adapter_model.safetensors"), metadata={"format": "pt"})
         lora.target_modules = sorted(lora.target_modules)  # a set has no order, and the file should have one
         lora.save_pretrained(folder)
+
+
+def check_target(path: str | os.PathLike) -> None:
+    """ValueError where the folder to write holds a LOFT adapter, whose files the LoRA's would replace."""
+    file = Path(path) / CONFIG_FILE
+    if not file.is_file():
+        return
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError:
+        return
+    if isinstance(config, dict) and config.get("peft_type") == "LOFT":
+        raise ValueError(f"{path} holds a LOFT adapter, which the LoRA would overwrite; give another folder")
 
 
 def _target_modules(model: nn.Module, layers: dict[str, Linear]) -> list[str]:

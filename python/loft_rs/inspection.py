@@ -1,7 +1,7 @@
 """What a saved adapter holds: rank, captured energy, orthogonality error and angles of every module. NumPy alone.
 
-With the stored P, E = C D C, C = (P^T P)^{-1/2} where P is in half precision and I elsewhere, and D = T - I from the
-trained theta:
+With the stored P, E = C D C, C = (P^T P)^{-1/2} where P is not orthonormal (it was rounded to half precision) and I elsewhere, and
+D = T - I from the trained theta:
 
     R = I + P E P^T,   ||R^T R - I||_2 = ||K^T K - I||_2,   K = I + H E H,   H = (P^T P)^{1/2}       (all in float64)
     angles: arg of the eigenvalues of K; a plane turned by phi appears as +-phi, given once
@@ -23,7 +23,8 @@ CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 
 _PARTS = ("theta", "support", "energy")
-_SUPPORT_GRAM = 0.05  # ||P^T P - I||_2 that a half-precision basis may have; float32 ones are far below
+_SUPPORT_GRAM = 0.05  # ||P^T P - I||_2 that a basis rounded to half precision may have; float32 ones are far below
+ORTHONORMAL = 1e-5  # ||P^T P - I||_2 up to which P counts as orthonormal, and C is left out
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,6 @@ def inspect_adapter(path: str | os.PathLike) -> list[ModuleReport]:
     folder = Path(path)
     config = read_config(folder)
     tensors, _ = read_safetensors(folder / WEIGHTS_FILE)
-    half = set(_half_precision(folder / WEIGHTS_FILE))
     modules: dict[str, dict[str, np.ndarray]] = {}
     for key, tensor in tensors.items():
         name, dot, part = key.rpartition(".loft_")
@@ -61,10 +61,7 @@ def inspect_adapter(path: str | os.PathLike) -> list[ModuleReport]:
             modules.setdefault(name, {})[part] = tensor
     if not modules:
         raise ValueError(f"{folder / WEIGHTS_FILE}: no LOFT module in it")
-    return [
-        _report(folder, name, parts, config, f"{name}.loft_support" in half)
-        for name, parts in sorted(modules.items(), key=_natural)
-    ]
+    return [_report(folder, name, parts, config) for name, parts in sorted(modules.items(), key=_natural)]
 
 
 def _natural(item: tuple[str, object]) -> list[tuple[int, str]]:
@@ -92,14 +89,7 @@ def read_config(folder: Path) -> dict:
     return config
 
 
-def _half_precision(file: Path) -> list[str]:
-    from safetensors import safe_open
-
-    with safe_open(file, framework="numpy") as opened:
-        return [key for key in opened.keys() if opened.get_slice(key).get_dtype() in ("BF16", "F16")]
-
-
-def _report(folder: Path, name: str, parts: dict[str, np.ndarray], config: dict, half: bool) -> ModuleReport:
+def _report(folder: Path, name: str, parts: dict[str, np.ndarray], config: dict) -> ModuleReport:
     what = f"{folder / WEIGHTS_FILE}: module {name!r}"
     if set(parts) != set(_PARTS):
         odd = ", ".join(f"loft_{part}" for part in sorted(set(parts) ^ set(_PARTS)))
@@ -115,7 +105,7 @@ def _report(folder: Path, name: str, parts: dict[str, np.ndarray], config: dict,
         raise ValueError(f"{what} has no support: it was saved before loft_rs.calibrate ran")
     if np.linalg.norm(gram - np.eye(rank), 2) > _SUPPORT_GRAM:
         raise ValueError(f"{what} has a support that is not orthonormal")
-    turned = _turned(gram, _delta(what, theta, rank, str(config.get("transform"))), half)
+    turned = _turned(gram, _delta(what, theta, rank, str(config.get("transform"))))
     return ModuleReport(
         name=name,
         width=basis.shape[0],
@@ -128,11 +118,12 @@ def _report(folder: Path, name: str, parts: dict[str, np.ndarray], config: dict,
     )
 
 
-def _turned(gram: np.ndarray, delta: np.ndarray, half: bool) -> np.ndarray:
+def _turned(gram: np.ndarray, delta: np.ndarray) -> np.ndarray:
     """K = I + H E H, with E rounded to float32 as the forward uses it."""
     values, vectors = np.linalg.eigh(gram)
     root = (vectors * np.sqrt(values)) @ vectors.T
-    fold = (vectors / np.sqrt(values)) @ vectors.T if half else np.eye(len(gram))
+    apart = np.abs(values - 1).max()  # ||P^T P - I||_2
+    fold = (vectors / np.sqrt(values)) @ vectors.T if apart > ORTHONORMAL else np.eye(len(gram))
     folded = (fold @ delta @ fold).astype(np.float32).astype(np.float64)
     return np.eye(len(gram)) + root @ folded @ root
 

@@ -175,9 +175,12 @@ class AdaptedLinear(nn.Module):
     def delta_source(self, adapter: str) -> tuple[Tensor, Tensor | None]:
         """(theta, C): what `DeltaGroup` computes this adapter's E from."""
         basis = self.loft_support[adapter]
-        return self.loft_theta[adapter], self._cached(("fold", adapter), _key(basis), lambda: gram_root(basis))
+        return self.loft_theta[adapter], self._cached(("fold", adapter), (basis,), lambda: gram_root(basis))
 
-    def _cached(self, slot: tuple[str, str], key: tuple, compute):
+    @torch.compiler.disable
+    def _cached(self, slot: tuple[str, str], sources: tuple[Tensor | torch.dtype, ...], compute):
+        """compute(), kept for as long as its sources keep their memory and their version: an edit through `.data` goes unseen."""
+        key = tuple(_key(source) if isinstance(source, Tensor) else source for source in sources)
         held = self._derived.get(slot)
         if held is None or held[0] != key:
             with torch.no_grad(), torch.inference_mode(False), torch.autocast(self.loft_device.type, enabled=False):
@@ -219,6 +222,7 @@ class AdaptedLinear(nn.Module):
         outputs = [a for a in adapters if self.loft_side[a] == "output"]
         if outputs:
             bias = getattr(self.get_base_layer(), "bias", None)
+            bias = None if bias is None else bias.to(y.dtype)
             y = y if bias is None else y - bias
             for adapter in outputs:
                 y = self.factor(adapter).apply(y)
@@ -230,23 +234,23 @@ class AdaptedLinear(nn.Module):
         weight = _fusible_weight(self.base_layer)
         if weight is None:
             return None
-        kind, dtype = x.device.type, weight.dtype
-        if torch.is_autocast_enabled(kind) and x.dtype != torch.float64:
-            dtype = torch.get_autocast_dtype(kind)
+        kind = x.device.type
+        autocast = torch.is_autocast_enabled(kind) and x.dtype != torch.float64
+        dtype = torch.get_autocast_dtype(kind) if autocast else weight.dtype
         side = self.loft_side[adapter]
         if (self.placement or choose_placement(self.in_features, self.out_features, side, dtype)) == "rotate":
             return None
         left, right = self._products(adapter, weight, dtype)
         bias = self.base_layer.bias
         delta = self.loft_group[adapter].value(self, adapter)
-        if dtype != weight.dtype:  # under autocast, as nn.Linear does
+        if autocast:  # as nn.Linear does
             x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
         with torch.autocast(kind, enabled=False):
             identity = self.loft_group[adapter].is_identity(self, adapter)
             return AddLowRank.apply(x, delta, weight, bias, left, right, identity)
 
     def _products(self, adapter: str, weight: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """(left, right) of `AddLowRank`: (P, W0 P) on the input side, (W0^T P, P) on the output side; kept while P and W0 last."""
+        """(left, right) of `AddLowRank`: (P, W0 P) on the input side, (W0^T P, P) on the output side, in `dtype`."""
         basis, side = self.loft_support[adapter], self.loft_side[adapter]
 
         def compute() -> tuple[Tensor, Tensor]:
@@ -255,7 +259,7 @@ class AdaptedLinear(nn.Module):
             left, right = (p, w @ p) if side == "input" else (w.mT @ p, p)
             return left.to(dtype), right.to(dtype)
 
-        return self._cached(("products", adapter), (*_key(basis), *_key(weight), dtype), compute)
+        return self._cached(("products", adapter), (basis, weight, dtype), compute)
 
     # -- merge, LoRA form ------------------------------------------------------------------------------------------------
 
@@ -269,24 +273,24 @@ class AdaptedLinear(nn.Module):
         return weight
 
     @torch.no_grad()
-    def rotated_weight(self, adapters: list[str]) -> Tensor:
-        """W0 R_1 R_2 ... or ... R_2 R_1 W0 (m x n), in float32 (float64 for a float64 base)."""
+    def rotated_weight(self, adapters: list[str], *, safe: bool = False) -> Tensor:
+        """W0 R_1 R_2 ... or ... R_2 R_1 W0 (m x n), in float32 (float64 for a float64 base). safe: ValueError for NaN or Inf in it."""
         weight = self.dense_or_raise("merging")
         work = weight.to(torch.promote_types(weight.dtype, torch.float32))
         for adapter in adapters:
             factor = self.factor(adapter)
             work = factor.adjoint(work) if self.loft_side[adapter] == "input" else factor.apply(work.mT).mT
+        if safe and not bool(torch.isfinite(work).all()):
+            raise ValueError(
+                f"merging adapters {adapters} would write NaN or Inf into the base weight; nothing was changed"
+            )
         return work
 
     @torch.no_grad()
     def merge_factors(self, adapters: list[str], *, safe: bool = False) -> None:
         """Replace W0 by the rotated weight, rounded once; the original bits are kept on the CPU for `unmerge_factors`."""
         weight = self.dense_or_raise("merging")
-        rotated = self.rotated_weight(adapters)
-        if safe and not bool(torch.isfinite(rotated).all()):
-            raise ValueError(
-                f"merging adapters {adapters} would write NaN or Inf into the base weight; nothing was changed"
-            )
+        rotated = self.rotated_weight(adapters, safe=safe)
         if self._original is None:
             self._original = weight.detach().to("cpu", copy=True)
         weight.copy_(rotated)
@@ -300,14 +304,15 @@ class AdaptedLinear(nn.Module):
 
     @torch.no_grad()
     def lora_factors(self, adapter: str) -> tuple[Tensor, Tensor]:
-        """(A (r x n), B (m x r)) with W0 + B A equal to the rotated weight: no SVD, exact (loft.md, Exact conversions)."""
+        """(A (r x n), B (m x r)) with W0 + B A equal to the rotated weight: no SVD, exact."""
         weight = self.dense_or_raise("the LoRA form") if self._original is None else self._original.to(self.loft_device)
         work = torch.promote_types(weight.dtype, torch.float32)
         factor, weight = self.factor(adapter), weight.to(work)
         p, e = factor.basis.to(work), factor.delta.to(work)
-        if self.loft_side[adapter] == "input":
-            return p.mT.contiguous(), weight @ p @ e
-        return p.mT @ weight, p @ e
+        with torch.autocast(weight.device.type, enabled=False):
+            if self.loft_side[adapter] == "input":
+                return p.mT.contiguous(), weight @ p @ e
+            return p.mT @ weight, p @ e
 
     # -- state -----------------------------------------------------------------------------------------------------------
 
@@ -316,7 +321,8 @@ class AdaptedLinear(nn.Module):
         self._derived.clear()
 
     def refresh_ready(self) -> None:
-        """Read from the supports themselves which adapters have one (an unset support is all zero)."""
+        """Read from the supports themselves which adapters have one (an unset support is all zero). Needed where a loader fills the
+        tensors one by one and runs no load_state_dict hook, as transformers' own does."""
         for adapter in self.loft_support.keys():
             basis = self.loft_support[adapter]
             self.loft_ready[adapter] = not basis.is_meta and bool(basis.any())
@@ -331,7 +337,7 @@ class LoftLinear(AdaptedLinear):
 
     base_layer: the linear layer (m x n); its parameters are frozen here.
     support: a `loft_rs.Support`, or an array or tensor (n, r) on the input side, (m, r) on the output side, which is re-orthonormalised.
-    transform: `cayley`, `exp` or `free`. side: `input` (W0 R) or `output` (R W0); taken from a `Support`.
+    transform: `cayley`, `exp` or `free`. side: `input` (W0 R) or `output` (R W0); a `Support` knows its own.
 
     The output equals the base layer's exactly until the transform is trained. TypeError or ValueError name a bad argument.
     """
@@ -341,7 +347,10 @@ class LoftLinear(AdaptedLinear):
     def __init__(self, base_layer: nn.Linear, support: Any, transform: str = "cayley", side: str | None = None):
         get_transform(transform)
         super().__init__(base_layer)
-        side = side or getattr(support, "side", "input")
+        own = getattr(support, "side", None)
+        if side and own and side != own:
+            raise ValueError(f"side is {side!r}, but the support was chosen for the {own} side")
+        side = side or own or "input"
         basis, energy = custom_basis(support), float(getattr(support, "energy", float("nan")))
         if side in SIDES and basis.shape[0] != self.support_width(side):
             raise ValueError(
@@ -356,8 +365,9 @@ class LoftLinear(AdaptedLinear):
         return self.adapted_forward(x, [] if self._original is not None else [self.ADAPTER])
 
     def merge(self) -> nn.Module:
-        """Merge in place and return the base layer, whose weight is now the rotated one."""
-        self.merge_factors([self.ADAPTER])
+        """Merge in place, once, and return the base layer, whose weight is now the rotated one."""
+        if self._original is None:
+            self.merge_factors([self.ADAPTER])
         return self.base_layer
 
     def unmerge(self) -> None:

@@ -30,12 +30,15 @@ __all__ = [
     "orthonormalize",
     "random_basis",
     "randomized_svd",
+    "row_blocks",
     "skew_planes",
     "skew_project",
 ]
 
 Matrix: TypeAlias = "NDArray[np.floating] | tuple[NDArray[np.uint16], str]"
 _FLOATS = (np.dtype(np.float16), np.dtype(np.float32), np.dtype(np.float64))
+# Entries that are widened at a time.
+_ROWS_AT_ONCE = 1 << 22
 _WANTED = "a 2-D NumPy array or torch tensor of float32, float64, float16 or bfloat16"
 
 
@@ -93,6 +96,17 @@ def _from_torch(torch: Any, tensor: Any, argument: str) -> Matrix:
     if tensor.dtype == torch.bfloat16:
         return tensor.view(torch.uint16).numpy(), "bfloat16"
     return tensor.numpy()
+
+
+def row_blocks(matrix: Any, scale: float = 1.0):
+    """Rows over `scale` in float64, a block at a time; bfloat16 comes as (uint16 array, "bfloat16")."""
+    bits = isinstance(matrix, tuple)
+    array = matrix[0] if bits else matrix
+    step = max(1, _ROWS_AT_ONCE // array.shape[1])
+    for start in range(0, array.shape[0], step):
+        rows = array[start : start + step]
+        rows = (rows.astype(np.uint32) << 16).view(np.float32) if bits else rows
+        yield start, rows.astype(np.float64, order="C") / scale  # one layout, one order of summation
 
 
 def _two_dimensional(array: Any, argument: str) -> None:

@@ -6,8 +6,9 @@ With A the activations on the support's side (X, or Y0 = Y - b on the output sid
     gradsvd     pass 1  G^T Omega = X^T (dY Omega)                           pass 2  G Q = dY^T (X Q)
     activation  pass 1  A^T (A Omega)                                        pass 2  (A Q)^T (A Q)
 
-where Q is the orthonormal basis of the first pass's sketch. Every sum is linear in the batches and held in float32. A few columns of
-Omega are probes: they do not enter Q and estimate what Q misses of the squared norm, with a standard error.
+where Q is the orthonormal basis of the first pass's sketch. Every sum is linear in the batches, so those of several processes add up,
+and is held in float32 (float64 for a float64 base). A few columns of Omega are probes: they do not enter Q and estimate what Q misses
+of the squared norm, with a standard error.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import torch
 from torch import Tensor
 
 from . import linalg
-from .support import Support
+from .support import STORED_METHODS, Support
 
 if TYPE_CHECKING:
     from .layer import AdaptedLinear
@@ -31,7 +32,6 @@ __all__ = ["LayerTap", "Sketch", "sketch_for"]
 
 OVERSAMPLING = 16
 PROBES = 8
-_HALF = (torch.bfloat16, torch.float16)
 
 
 class _Tap(torch.autograd.Function):
@@ -41,12 +41,14 @@ class _Tap(torch.autograd.Function):
     def forward(ctx, value: Tensor, kept: Tensor | None, anchor: Tensor, sketch: Sketch) -> Tensor:
         ctx.save_for_backward(kept)
         ctx.sketch = sketch
-        return value.view_as(value)
+        # What follows the layer may change its output in place, which neither a view nor the output that was kept would survive.
+        return value.view_as(value) if sketch.tap_input else value.clone()
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, gradient: Tensor):
-        ctx.sketch.collect(ctx.saved_tensors[0], gradient)
+        with torch.autocast(gradient.device.type, enabled=False):
+            ctx.sketch.collect(ctx.saved_tensors[0], gradient)
         return gradient, None, None, None
 
 
@@ -64,35 +66,54 @@ class LayerTap:
         sketch, watched = self.sketch, torch.is_grad_enabled()
         anchor = torch.zeros((), device=x.device, requires_grad=True)
         if sketch.tap_input:
-            kept = sketch.keep(x.detach(), None)
+            kept = self._keep(x, None)
             return layer.base_layer(_Tap.apply(x, kept, anchor, sketch) if watched else x, *args, **kwargs)
         y = layer.base_layer(x, *args, **kwargs)
         bias = getattr(layer.get_base_layer(), "bias", None)
-        kept = sketch.keep(x.detach(), y.detach() if bias is None else y.detach() - bias.detach())
+        kept = self._keep(x, y if bias is None else y.detach() - bias.detach())
         return _Tap.apply(y, kept, anchor, sketch) if watched else y
 
+    def _keep(self, x: Tensor, y0: Tensor | None) -> Tensor | None:
+        with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+            return self.sketch.keep(x.detach(), None if y0 is None else y0.detach())
 
-def sketch_for(method: str, layer: AdaptedLinear, adapter: str, seed: int) -> Sketch:
-    """A fresh sketch of one layer for a calibrated support, or for the order of a support it already has."""
+
+def sketch_for(method: str, layer: AdaptedLinear, adapter: str, seed: int, loss_scale: float = 1.0) -> Sketch:
+    """A fresh sketch of one layer for a calibrated support, or for the order of a support it already has.
+
+    `loss_scale`: what the loss is multiplied by where the support comes from its gradient.
+    """
     kinds = {"skewgrad": SkewSketch, "gradsvd": GradientSketch, "activation": ActivationSketch}
-    return kinds.get(method, MomentSketch)(layer, adapter, seed)
+    return kinds.get(method, MomentSketch)(layer, adapter, seed, loss_scale)
 
 
 class Sketch:
-    """One layer's sums. `keep` runs in the layer's forward, `collect` in its backward, `end_pass` after the last batch of a pass."""
+    """One layer's sums. `keep` runs in the layer's forward, `collect` in its backward, `end_pass` after the last batch of a pass.
+
+    `pending` are the sums of the pass that runs; they are there from its start, so that every process has the same ones to add up.
+    """
 
     tap_input = False
+    pairs = False  # columns come two to a plane, and half a plane captures nothing
 
-    def __init__(self, layer: AdaptedLinear, adapter: str, seed: int):
+    def __init__(self, layer: AdaptedLinear, adapter: str, seed: int, loss_scale: float = 1.0):
         self.side, self.rank = layer.loft_side[adapter], layer.rank(adapter)
-        width = layer.support_width(self.side)
-        self.columns = min(self.rank + self.rank % 2 + OVERSAMPLING, width)
-        self.device, self.seed = layer.loft_device, seed
+        self.width = layer.support_width(self.side)
+        self.other = layer.support_width("output" if self.side == "input" else "input")
+        self.columns = min(self.rank + self.rank % 2 + OVERSAMPLING, self.width)
+        self.device, self.seed, self.loss_scale = layer.loft_device, seed, loss_scale
+        self.dtype = torch.promote_types(layer.loft_support[adapter].dtype, torch.float32)
         self.seen = 0  # batches that reached this sketch, over all passes
         self.silent = False  # reached by none, or by zeros only
         self.finished = False
-        self.sums: dict[str, Tensor] = {}
+        self.pending: dict[str, Tensor] = {}
+        self.sums: dict[str, Tensor] = {}  # of the passes that are over
         self.basis: Tensor | None = None  # Q (n x k), once the first pass is over
+        self.begin_pass()
+
+    def begin_pass(self) -> None:
+        """Fill `pending` with the zeros that the coming pass adds to."""
+        raise AssertionError("each kind of sketch names its sums")
 
     def keep(self, x: Tensor, y0: Tensor | None) -> Tensor | None:
         """Accumulate what the forward shows; return what the backward will need."""
@@ -104,27 +125,31 @@ class Sketch:
     def activations(self, x: Tensor, y0: Tensor | None) -> Tensor:
         return _rows(x if self.side == "input" else y0)
 
+    def zeros(self, *shape: int) -> Tensor:
+        return torch.zeros(shape, dtype=self.dtype, device=self.device)
+
     def plus(self, name: str, value: Tensor) -> None:
-        value = value if value.dtype == torch.float64 else value.float()
-        held = self.sums.get(name)
-        self.sums[name] = value if held is None else held.add_(value)
+        self.pending[name] += value
 
     def gaussian(self, rows: int) -> Tensor:
         generator = torch.Generator().manual_seed(self.seed)
         return torch.randn(rows, self.columns + PROBES, generator=generator).to(self.device)
 
     def end_pass(self, name: str) -> None:
-        for what, value in self.sums.items():
+        """Judge the pass by its sums and say whether another one is needed (`finished`)."""
+        for what, value in self.pending.items():
             if not bool(torch.isfinite(value).all()):
                 raise linalg.NonFiniteError(
                     f"layer {name} saw NaN or Inf while calibrating ({what}); nothing was changed"
                 )
+        self.sums |= self.pending
         main = self.sums.get("sketch", self.sums.get("moment"))
-        if main is None or not bool(main.any()):
+        if not bool(main.any()):
             self.silent = self.finished = True
         elif self.basis is None:
             q = linalg.orthonormalize(main[:, : self.columns].cpu().numpy())
             self.basis = torch.from_numpy(q).to(main.device)
+            self.begin_pass()
         else:
             self.finished = True
 
@@ -137,19 +162,21 @@ class Sketch:
 
     def support(self, order: str, passes: int, config: LoftConfig) -> Support:
         v, values, total, spread = self.solve()
-        captured = float(np.sum(values[: self.rank] ** 2))
+        whole = self.rank - self.rank % 2 if self.pairs else self.rank
+        captured = float(np.sum(values[:whole] ** 2))
         energy = min(captured / total, 1.0)
-        last, following = values[self.rank - 1], values[self.rank] if len(values) > self.rank else math.nan
+        last = values[whole - 1] if whole else 0.0
+        following = values[self.rank] if len(values) > self.rank else math.nan
         return Support(
             basis=_ordered_basis(self.basis.double().cpu().numpy() @ v, v, self.numpy("moment"), order),
             energy=energy,
             energy_stderr=energy * spread / total,
-            values=values[: self.rank],
+            values=np.append(values[:whole], np.zeros(self.rank - whole)) / self.loss_scale,
             residuals=np.full(self.rank, math.nan),
             gap=float((last - following) / last) if last > 0 else math.nan,
             passes=passes,
             seconds=math.nan,
-            method=config.support,
+            method=config.support if config.support in STORED_METHODS else "custom",
             side=self.side,
             seed=config.seed,
             order=order,
@@ -159,16 +186,25 @@ class Sketch:
 class SkewSketch(Sketch):
     """S = (B^T A - A^T B) / 2 with B the gradient at A."""
 
-    def __init__(self, layer: AdaptedLinear, adapter: str, seed: int):
-        super().__init__(layer, adapter, seed)
+    pairs = True
+
+    def __init__(self, layer: AdaptedLinear, adapter: str, seed: int, loss_scale: float = 1.0):
+        super().__init__(layer, adapter, seed, loss_scale)
         self.tap_input = self.side == "input"
-        self.omega = self.gaussian(layer.support_width(self.side))
+        self.omega = self.gaussian(self.width)
+
+    def begin_pass(self) -> None:
+        k = self.columns
+        if self.basis is None:
+            self.pending = {"sketch": self.zeros(self.width, k + PROBES)}
+        else:
+            self.pending = {"moment": self.zeros(k, k), "compressed": self.zeros(k, k)}
 
     def keep(self, x: Tensor, y0: Tensor | None) -> Tensor:
         a = self.activations(x, y0)
         if self.basis is None:
             return a
-        aq = a @ self.basis.to(a.dtype)
+        aq = _product(a, self.basis)
         self.plus("moment", _inner(aq, aq))
         return aq
 
@@ -176,16 +212,16 @@ class SkewSketch(Sketch):
         self.seen += 1
         b = _rows(gradient)
         if self.basis is None:
-            omega = self.omega.to(b.dtype)
-            self.plus("sketch", (_inner(b, kept @ omega) - _inner(kept, b @ omega)) / 2)
+            self.plus("sketch", (_inner(b, _product(kept, self.omega)) - _inner(kept, _product(b, self.omega))) / 2)
         else:
-            self.plus("compressed", _inner(b @ self.basis.to(b.dtype), kept))
+            self.plus("compressed", _inner(_product(b, self.basis), kept))
 
     def solve(self) -> tuple[np.ndarray, np.ndarray, float, float]:
         c = self.numpy("compressed")
         c = (c - c.T) / 2
-        even = min(len(c) - len(c) % 2, self.rank + 2)
-        v, sigma = linalg.skew_planes(c, max(even, self.rank))
+        # Whole planes, and the one after them for the gap.
+        planes = min(len(c) - len(c) % 2, self.rank + self.rank % 2 + 2)
+        v, sigma = linalg.skew_planes(c, max(planes, self.rank))
         probes, omega = self.numpy("sketch")[:, self.columns :], self.omega.double().cpu().numpy()[:, self.columns :]
         # E ||S w||^2 = ||S||_F^2; the compressed part, known exactly, is the control variate.
         q = self.basis.double().cpu().numpy()
@@ -197,15 +233,21 @@ class SkewSketch(Sketch):
 class GradientSketch(Sketch):
     """G = dY^T X (input side), or its transpose (output side): right singular vectors either way."""
 
-    def __init__(self, layer: AdaptedLinear, adapter: str, seed: int):
-        super().__init__(layer, adapter, seed)
-        self.omega = self.gaussian(layer.support_width("output" if self.side == "input" else "input"))
+    def __init__(self, layer: AdaptedLinear, adapter: str, seed: int, loss_scale: float = 1.0):
+        super().__init__(layer, adapter, seed, loss_scale)
+        self.omega = self.gaussian(self.other)
+
+    def begin_pass(self) -> None:
+        k = self.columns
+        if self.basis is None:
+            self.pending = {"sketch": self.zeros(self.width, k + PROBES)}
+        else:
+            self.pending = {"moment": self.zeros(k, k), "image": self.zeros(self.other, k)}
 
     def keep(self, x: Tensor, y0: Tensor | None) -> Tensor:
         if self.basis is None:
             return _rows(x)
-        a = self.activations(x, y0)
-        aq = a @ self.basis.to(a.dtype)
+        aq = _product(self.activations(x, y0), self.basis)
         self.plus("moment", _inner(aq, aq))
         return aq if self.side == "input" else _rows(x)
 
@@ -214,9 +256,9 @@ class GradientSketch(Sketch):
         dy = _rows(gradient)
         own, other = (kept, dy) if self.side == "input" else (dy, kept)
         if self.basis is None:
-            self.plus("sketch", _inner(own, other @ self.omega.to(other.dtype)))
+            self.plus("sketch", _inner(own, _product(other, self.omega)))
         else:
-            self.plus("image", _inner(other, own if self.side == "input" else own @ self.basis.to(own.dtype)))
+            self.plus("image", _inner(other, own if self.side == "input" else _product(own, self.basis)))
 
     def solve(self) -> tuple[np.ndarray, np.ndarray, float, float]:
         image = self.numpy("image")
@@ -234,18 +276,26 @@ class GradientSketch(Sketch):
 class ActivationSketch(Sketch):
     """X^T X (or Y0^T Y0): forward passes only."""
 
-    def __init__(self, layer: AdaptedLinear, adapter: str, seed: int):
-        super().__init__(layer, adapter, seed)
-        self.omega = self.gaussian(layer.support_width(self.side))
+    def __init__(self, layer: AdaptedLinear, adapter: str, seed: int, loss_scale: float = 1.0):
+        super().__init__(layer, adapter, seed, loss_scale)
+        self.omega = self.gaussian(self.width)
+
+    def begin_pass(self) -> None:
+        k = self.columns
+        if self.basis is None:
+            norm = torch.zeros((), dtype=torch.float64, device=self.device)
+            self.pending = {"sketch": self.zeros(self.width, k + PROBES), "norm": norm}
+        else:
+            self.pending = {"moment": self.zeros(k, k)}
 
     def keep(self, x: Tensor, y0: Tensor | None) -> None:
         self.seen += 1
         a = self.activations(x, y0)
         if self.basis is None:
-            self.plus("sketch", _inner(a, a @ self.omega.to(a.dtype)))
+            self.plus("sketch", _inner(a, _product(a, self.omega)))
             self.plus("norm", a.float().square().sum(dtype=torch.float64))
         else:
-            aq = a @ self.basis.to(a.dtype)
+            aq = _product(a, self.basis)
             self.plus("moment", _inner(aq, aq))
 
     def solve(self) -> tuple[np.ndarray, np.ndarray, float, float]:
@@ -256,15 +306,17 @@ class ActivationSketch(Sketch):
 class MomentSketch(Sketch):
     """Only sum z^T z, z = A P, for the order inside a support that the layer already has."""
 
-    def __init__(self, layer: AdaptedLinear, adapter: str, seed: int):
-        super().__init__(layer, adapter, seed)
-        self.basis = layer.loft_support[adapter].float()
+    def __init__(self, layer: AdaptedLinear, adapter: str, seed: int, loss_scale: float = 1.0):
+        super().__init__(layer, adapter, seed, loss_scale)
+        self.basis = layer.loft_support[adapter].to(self.dtype)
         self.energy = float(layer.loft_energy[adapter])
+
+    def begin_pass(self) -> None:
+        self.pending = {"moment": self.zeros(self.rank, self.rank)}
 
     def keep(self, x: Tensor, y0: Tensor | None) -> None:
         self.seen += 1
-        a = self.activations(x, y0)
-        z = a @ self.basis.to(a.dtype)
+        z = _product(self.activations(x, y0), self.basis)
         self.plus("moment", _inner(z, z))
 
     def solve(self) -> tuple[np.ndarray, np.ndarray, float, float]:
@@ -275,15 +327,22 @@ class MomentSketch(Sketch):
 
 
 def _rows(tensor: Tensor) -> Tensor:
-    tensor = tensor.reshape(-1, tensor.shape[-1])
-    # Half-precision products are slow on a CPU; on a GPU they accumulate in float32.
-    return tensor.float() if tensor.dtype in _HALF and not tensor.is_cuda else tensor
+    return tensor.reshape(-1, tensor.shape[-1])
+
+
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    """A B of a large A and a skinny B, in float32 or wider: half-precision products are slow on a CPU, and float16 could overflow.
+
+    bfloat16 on a GPU is multiplied as it is, B rounded to it, and summed in float32.
+    """
+    if a.is_cuda and a.dtype == torch.bfloat16:
+        return torch.mm(a, b.to(a.dtype), out_dtype=torch.float32)
+    work = torch.promote_types(torch.promote_types(a.dtype, b.dtype), torch.float32)
+    return a.to(work) @ b.to(work)
 
 
 def _inner(a: Tensor, b: Tensor) -> Tensor:
-    if a.is_cuda and a.dtype in _HALF:
-        return torch.mm(a.mT, b.to(a.dtype), out_dtype=torch.float32)
-    return a.mT @ b
+    return _product(a.mT, b)
 
 
 def _descending(gram: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

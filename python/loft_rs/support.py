@@ -22,9 +22,15 @@ import time
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+from .factored import Factored, padded
+from .linalg import NonFiniteError, as_matrix, row_blocks
+
+if TYPE_CHECKING:
+    from .budget import Budget
 
 METHODS = ("gradsvd", "skewgrad", "principal", "random", "coordinate")
 SIDES = ("input", "output")
@@ -36,7 +42,6 @@ _METADATA_KEY = "loft_rs.supports"
 _ARRAYS = {"basis": np.float32, "values": np.float64, "residuals": np.float64}
 # ||P^T P - I||_2 of a float32 basis: ours stay under 50 eps; one that is read may have been made elsewhere.
 _ORTHONORMAL = 100 * float(np.finfo(np.float32).eps)
-_BLOCK = 1 << 22
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -83,7 +88,7 @@ class Support:
 
 def select_support(
     grads: Any,
-    rank: int | Mapping[str, int],
+    rank: int | Mapping[str, int] | Budget,
     *,
     method: str = "gradsvd",
     weights: Any = None,
@@ -95,38 +100,55 @@ def select_support(
 ) -> Support | dict[str, Support]:
     """Choose a support for one matrix, or one for each matrix of a mapping.
 
-    grads: (m, n) = (out, in) gradient, a NumPy array or a torch tensor (f16, bf16, f32, f64; any strides; any device),
-        or a mapping of them
-    rank: columns of the basis, 1..min(m, n), or a mapping with the same names
+    grads: (m, n) = (out, in) gradient, a NumPy array or a torch tensor (f16, bf16, f32, f64; any strides; any device), or a
+        pair (dY, X) of them, (N, m) and (N, n), for the gradient dY^T X, or a mapping of either
+    rank: columns of the basis, 1..min(m, n), or a mapping with the same names, or a `Budget` that shares even ranks out so that
+        the layers together capture the most energy (gradsvd, skewgrad, principal)
     method: gradsvd (grads), skewgrad (grads and weights), principal (weights alone), random or coordinate (either, for
         the shape)
     weights: W0, like `grads`
     side: "input" for W = W0 R, "output" for W = R W0
-    tol: relative accuracy of the singular subspace; None stops when the energy no longer grows
-    progress: called as progress(name, done, in_all) after each layer; raising stops the call
+    tol: largest fraction of the captured energy that may be missing, by the Ritz residuals; None for a fixed depth with at most
+        about 1 percent missing, after which a flat spectrum is given up on: `gap` and `residuals` tell
+    progress: called as progress(name, done, in_all) after each layer; raising stops the call. With a `Budget` a layer that turns
+        out to deserve more than it was first solved for is solved, and counted, again, and in_all grows
 
-    A mapping gives, bit for bit, what single calls with the same seed give.
+    A mapping gives, bit for bit, what single calls with the same seed give. A mapping and a `Budget` give an `Allocation`: a
+    dict with the parameters given out and the proven gap to the best allocation; a layer that is given rank 0 is not in it.
     """
+    from .budget import Budget, shared_supports
+
     _check_options(method, side, tol, seed, threads, progress)
+    if isinstance(rank, Budget) and method in ("random", "coordinate"):
+        raise ValueError(f"rank may not be a Budget with {method!r}, which has no spectrum to share it by")
     single, layers = _layers(grads, weights, method)
-    ranks = _ranks(rank, single, layers)
-    jobs = [(name, *_matrices(name, grad, weight), ranks[name]) for name, (grad, weight) in layers.items()]
-    for name, grad, weight, wanted in jobs:
-        _check_shapes(name, grad, weight, wanted)
-    odd = [name or "the matrix" for name, *_, wanted in jobs if wanted % 2 and method == "skewgrad"]
+    ranks = {} if isinstance(rank, Budget) else _ranks(rank, single, layers)
+    matrices = {name: _matrices(name, grad, weight) for name, (grad, weight) in layers.items()}
+    shapes = {name: _common_shape(name, grad, weight) for name, (grad, weight) in matrices.items()}
+
+    def solve(ranks: Mapping[str, int], progress: Callable | None) -> dict[str, Support]:
+        jobs = [(name, *(padded(each, rank, side) for each in matrices[name]), rank) for name, rank in ranks.items()]
+        if method in ("random", "coordinate"):
+            chosen = _select_blind(jobs, method, side, seed, progress)
+        else:
+            from . import _core
+
+            found = _core.select(jobs, method=method, side=side, tol=tol, seed=seed, threads=threads, progress=progress)
+            chosen = [Support(method=method, side=side, seed=seed, **each) for each in found]
+        return dict(zip(ranks, chosen, strict=True))
+
+    _check_ranks(ranks, shapes)
+    for name, (grad, weight) in matrices.items():
+        if isinstance(grad, Factored):
+            matrices[name] = grad.problem(weight, method, side)
+    odd = [name or "the matrix" for name, each in ranks.items() if each % 2 and method == "skewgrad"]
     if odd:
         warnings.warn(
             f"with skewgrad an odd rank gains nothing over the even one below it: {', '.join(odd)}",
             stacklevel=2,
         )
-    if method in ("random", "coordinate"):
-        chosen = _select_blind(jobs, method, side, seed, progress)
-    else:
-        from . import _core
-
-        found = _core.select(jobs, method=method, side=side, tol=tol, seed=seed, threads=threads, progress=progress)
-        chosen = [Support(method=method, side=side, seed=seed, **each) for each in found]
-    named = dict(zip(layers, chosen, strict=True))
+    budget = rank if isinstance(rank, Budget) else None
+    named = shared_supports(budget, shapes, solve, progress) if budget else solve(ranks, progress)
     return named[""] if single else named
 
 
@@ -142,7 +164,7 @@ def _check_options(method: Any, side: Any, tol: Any, seed: Any, threads: Any, pr
     if not _is_int(seed) or not 0 <= seed < 2**64:
         raise ValueError(f"seed must be an integer from 0 to 2**64 - 1, not {seed!r}")
     if threads is not None and (not _is_int(threads) or threads < 1):
-        raise ValueError(f"threads must be a positive integer, or None, not {threads!r}")
+        raise ValueError(f"threads must be an integer from 1 to 1024, or None, not {threads!r}")
     if progress is not None and not callable(progress):
         raise TypeError(f"progress must be callable, not {type(progress).__name__}")
 
@@ -166,6 +188,9 @@ def _layers(grads: Any, weights: Any, method: str) -> tuple[bool, dict[str, tupl
         wrong = next((name for name in value if not isinstance(name, str) or not name), None)
         if wrong is not None:
             raise TypeError(f"the names in {argument} must be non-empty strings, not {wrong!r}")
+        none = next((name for name in value if value[name] is None), None)
+        if none is not None:
+            raise TypeError(f"{argument}[{none!r}] must be a matrix, not None")
     if len(given) == 2:
         _check_names("weights", weights, "grads", grads)
     names = given[0][1]
@@ -177,12 +202,12 @@ def _check_presence(grads: Any, weights: Any, method: str) -> None:
         raise ValueError("weights have no part in method 'gradsvd': leave them out, or choose method='skewgrad'")
     if method == "principal" and grads is not None:
         raise ValueError("grads have no part in method 'principal': pass None in their place and weights=W0")
-    if grads is None and weights is None:
-        raise ValueError(f"method {method!r} needs {_NEEDS[method]}, and neither grads nor weights were given")
     if grads is None and method in ("gradsvd", "skewgrad"):
         raise ValueError(f"grads are missing: method {method!r} needs {_NEEDS[method]}")
     if weights is None and method in ("skewgrad", "principal"):
         raise ValueError(f"weights are missing: method {method!r} needs {_NEEDS[method]}")
+    if grads is None and weights is None:
+        raise ValueError(f"method {method!r} needs {_NEEDS[method]}, and neither grads nor weights were given")
 
 
 _NEEDS = {
@@ -216,7 +241,7 @@ def _ranks(rank: Any, single: bool, layers: Mapping) -> dict[str, int]:
             raise TypeError(f"rank{_of(name)} must be an integer, not {type(each).__name__}")
         if each < 1:
             raise ValueError(f"rank{_of(name)} must be at least 1, not {each}")
-    return {name: int(each) for name, each in ranks.items()}
+    return {name: int(ranks[name]) for name in layers}
 
 
 def _of(name: str) -> str:
@@ -224,20 +249,19 @@ def _of(name: str) -> str:
 
 
 def _matrices(name: str, grad: Any, weight: Any) -> tuple[Any, Any]:
-    from .linalg import as_matrix
-
     place = f"[{name!r}]" if name else ""
-    return (
-        None if grad is None else as_matrix(grad, f"grads{place}"),
-        None if weight is None else as_matrix(weight, f"weights{place}"),
-    )
+    if isinstance(grad, tuple):
+        grad = Factored(grad, f"grads{place}")
+    elif grad is not None:
+        grad = as_matrix(grad, f"grads{place}")
+    return grad, None if weight is None else as_matrix(weight, f"weights{place}")
 
 
 def _shape(matrix: Any) -> tuple[int, int]:
     return (matrix[0] if isinstance(matrix, tuple) else matrix).shape
 
 
-def _check_shapes(name: str, grad: Any, weight: Any, rank: int) -> None:
+def _common_shape(name: str, grad: Any, weight: Any) -> tuple[int, int]:
     shapes = {_shape(matrix) for matrix in (grad, weight) if matrix is not None}
     if len(shapes) > 1:
         raise ValueError(
@@ -246,35 +270,43 @@ def _check_shapes(name: str, grad: Any, weight: Any, rank: int) -> None:
     (shape,) = shapes
     if 0 in shape:
         raise ValueError(f"the matrix{_of(name)} is empty: its shape is {shape}")
-    if rank > min(shape):
-        raise ValueError(f"rank{_of(name)} is {rank}, but a {shape[0]} x {shape[1]} matrix allows at most {min(shape)}")
+    return shape
+
+
+def _check_ranks(ranks: Mapping[str, int], shapes: Mapping[str, tuple[int, int]]) -> None:
+    for name, rank in ranks.items():
+        m, n = shapes[name]
+        if rank > min(m, n):
+            raise ValueError(f"rank{_of(name)} is {rank}, but a {m} x {n} matrix allows at most {min(m, n)}")
 
 
 def _select_blind(jobs: list, method: str, side: str, seed: int, progress: Callable | None) -> list[Support]:
     """random and coordinate: the matrix gives the shape, and the energy that was captured by chance."""
-    totals = [
-        _norms(name, *(("grads", grad) if grad is not None else ("weights", weight))) for name, grad, weight, _ in jobs
-    ]
-    zero = [name or "the matrix" for (name, *_), total in zip(jobs, totals, strict=True) if total == 0]
+    scales = []
+    for name, grad, weight, _ in jobs:
+        given = [_scale(name, what, each) for what, each in (("grads", grad), ("weights", weight)) if each is not None]
+        scales.append(given[0])
+    zero = [name or "the matrix" for (name, *_), scale in zip(jobs, scales, strict=True) if scale == 0]
     if zero:
         raise ValueError(f"all entries are zero in {', '.join(zero)}: there is no direction to choose")
     chosen = []
-    for done, ((name, grad, weight, rank), total) in enumerate(zip(jobs, totals, strict=True), start=1):
-        chosen.append(_blind(grad if grad is not None else weight, total, rank, method, side, seed))
+    for done, ((name, grad, weight, rank), scale) in enumerate(zip(jobs, scales, strict=True), start=1):
+        chosen.append(_blind(grad if grad is not None else weight, scale, rank, method, side, seed))
         if progress is not None:
             progress(name, done, len(jobs))
     return chosen
 
 
-def _blind(matrix: Any, total: float, rank: int, method: str, side: str, seed: int) -> Support:
+def _blind(matrix: Any, scale: float, rank: int, method: str, side: str, seed: int) -> Support:
     begun = time.perf_counter()
     support = blind_support(_shape(matrix)[1 if side == "input" else 0], rank, method=method, side=side, seed=seed)
-    captured = _captured(matrix, support.basis.astype(np.float64), side)
+    total = sum(float(np.square(rows).sum()) for _, rows in row_blocks(matrix, scale))
+    captured = _captured(matrix, scale, support.basis.astype(np.float64), side)
     return replace(
         support,
         energy=min(1.0, float(captured.sum() / total)),
         energy_stderr=0.0,
-        values=np.sqrt(captured),
+        values=np.sqrt(captured) * scale,
         passes=1,
         seconds=time.perf_counter() - begun,
     )
@@ -293,34 +325,42 @@ def blind_support(width: int, rank: int, *, method: str, side: str, seed: int) -
     return Support(basis, math.nan, math.nan, unknown, unknown.copy(), math.nan, 0, 0.0, method, side, seed)
 
 
-def _row_blocks(matrix: Any):
-    """Rows in float64, a block at a time; bfloat16 comes as (uint16 array, "bfloat16")."""
-    bits = isinstance(matrix, tuple)
-    array = matrix[0] if bits else matrix
-    step = max(1, _BLOCK // array.shape[1])
-    for start in range(0, array.shape[0], step):
-        rows = array[start : start + step]
-        rows = (rows.astype(np.uint32) << 16).view(np.float32) if bits else rows
-        yield start, rows.astype(np.float64, order="C")  # one layout, one order of summation
-
-
-def _norms(name: str, argument: str, matrix: Any) -> float:
-    total = 0.0
-    for _, rows in _row_blocks(matrix):
+def _scale(name: str, argument: str, matrix: Any) -> float:
+    """The power of two below the largest entry, so that no square of an entry over it overflows or vanishes; 0 if all are zero."""
+    largest = 0.0
+    for _, rows in row_blocks(matrix):
         if not np.isfinite(rows).all():
-            from .linalg import NonFiniteError
-
             raise NonFiniteError(f"{argument}{_of(name)} has a NaN or an infinite entry")
-        total += float(np.square(rows).sum())
-    return total
+        largest = max(largest, float(np.abs(rows).max()))
+    return math.ldexp(1.0, math.frexp(largest)[1] - 1) if largest else 0.0
 
 
-def _captured(matrix: Any, basis: np.ndarray, side: str) -> np.ndarray:
-    """||G p_i||^2 for every column (input side), ||G^T p_i||^2 (output side)."""
+def _captured(matrix: Any, scale: float, basis: np.ndarray, side: str) -> np.ndarray:
+    """||G p_i||^2 for every column (input side), ||G^T p_i||^2 (output side), of G over `scale`."""
     if side == "input":
-        return sum(np.square(rows @ basis).sum(0) for _, rows in _row_blocks(matrix))
-    product = sum(basis[start : start + len(rows)].T @ rows for start, rows in _row_blocks(matrix))
+        return sum(np.square(rows @ basis).sum(0) for _, rows in row_blocks(matrix, scale))
+    product = sum(basis[start : start + len(rows)].T @ rows for start, rows in row_blocks(matrix, scale))
     return np.square(product).sum(1)
+
+
+def cut_support(support: Support, rank: int) -> Support:
+    """The leading `rank` columns of a gradsvd, skewgrad or principal support (skewgrad: an even number), and their energy."""
+    if rank == support.rank:
+        return support
+    squares = np.square(support.values / support.values[0])
+    kept = float(squares[:rank].sum() / squares.sum())
+    last, following = support.values[rank - 1 : rank + 1]
+    # The core's rule: where sigma_r is rounding, its direction is as arbitrary as the next one's.
+    known = last > 8 * np.finfo(np.float32).eps * support.values[0]
+    return replace(
+        support,
+        basis=np.ascontiguousarray(support.basis[:, :rank]),
+        energy=support.energy * kept,
+        energy_stderr=support.energy_stderr * kept,
+        values=support.values[:rank].copy(),
+        residuals=support.residuals[:rank].copy(),
+        gap=float((last - following) / last) if known else 0.0,
+    )
 
 
 def save_supports(path: str | os.PathLike, supports: Support | Mapping[str, Support]) -> None:
@@ -329,9 +369,17 @@ def save_supports(path: str | os.PathLike, supports: Support | Mapping[str, Supp
 
     from ._io import whole_file
 
-    named = {"": supports} if isinstance(supports, Support) else dict(supports)
-    if not named:
-        raise ValueError("supports is empty: there is nothing to save")
+    if not isinstance(supports, (Support, Mapping)):
+        raise TypeError(f"supports must be a Support or a mapping of names to them, not {type(supports).__name__}")
+    if isinstance(supports, Support):
+        named = {"": supports}
+    else:
+        named = dict(supports)
+        wrong = [name for name in named if not isinstance(name, str) or not name]
+        if wrong:
+            raise TypeError(f"the names in supports must be non-empty strings, not {wrong[0]!r}")
+        if not named:
+            raise ValueError("supports is empty: there is nothing to save")
     tensors: dict[str, np.ndarray] = {}
     facts: dict[str, dict[str, Any]] = {}
     for name, support in sorted(named.items()):

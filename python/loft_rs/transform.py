@@ -7,7 +7,7 @@
 | `free`   | I + D, unconstrained       | D itself, r x r                                 |
 
 A_ij = theta_ij and A_ji = -theta_ij for i > j, the triangle read row by row. Every transform is the identity at theta = 0, and D
-is never formed as a difference of T and I, so a small rotation keeps all its digits in any dtype.
+is never formed as a difference of T and I, so a small rotation keeps all its digits. A theta in half precision gives D in float32.
 
 Gradients are closed forms, so no graph runs through a solver, and the values of all layers of one rank come from one batched
 solve (`DeltaGroup`) while each layer's gradient stays its own autograd node: an in-place update, a second backward or
@@ -35,7 +35,10 @@ def _strict_lower(r: int, device: torch.device) -> Tensor:
     if (r, device) not in _INDICES:
         # A kept index must not be born inside inference mode, or a later training step could not save it for backward.
         with torch.inference_mode(False):
-            _INDICES[r, device] = torch.tril_indices(r, r, -1, device=device)
+            indices = torch.tril_indices(r, r, -1, device=device)
+        if type(indices) is not Tensor:  # a fake one, under a tracing mode that the next call may be outside of
+            return indices
+        _INDICES[r, device] = indices
     return _INDICES[r, device]
 
 
@@ -58,6 +61,10 @@ def _working_dtype(theta: Tensor) -> torch.dtype:
     return torch.float32 if theta.device.type == "mps" else torch.float64
 
 
+def _kept_dtype(theta: Tensor) -> torch.dtype:
+    return torch.promote_types(theta.dtype, torch.float32)
+
+
 class Transform(Protocol):
     """One parametrisation of T. `delta` and `gradient` work on a batch of equal ranks and run outside autograd."""
 
@@ -68,14 +75,14 @@ class Transform(Protocol):
         """Shape of theta for rank r."""
 
     def delta(self, theta: Tensor, r: int) -> tuple[Tensor, Tensor]:
-        """(D, saved): D = T(theta) - I, (B, r, r) in theta's dtype, and what `gradient` needs, (B, ...)."""
+        """(D, saved): D = T(theta) - I, (B, r, r), and what `gradient` needs, (B, ...), in theta's dtype, at least float32."""
 
     def gradient(self, g: Tensor, saved: Tensor) -> Tensor:
         """dL/dtheta (B, ...) from g = dL/dD (B, r, r)."""
 
 
 class Cayley:
-    """T = (I - A)(I + A)^{-1}. With Z = (I + A)^{-1}: D = -2 A Z and dL/dA = H = -2 Z^T g Z^T (loft.md, Transforms)."""
+    """T = (I - A)(I + A)^{-1}. With Z = (I + A)^{-1}: D = -2 A Z and dL/dA = H = -2 Z^T g Z^T, as dD = -2 Z dA Z."""
 
     name = "cayley"
     orthogonal = True
@@ -87,7 +94,7 @@ class Cayley:
         a = skew(theta.to(_working_dtype(theta)), r)
         # inv_ex does not synchronise with the host to check for singularity, and I + A cannot be singular.
         z = torch.linalg.inv_ex(a + torch.eye(r, dtype=a.dtype, device=a.device)).inverse
-        return (-2 * (a @ z)).to(theta.dtype), z.to(theta.dtype)
+        return (-2 * (a @ z)).to(_kept_dtype(theta)), z.to(_kept_dtype(theta))
 
     def gradient(self, g: Tensor, saved: Tensor) -> Tensor:
         zt = saved.mT
@@ -107,7 +114,7 @@ class Exp:
         a = skew(theta.to(_working_dtype(theta)), r)
         # exp(A) - I = integral of A exp(tA): the upper right block of exp([[A, A], [0, 0]]), with no cancellation.
         block = torch.cat([torch.cat([a, a], -1), torch.zeros_like(torch.cat([a, a], -1))], -2)
-        return torch.linalg.matrix_exp(block)[..., :r, r:].to(theta.dtype), a.to(theta.dtype)
+        return torch.linalg.matrix_exp(block)[..., :r, r:].to(_kept_dtype(theta)), a.to(_kept_dtype(theta))
 
     def gradient(self, g: Tensor, saved: Tensor) -> Tensor:
         r = saved.shape[-1]
@@ -126,7 +133,7 @@ class Free:
         return (r, r)
 
     def delta(self, theta: Tensor, r: int) -> tuple[Tensor, Tensor]:
-        return theta.clone(), theta.new_zeros(theta.shape[0])
+        return theta.to(_kept_dtype(theta), copy=True), theta.new_zeros(theta.shape[0])
 
     def gradient(self, g: Tensor, saved: Tensor) -> Tensor:
         return g
@@ -148,16 +155,18 @@ class _Delta(torch.autograd.Function):
     @staticmethod
     def forward(ctx, theta: Tensor, delta: Tensor, saved: Tensor, fold: Tensor | None, transform: Transform) -> Tensor:
         ctx.save_for_backward(saved, fold)
-        ctx.transform = transform
+        ctx.transform, ctx.theta_dtype = transform, theta.dtype
         return delta.view_as(delta)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, g: Tensor):
         saved, fold = ctx.saved_tensors
-        if fold is not None:
-            g = fold @ g.to(fold.dtype) @ fold
-        return ctx.transform.gradient(g[None], saved[None])[0], None, None, None, None
+        with torch.autocast(g.device.type, enabled=False):
+            if fold is not None:
+                g = fold @ g.to(fold.dtype) @ fold
+            gradient = ctx.transform.gradient(g[None], saved[None])[0]
+        return gradient.to(ctx.theta_dtype), None, None, None, None
 
 
 # Counts optimiser steps. Fused optimisers, the Trainer's default among them, update parameters without touching `_version`.
@@ -172,13 +181,16 @@ register_optimizer_step_post_hook(_count_step)
 
 
 class _Entry:
-    """One layer's current value: D (folded), what its gradient needs, the version it belongs to, whether D is known to be
-    exactly zero, and whether the value was used."""
+    """One layer's current value: D (folded), what its gradient needs, the theta and C it was computed from and their version,
+    whether D is known to be exactly zero, and whether the value was used."""
 
-    __slots__ = ("delta", "identity", "saved", "used", "version")
+    __slots__ = ("delta", "fold", "identity", "saved", "theta", "used", "version")
 
-    def __init__(self, delta: Tensor, saved: Tensor, version: tuple, identity: bool):
-        self.delta, self.saved, self.version, self.identity, self.used = delta, saved, version, identity, False
+    def __init__(
+        self, delta: Tensor, saved: Tensor, theta: Tensor, fold: Tensor | None, version: tuple, identity: bool
+    ):
+        self.delta, self.saved, self.theta, self.fold = delta, saved, theta, fold
+        self.version, self.identity, self.used = version, identity, False
 
 
 def _version(theta: Tensor, fold: Tensor | None) -> tuple:
@@ -190,10 +202,12 @@ class DeltaGroup:
     """D for every member of one transform, rank by rank, each rank in one batched solve.
 
     A member is `(layer, adapter)` where `layer.delta_source(adapter)` returns `(theta, fold)`: the raw parameter and the Gram
-    root C (r x r) that a half-precision support needs, or None. The value handed out is C D C.
+    root C (r x r) that a support rounded to half precision needs, or None. The value handed out is C D C.
 
-    A value is used once: asking for it again means a new forward pass, so the whole rank is computed anew. That costs one solve a
-    pass, and no update goes unseen: not an optimiser's that leaves no version behind, nor an averaging scheme's through `.data`.
+    A value is used once: asking for it again means a new forward pass, so the whole rank is computed anew, or, without gradients,
+    compared and kept where no theta has changed. That costs at most one solve a pass, and sees what leaves no version behind: a fused
+    optimiser's step, and an edit through `.data` (an averaging scheme's) between two passes. Such an edit goes unseen only in the
+    middle of a pass, or of a layer that the last pass skipped and the next one starts with.
     """
 
     def __init__(self, transform: str):
@@ -208,14 +222,16 @@ class DeltaGroup:
         """C D C of one member (r, r), in theta's dtype, with its gradient attached where theta requires one."""
         theta, fold = layer.delta_source(adapter)
         if torch.compiler.is_compiling():
-            delta, saved = self._solve([theta.detach()], [fold])
+            delta, saved = self._solve(theta.detach()[None], [fold])
             return _Delta.apply(theta, delta[0], saved[0], fold, self.transform)
         entries = self._members.setdefault(layer, {})
         entry = entries.get(adapter)
         if entry is None:  # joins alone: the others may be in use in this very pass
             self._compute([(entries, adapter, theta, fold)])
         elif entry.used or entry.version != _version(theta, fold):
-            self._compute(self._alike(theta))
+            members = self._alike(theta)
+            if torch.is_grad_enabled() or not self._unchanged(members):
+                self._compute(members)
         entry = entries[adapter]
         entry.used = True
         return _Delta.apply(theta, entry.delta, entry.saved, fold, self.transform)
@@ -233,13 +249,29 @@ class DeltaGroup:
                     found.append((entries, adapter, theta, fold))
         return found
 
+    @staticmethod
+    def _unchanged(members: list[tuple[dict, str, Tensor, Tensor | None]]) -> bool:
+        """Whether every member's value still holds, by the numbers themselves; marks them unused then. Synchronises with the device,
+        as generating a token does, so it is not for training."""
+        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+            return False
+        pairs = [(entries[adapter], theta, fold) for entries, adapter, theta, fold in members]
+        if any(e.fold is not fold or e.theta.dtype != t.dtype or e.theta.device != t.device for e, t, fold in pairs):
+            return False
+        if not torch.equal(torch.stack([e.theta for e, _, _ in pairs]), torch.stack([theta for _, theta, _ in pairs])):
+            return False
+        for e, theta, fold in pairs:
+            e.version, e.used = _version(theta, fold), False
+        return True
+
     def _compute(self, members: list[tuple[dict, str, Tensor, Tensor | None]]) -> None:
         # Values outlive an evaluation under inference mode, so they must not be inference tensors.
         with torch.inference_mode(False):
-            deltas, saved = self._solve([theta.detach() for _, _, theta, _ in members], [fold for *_, fold in members])
+            thetas = torch.stack([theta.detach() for _, _, theta, _ in members])
+            deltas, saved = self._solve(thetas, [fold for *_, fold in members])
         identity = self._identities(members)
         for i, (entries, adapter, theta, fold) in enumerate(members):
-            entries[adapter] = _Entry(deltas[i], saved[i], _version(theta, fold), i in identity)
+            entries[adapter] = _Entry(deltas[i], saved[i], thetas[i], fold, _version(theta, fold), i in identity)
 
     @staticmethod
     def _identities(members: list[tuple[dict, str, Tensor, Tensor | None]]) -> set[int]:
@@ -259,9 +291,9 @@ class DeltaGroup:
         return not torch.compiler.is_compiling() and self._members[layer][adapter].identity
 
     @torch.no_grad()
-    def _solve(self, thetas: list[Tensor], folds: list[Tensor | None]) -> tuple[Tensor, Tensor]:
-        with torch.autocast(thetas[0].device.type, enabled=False):
-            delta, saved = self.transform.delta(torch.stack(thetas), rank_of(thetas[0]))
+    def _solve(self, thetas: Tensor, folds: list[Tensor | None]) -> tuple[Tensor, Tensor]:
+        with torch.autocast(thetas.device.type, enabled=False):
+            delta, saved = self.transform.delta(thetas, rank_of(thetas[0]))
             if any(fold is not None for fold in folds):
                 eye = torch.eye(delta.shape[-1], dtype=delta.dtype, device=delta.device)
                 c = torch.stack([eye if fold is None else fold.to(delta.dtype) for fold in folds])

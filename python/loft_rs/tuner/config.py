@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
+from copy import copy
 from dataclasses import dataclass, field
 
 from peft.config import PeftConfig
@@ -45,7 +46,7 @@ class LoftConfig(PeftConfig):
         trainable_token_indices: Token embeddings trained beside the adapter, as in PEFT.
         fan_in_fan_out (`bool`): Accepted for PEFT's sake; the layout of the weight is read from the layer itself.
         init_weights (`bool`): True starts at the identity; False at a small random rotation, for tests.
-        loft_format_version (`int`): Written into a saved config; leave it alone. A version this package does not know is refused.
+        loft_format_version (`int`): Named by saved configs only; leave it alone. A version this package does not know is refused.
     """
 
     r: int = field(default=64, metadata={"help": "Rank of the support, even."})
@@ -70,11 +71,10 @@ class LoftConfig(PeftConfig):
     def __post_init__(self):
         super().__post_init__()
         self.peft_type = PeftType.LOFT
-        # Only a saved config names its version. Its supports are in the checkpoint: choosing them again would cost an SVD a
-        # layer and could differ.
-        self.supports_from_checkpoint = self.loft_format_version is not None
-        if self.loft_format_version is None:
-            self.loft_format_version = FORMAT_VERSION
+        if isinstance(self.support, os.PathLike):
+            self.support = os.fspath(self.support)
+        if self.rank_pattern is None:
+            self.rank_pattern = {}
         if isinstance(self.target_modules, list):
             self.target_modules = set(self.target_modules)
         if isinstance(self.exclude_modules, list):
@@ -82,7 +82,7 @@ class LoftConfig(PeftConfig):
         self._check()
 
     def _check(self) -> None:
-        if self.loft_format_version != FORMAT_VERSION:
+        if self.loft_format_version not in (None, FORMAT_VERSION):
             raise ValueError(
                 f"loft_format_version is {self.loft_format_version!r}, but this loft_rs reads version {FORMAT_VERSION}; "
                 "upgrade loft_rs, or export the adapter again with this version"
@@ -90,6 +90,10 @@ class LoftConfig(PeftConfig):
         for name, rank in {"r": self.r, **{f"rank_pattern[{k!r}]": v for k, v in self.rank_pattern.items()}}.items():
             if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
                 raise ValueError(f"{name} must be a positive, even integer, got {rank!r}")
+            if rank == 1 and self.transform != "free" and not self.supports_from_checkpoint:
+                raise ValueError(
+                    f"{name} must be at least 2: a {self.transform} transform of rank 1 has nothing to train"
+                )
             if rank % 2 and self.transform != "free":
                 warnings.warn(
                     f"{name} = {rank} is odd: a skew transform gains nothing over rank {rank - 1}", stacklevel=4
@@ -104,7 +108,7 @@ class LoftConfig(PeftConfig):
         if not isinstance(self.seed, int) or self.seed < 0:
             raise ValueError(f"seed must be an integer >= 0, got {self.seed!r}")
         methods = (*DATA_FREE_SUPPORTS, *CALIBRATED_SUPPORTS)
-        if self.support not in methods and not os.fspath(self.support).endswith(".safetensors"):
+        if not isinstance(self.support, str) or (self.support not in methods and not self.support_file):
             raise ValueError(
                 f"support must be one of {sorted(methods)} or the path of a .safetensors file written by "
                 f"loft_rs.save_supports, got {self.support!r}"
@@ -118,6 +122,23 @@ class LoftConfig(PeftConfig):
     def needs_calibration(self) -> bool:
         """Whether the support comes from data, by `loft_rs.calibrate`."""
         return self.support in CALIBRATED_SUPPORTS
+
+    @property
+    def support_file(self) -> str | None:
+        """The path of the saved supports, where `support` names one."""
+        return self.support if self.support.endswith(".safetensors") else None
+
+    @property
+    def supports_from_checkpoint(self) -> bool:
+        """Whether this is a saved adapter's config. Its supports are in the checkpoint that is loaded next: choosing them when the
+        model is built would cost an SVD a layer and could differ. Where none is loaded they are chosen at the first use."""
+        return self.loft_format_version is not None
+
+    def save_pretrained(self, save_directory: str, **kwargs) -> None:
+        """As PEFT's, with the version of the saved form."""
+        saved = copy(self)
+        saved.loft_format_version = FORMAT_VERSION
+        super(LoftConfig, saved).save_pretrained(save_directory, **kwargs)
 
     def to_dict(self) -> dict:
         """The fields as plain data, sets sorted, so that the same adapter always writes the same bytes."""

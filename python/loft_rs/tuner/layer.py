@@ -39,19 +39,27 @@ class Linear(AdaptedLinear, LoftLayer):
             return self.adapted_forward(x, [], *args, **kwargs)
         adapters = [name for name in self.active_adapters if self.has_adapter(name)]
         for name in adapters:
-            if not self.loft_ready[name] and self.tap is None:
-                self._require_support(name)
+            if self.tap is None and not self.ensure_support(name) and self.training and torch.is_grad_enabled():
+                raise RuntimeError(
+                    f"adapter {name!r} has no support yet, so training it would do nothing: call loft_rs.calibrate(model, dataloader) "
+                    "before training, add loft_rs.LoftCalibrationCallback to the Trainer, or set the supports with loft_rs.set_support"
+                )
         return self.adapted_forward(x, adapters, *args, **kwargs)
 
-    def _require_support(self, name: str) -> None:
+    def ensure_support(self, name: str) -> bool:
+        """Whether an adapter has its support. One that needs no data is chosen here, for a saved config that no checkpoint followed."""
+        if self.loft_ready[name]:
+            return True
+        self.refresh_ready()
         config = self.loft_config[name]
-        if not config.needs_calibration:  # built from a saved config, but never loaded
+        if not self.loft_ready[name] and not config.needs_calibration:
+            if config.support_file:
+                raise RuntimeError(
+                    f"adapter {name!r} was built from a saved config and never loaded, so it has no support: load its checkpoint, or "
+                    f"build it from a new LoftConfig(support={config.support!r})"
+                )
             choose_supports({"this layer": self}, config, name)
-        elif self.training and torch.is_grad_enabled():
-            raise RuntimeError(
-                f"adapter {name!r} has no support yet, so training it would do nothing: call loft_rs.calibrate(model, dataloader) "
-                "before training, add loft_rs.LoftCalibrationCallback to the Trainer, or set the supports with loft_rs.set_support"
-            )
+        return self.loft_ready[name]
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Merge adapters (default: the active ones) into the base weight, rounded once; the original is kept for `unmerge`."""

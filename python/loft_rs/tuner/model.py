@@ -7,19 +7,18 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import BaseTuner
+from peft.tuners.tuners_utils import BaseTuner, onload_layer
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
-from peft.utils.other import get_pattern_key
+from peft.utils.other import AuxiliaryTrainingWrapper, get_pattern_key
 from torch import nn
 
 from ..layer import feature_sizes
-from ..support import load_supports
 from ..transform import DeltaGroup
 from .config import LoftConfig
 from .layer import Linear, LoftLayer
-from .selection import choose_supports, match_supports
+from .selection import choose_supports, load_named_supports, match_supports
 
-__all__ = ["LoftModel", "adapted_layers", "orthogonality_error", "require_untrained"]
+__all__ = ["LoftModel", "adapted_layers", "orthogonality_error", "require_supports", "require_untrained"]
 
 
 class LoftModel(BaseTuner):
@@ -39,6 +38,9 @@ class LoftModel(BaseTuner):
         trainable = [(p, p.requires_grad) for p in model.parameters()]
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
+            if not any(m.has_adapter(adapter_name) for m in model.modules() if isinstance(m, Linear)):
+                # PEFT 0.20 lets a second adapter match nothing.
+                raise ValueError(f"Target modules {config.target_modules} not found in the base model")
             if not config.needs_calibration and not config.supports_from_checkpoint:
                 _choose_for_model(model, config, adapter_name)
         except BaseException:
@@ -105,6 +107,34 @@ class LoftModel(BaseTuner):
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         """Nothing to cast: trained parameters are float32 from the start, and P keeps the base's half precision."""
 
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        """As PEFT's, but every layer is checked before the first is changed."""
+        self._check_merge(adapter_names, safe_merge)
+        super().merge_adapter(adapter_names, safe_merge)
+
+    def _unload_and_optionally_merge(
+        self,
+        merge: bool = True,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+    ) -> nn.Module:
+        if merge:
+            self._check_merge(adapter_names, safe_merge)
+        return super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
+
+    def _check_merge(self, adapter_names: list[str] | None, safe: bool) -> None:
+        for key, layer in [(k, m) for k, m in self.model.named_modules() if isinstance(m, Linear)]:
+            names = [n for n in adapter_names or layer.active_adapters if layer.has_adapter(n)]
+            for name in names:
+                require_supports({key: layer}, name, "merging")
+            new = [name for name in names if name not in layer.merged_adapters]
+            if new:
+                with onload_layer(layer):
+                    layer.dense_or_raise("merging")
+                    if safe:
+                        layer.rotated_weight(new, safe=True)
+
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, adapter_names: Any = None, **kwargs: Any):
         # A tuner without this method has its adapter_names dropped silently by PEFT.
@@ -116,9 +146,9 @@ class LoftModel(BaseTuner):
 
 
 def _ranks_in_file(config: LoftConfig) -> dict[str, int] | None:
-    if not config.support.endswith(".safetensors") or config.supports_from_checkpoint:
+    if not config.support_file or config.supports_from_checkpoint:
         return None
-    supports = load_supports(config.support)
+    supports = load_named_supports(config.support_file)
     sides = {s.side for s in supports.values()} - {config.side}
     if sides:
         raise ValueError(f"side is {config.side!r}, but {config.support} holds supports of side {sorted(sides)}")
@@ -147,6 +177,13 @@ def _withdraw(model: nn.Module, adapter: str) -> None:
         if not layer.loft_theta:
             parent, _, child = name.rpartition(".")
             setattr(model.get_submodule(parent), child, layer.base_layer)
+    for name, wrapper in [(n, m) for n, m in model.named_modules() if isinstance(m, AuxiliaryTrainingWrapper)]:
+        if adapter not in wrapper._get_available_adapters():
+            continue
+        wrapper.delete_adapter(adapter, [active for active in wrapper.active_adapters if active != adapter])
+        if not wrapper._get_available_adapters():
+            parent, _, child = name.rpartition(".")
+            setattr(model.get_submodule(parent), child, wrapper.original_module)
 
 
 def _same_module(key: str, name: str) -> bool:
@@ -170,7 +207,19 @@ def adapted_layers(model: nn.Module, adapter_name: str | None = None) -> tuple[s
     layers = {name: layer for name, layer in layers.items() if layer.has_adapter(adapter_name)}
     if not layers:
         raise ValueError(f"adapter_name {adapter_name!r} is not an adapter of this model")
+    for layer in layers.values():
+        layer.refresh_ready()
     return adapter_name, layers
+
+
+def require_supports(layers: dict[str, Linear], adapter: str, caller: str) -> None:
+    """ValueError where an adapter has no support yet: it is the identity, which is not what anyone means to merge or export."""
+    unset = [name for name, layer in layers.items() if not layer.ensure_support(adapter)]
+    if unset:
+        raise ValueError(
+            f"{caller} needs supports, but adapter {adapter!r} has none yet in {unset[0]}: call loft_rs.calibrate(model, dataloader) "
+            "and train it first"
+        )
 
 
 def require_untrained(layers: dict[str, Linear], adapter: str, caller: str) -> None:
@@ -196,18 +245,23 @@ def orthogonality_error(model: nn.Module, adapter_name: str | None = None) -> fl
 def check_state(model: nn.Module, state_dict: dict, prefix: str, *_: Any) -> None:
     """Refuse, before anything is copied, an adapter state that does not fit the model (PEFT itself would only warn).
 
-    Every tensor of each adapter that the state names must be there, with its shape, finite, and P orthonormal to its dtype or all
-    zero (not yet calibrated). ValueError lists the first problems.
+    Every tensor of each adapter that the state names must be there, with its shape, finite, and P orthonormal to half precision or
+    all zero (not yet calibrated); an adapter that waits for its checkpoint must be named. ValueError lists the first problems.
     """
     expected: dict[str, dict[str, torch.Tensor]] = {}
+    waiting: set[str] = set()
     for name, module in model.named_modules():
         if isinstance(module, Linear):
+            module.refresh_ready()
+            waiting |= {
+                a for a, c in module.loft_config.items() if c.supports_from_checkpoint and not module.loft_ready[a]
+            }
             for kind in ("loft_theta", "loft_support", "loft_energy"):
                 held = getattr(module, kind)
                 for adapter in held.keys():
                     expected.setdefault(adapter, {})[f"{prefix}{name}.{kind}.{adapter}"] = held[adapter]
     given = {key for key in state_dict if ".loft_" in key and key.startswith(prefix)}
-    problems = []
+    problems = [] if given else [f"it holds no tensor of adapter {adapter!r}" for adapter in sorted(waiting)]
     for tensors in expected.values():
         if not given & tensors.keys():
             continue
@@ -233,9 +287,9 @@ def _tensor_problems(key: str, value: torch.Tensor, held: torch.Tensor) -> list[
         return []
     p = value.double()
     error = float(torch.linalg.matrix_norm(p.mT @ p - torch.eye(p.shape[1], dtype=p.dtype, device=p.device), 2))
-    eps = torch.finfo(value.dtype).eps
-    # Rounding each entry of an orthonormal P by eps/2 moves P^T P by at most eps sqrt(r) in the 2-norm; fp32 bases carry 50 eps.
-    limit = max(50 * torch.finfo(torch.float32).eps, eps) * p.shape[1] ** 0.5
+    # Rounding each entry of an orthonormal P by eps/2 moves P^T P by at most eps sqrt(r) in the 2-norm. Its dtype now does not tell
+    # whether P was in half precision once.
+    limit = torch.finfo(torch.bfloat16).eps * p.shape[1] ** 0.5
     return (
         []
         if error <= limit

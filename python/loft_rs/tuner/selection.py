@@ -13,13 +13,13 @@ from ..support import blind_support, load_supports, select_support
 if TYPE_CHECKING:
     from .config import LoftConfig
 
-__all__ = ["choose_supports", "match_supports", "set_support"]
+__all__ = ["choose_supports", "load_named_supports", "match_supports", "set_support"]
 
 
 def choose_supports(layers: Mapping[str, AdaptedLinear], config: LoftConfig, adapter: str) -> None:
     """Select `principal`, `random` or `coordinate` supports for `layers`, or read them from the config's file, and store them."""
-    if config.support.endswith(".safetensors"):
-        supports = match_supports(load_supports(config.support), layers)
+    if config.support_file:
+        supports = match_supports(load_named_supports(config.support_file), layers)
     elif config.support == "principal":
         weights = {name: layer.dense_or_raise("support='principal'").detach() for name, layer in layers.items()}
         ranks = {name: layer.rank(adapter) for name, layer in layers.items()}
@@ -32,6 +32,14 @@ def choose_supports(layers: Mapping[str, AdaptedLinear], config: LoftConfig, ada
         }
     for name, layer in layers.items():
         layer.set_basis(adapter, supports[name].basis, supports[name].energy)
+
+
+def load_named_supports(path: str) -> dict[str, Any]:
+    """The supports of a file by module name; ValueError where it holds a single one, which has none."""
+    supports = load_supports(path)
+    if not isinstance(supports, dict):
+        raise ValueError(f"{path} holds one support without a module name; save a mapping of module names to supports")
+    return supports
 
 
 def match_supports(supports: Mapping[str, Any], names: Mapping[str, Any] | list[str]) -> dict[str, Any]:
@@ -61,8 +69,8 @@ def set_support(model: torch.nn.Module, supports: Mapping[str, Any], adapter_nam
     """Store supports in a built model whose adapter is untrained.
 
     supports: module name -> `Support`, or array or tensor (n, r) (custom: re-orthonormalised). Names are full module names or unique
-    suffixes. Every adapted module needs one, of the rank the adapter was built with. ValueError lists what is missing, ambiguous or of
-    the wrong shape, before anything is changed.
+    suffixes. Every adapted module needs one, of the rank and the side the adapter was built with. ValueError lists what is missing,
+    ambiguous or does not fit, before anything is changed.
     """
     from .model import adapted_layers, require_untrained
 
@@ -72,10 +80,13 @@ def set_support(model: torch.nn.Module, supports: Mapping[str, Any], adapter_nam
     bases, problems = {}, []
     for name, support in matched.items():
         bases[name] = custom_basis(support)
-        expected = (layers[name].support_width(layers[name].loft_side[adapter]), layers[name].rank(adapter))
+        side = layers[name].loft_side[adapter]
+        expected = (layers[name].support_width(side), layers[name].rank(adapter))
         if bases[name].shape != expected:
             problems.append(f"{name}: expected {expected}, got {bases[name].shape}")
+        elif getattr(support, "side", side) != side:
+            problems.append(f"{name}: expected one for the {side} side, got one for the {support.side} side")
     if problems:
-        raise ValueError("supports have wrong shapes: " + "; ".join(problems[:20]))
+        raise ValueError("supports do not fit: " + "; ".join(problems[:20]))
     for name, basis in bases.items():
         layers[name].set_basis(adapter, basis, float(getattr(matched[name], "energy", float("nan"))))

@@ -1,6 +1,6 @@
 //! The Cayley transform `T = (I - A)(I + A)^{-1}` of a skew `A`, orthogonal with determinant one.
 //!
-//! Computed as `T = I - 2 A Z`, `Z = (I + A)^{-1}` by LU with partial pivoting in f64 (loft.md: a Cholesky of
+//! Computed as `T = I - 2 A Z`, `Z = (I + A)^{-1}` by LU with partial pivoting in f64 (a Cholesky of
 //! `I + A^T A` squares the condition and is worse), then rounded once.
 
 use faer::Mat;
@@ -65,7 +65,7 @@ mod tests {
         norm_2(&(t.mat().transpose() * t.mat() - Mat::<f64>::identity(a.rows, a.rows)))
     }
 
-    /// loft.md: an fp64 solve rounded to fp32 stays below 8e-8 at r = 64.
+    /// An fp64 solve rounded to fp32 stays below 8e-8 at r = 64.
     #[test]
     fn orthogonal_for_every_rank_and_norm() {
         for r in [2, 3, 8, 64, 352] {

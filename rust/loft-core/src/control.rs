@@ -1,6 +1,9 @@
 //! How a caller stops a long call and follows its progress.
 
-use crate::error::Result;
+use std::sync::mpsc::{RecvTimeoutError, channel};
+use std::time::Duration;
+
+use crate::error::{Error, Result};
 
 /// Called back from the numerical core; an error stops the call and is handed on.
 pub trait Control: Sync {
@@ -27,3 +30,30 @@ pub trait Control: Sync {
 pub struct Free;
 
 impl Control for Free {}
+
+const LOOK: Duration = Duration::from_millis(50);
+
+/// Runs a dense decomposition, which cannot be stopped midway, on a thread of its own and looks for a stop meanwhile; on
+/// a stop the thread is left to end by itself.
+///
+/// # Errors
+/// What `control` returns.
+pub(crate) fn abandonable<R: Send + 'static>(
+    control: &dyn Control,
+    work: impl FnOnce() -> R + Send + 'static,
+) -> Result<R> {
+    control.check()?;
+    let (sender, receiver) = channel();
+    let spawned = std::thread::Builder::new().name("loft-dense".into()).spawn(move || {
+        // Nobody listens any more after a stop.
+        let _ = sender.send(work());
+    });
+    spawned.map_err(|_| Error::NoConvergence("a thread for a dense decomposition could not start, so it"))?;
+    loop {
+        match receiver.recv_timeout(LOOK) {
+            Ok(result) => return Ok(result),
+            Err(RecvTimeoutError::Timeout) => control.check()?,
+            Err(RecvTimeoutError::Disconnected) => return Err(Error::NoConvergence("a dense decomposition")),
+        }
+    }
+}

@@ -1,45 +1,71 @@
-//! The dense SVD, for matrices so small or ranks so high that a Krylov space would fill them.
+//! The dense decomposition, for matrices so small or ranks so high that a Krylov space would fill them.
 //!
-//! `A = U diag(sigma) V^T` in f64 by faer (bidiagonalisation, no Gram matrix), so trailing directions are right
-//! to the rounding of f64 relative to sigma_1; those of an exactly zero sigma are an orthonormal completion.
+//! From f64 input `A = U diag(sigma) V^T` by faer (bidiagonalisation, no Gram matrix), so trailing directions are right to
+//! the rounding of f64 relative to sigma_1. From narrower input the eigenvectors of the smaller of `A^T A` and `A A^T`
+//! in f64, which lose nothing that the input holds. Directions of a zero sigma are an orthonormal completion.
 
-use crate::control::Control;
+use faer::Mat;
+
+use crate::control::{Control, abandonable};
 use crate::error::Result;
 use crate::krylov::{Truncated, fix_signs};
+use crate::orth::orthonormalize;
 use crate::panel::{Panel, times};
 use crate::par::Par;
 use crate::scalar::Real;
-use crate::small;
+use crate::small::{self, SQUARE_HIDES};
 use crate::view::View;
 
 /// The `rank` leading triplets of `2^-exponent A`, exact to the rounding of `T`.
 ///
 /// # Errors
-/// What `control` returns, and non-convergence of the SVD.
+/// What `control` returns, and non-convergence of the decomposition.
 pub fn exact_svd<T: Real>(
     view: View<'_>,
     exponent: i32,
     rank: usize,
+    want_left: bool,
     control: &dyn Control,
     par: Par,
 ) -> Result<Truncated<T>> {
-    control.check()?;
     let a = Panel::from_rows(view.rows(), view.cols(), view.copied::<f64>(exponent, par));
-    let (u, values, v) = small::svd(&a.mat().to_owned())?;
-    let mut left = Panel::<f64>::from_mat(u.subcols(0, rank));
-    let mut right = Panel::<f64>::from_mat(v.subcols(0, rank));
-    fix_signs(&mut right, &mut left);
+    let (left, values, right) =
+        if T::EPS < SQUARE_HIDES { by_svd(&a, rank, control)? } else { by_gram(&a, rank, control, par)? };
+    let (mut left, mut right) = (left, right);
+    fix_signs(&mut right, Some(&mut left));
     let back = times(a.mat().transpose(), left.mat(), par);
     let mut miss = right.clone();
     for (row, image) in miss.data.chunks_mut(rank).zip(back.data.chunks(rank)) {
         (0..rank).for_each(|j| row[j] = image[j] - values[j] * row[j]);
     }
     Ok(Truncated {
-        left: left.cast(),
+        left: want_left.then(|| left.cast()),
         right: right.cast(),
         next: values.get(rank).copied(),
         values: values[..rank].to_vec(),
         residuals: miss.norms(),
         passes: 1,
     })
+}
+
+type Triplets = (Panel<f64>, Vec<f64>, Panel<f64>);
+
+fn by_svd(a: &Panel<f64>, rank: usize, control: &dyn Control) -> Result<Triplets> {
+    let whole = a.mat().to_owned();
+    let (u, values, v) = abandonable(control, move || small::svd(&whole))??;
+    Ok((Panel::from_mat(u.subcols(0, rank)), values, Panel::from_mat(v.subcols(0, rank))))
+}
+
+fn by_gram(a: &Panel<f64>, rank: usize, control: &dyn Control, par: Par) -> Result<Triplets> {
+    if a.cols > a.rows {
+        let (right, values, left) = by_gram(&a.transposed(), rank, control, par)?;
+        return Ok((left, values, right));
+    }
+    let gram: Mat<f64> = a.gram(par);
+    let (squares, v) = abandonable(control, move || small::eigen(&gram))??;
+    let values: Vec<f64> = squares.into_iter().map(|x| x.max(0.0).sqrt()).collect();
+    let right = Panel::from_mat(v.subcols(0, rank));
+    // A V = U Sigma: its columns are orthogonal, and those of no length are completed.
+    let left = orthonormalize(times(a.mat(), right.mat(), par), par);
+    Ok((left, values, right))
 }

@@ -1,4 +1,4 @@
-//! Products of reflections in compact form (the UT transform; loft.md, HRA):
+//! Products of reflections in compact form (the UT transform; HRA):
 //!
 //! ```text
 //! H_0 H_1 .. H_{k-1} = I - Y T Y^T,   H_i = I - 2 y_i y_i^T,   T = S^{-1},   S = I/2 + striu(Y^T Y)

@@ -1,8 +1,10 @@
 //! Linear operators with a *block* apply, so that one solver serves dense, skew and stacked matrices.
 //!
-//! Dense: `A X`, `A^T Y`. Skew, matrix-free: `S X = (W^T (G X) - G^T (W X)) / 2`. Skew, formed: `S X`.
+//! Dense: `A X`, `A^T Y`, `A^T A X`. Skew, matrix-free: `S X = (W^T (G X) - G^T (W X)) / 2`. Skew, formed: `S X`.
 //! Stacked: `[A; B] X`. Operators work at unit scale: an input is applied as `2^-e A` with `e` from its
 //! scan, so that products of 1e-30 or 1e30 entries neither under- nor overflow.
+//!
+//! `A^T A X` and matrix-free `S X` go through `sandwich`, which reads a row-major matrix once for both of its products.
 
 use faer::linalg::matmul::matmul;
 use faer::{Accum, MatMut, MatRef};
@@ -22,25 +24,43 @@ pub trait Operator<T: Real>: Sync {
     fn apply(&self, x: &Panel<T>, par: Par) -> Panel<T>;
     /// `A^T Y` for a `rows x k` panel.
     fn adjoint(&self, y: &Panel<T>, par: Par) -> Panel<T>;
+    /// `A^T A X` for a `cols x k` panel.
+    fn normal(&self, x: &Panel<T>, par: Par) -> Panel<T> {
+        self.adjoint(&self.apply(x, par), par)
+    }
 }
 
 /// `2^-e A` for a borrowed matrix of any dtype and strides.
 #[derive(Debug, Clone, Copy)]
 pub struct Dense<'a> {
     view: View<'a>,
+    exponent: i32,
     before: f64,
     after: f64,
 }
 
+/// Scales at which no product of two entries leaves the range of f32.
+const ORDINARY: i32 = 40;
+
 /// Depth of a tile: it and its panel rows stay in the second-level cache.
-const DEPTH: usize = 512;
+const DEPTH: usize = 256;
 
 impl<'a> Dense<'a> {
     /// `2^-exponent` times the matrix.
     pub fn new(view: View<'a>, exponent: i32) -> Self {
         // Half of the scale on each side of the product keeps both factors inside the range of f32.
         let half = exponent / 2;
-        Self { view, before: pow2(-half), after: pow2(half - exponent) }
+        Self { view, exponent, before: pow2(-half), after: pow2(half - exponent) }
+    }
+
+    /// The exponent that is taken out of copied rows; an ordinary one is left to the factor of the product.
+    fn copied_at(&self) -> i32 {
+        if self.exponent.abs() <= ORDINARY { 0 } else { self.exponent }
+    }
+
+    /// What is left of the scale after that.
+    fn factor(&self) -> f64 {
+        pow2(self.copied_at() - self.exponent)
     }
 
     fn product<T: Real>(&self, view: View<'_>, x: &Panel<T>, par: Par) -> Panel<T> {
@@ -52,7 +72,8 @@ impl<'a> Dense<'a> {
             &scaled
         };
         let mut out = Panel::zeros(view.rows(), x.cols);
-        let direct = view.direct::<T>();
+        // The kernel broadcasts along rows of A; where those are not contiguous a copied tile is twice as fast.
+        let direct = view.direct::<T>().filter(|a| a.col_stride() == 1);
         out.each_block(par, |start, block| match direct {
             Some(a) => in_place(a, start, block, x),
             None => tiled(view, start, block, x),
@@ -78,10 +99,10 @@ fn in_place<T: Real>(a: MatRef<'_, T>, start: usize, mut block: MatMut<'_, T>, x
 /// Rows `start..` of `A X`, each tile of `A` copied (and widened) into the cache first.
 fn tiled<T: Real>(view: View<'_>, start: usize, mut block: MatMut<'_, T>, x: &Panel<T>) {
     let rows = block.nrows();
-    let mut tile = vec![T::default(); rows * DEPTH.min(view.cols())];
+    let mut room = Vec::<T>::new();
     for from in (0..view.cols()).step_by(DEPTH) {
         let depth = DEPTH.min(view.cols() - from);
-        let tile = view.stored_tile(start..start + rows, from..from + depth, &mut tile);
+        let tile = view.stored_tile(start..start + rows, from..from + depth, &mut room);
         matmul(block.as_mut(), Accum::Add, tile, x.mat().subrows(from, depth), T::of(1.0), faer::Par::Seq);
     }
 }
@@ -102,6 +123,73 @@ impl<T: Real> Operator<T> for Dense<'_> {
     fn adjoint(&self, y: &Panel<T>, par: Par) -> Panel<T> {
         self.product(self.view.transpose(), y, par)
     }
+
+    fn normal(&self, x: &Panel<T>, par: Par) -> Panel<T> {
+        if self.view.by_column() {
+            return self.adjoint(&self.apply(x, par), par);
+        }
+        sandwich(&[*self], &[(0, 0, 1.0)], x, par)
+    }
+}
+
+/// Rows that are copied (and widened) at a time: they stay in the cache for every product that reads them.
+const ROWS: usize = 64;
+
+/// Partial sums of a sandwich, whatever the thread count.
+const GROUPS: usize = 8;
+
+/// `sum f A_l^T (A_r X)` over the terms `(l, r, f)`, for row-major matrices of one shape: each is read once.
+fn sandwich<T: Real>(mats: &[Dense<'_>], terms: &[(usize, usize, f64)], x: &Panel<T>, par: Par) -> Panel<T> {
+    let (m, n, cols) = (mats[0].view.rows(), mats[0].view.cols(), x.cols);
+    let group = m.div_ceil(GROUPS).next_multiple_of(ROWS);
+    // No power of two, so that neighbouring rows do not evict each other from the cache.
+    let stride = n.next_multiple_of(8) + 8;
+    // Where the first product can read the matrix itself, its arithmetic hides the memory's latency from the copy.
+    let whole: Option<Vec<_>> =
+        mats.iter().map(|mat| mat.view.direct::<T>().filter(|_| mat.copied_at() == 0)).collect();
+    let room = || (vec![vec![T::default(); ROWS * stride]; mats.len()], vec![Panel::zeros(ROWS, cols); terms.len()]);
+    let parts = par.map_with(m.div_ceil(group), room, |(rooms, images), g| {
+        let mut sum = Panel::<T>::zeros(n, cols);
+        let end = ((g + 1) * group).min(m);
+        for start in (g * group..end).step_by(ROWS) {
+            let rows = ROWS.min(end - start);
+            let copy = |rooms: &mut [Vec<T>]| {
+                for (mat, room) in mats.iter().zip(rooms) {
+                    mat.view.scaled_rows(start..start + rows, mat.copied_at(), stride, room);
+                }
+            };
+            if whole.is_none() {
+                copy(rooms);
+            }
+            for ((_, right, _), image) in terms.iter().zip(images.iter_mut()) {
+                let a = whole.as_ref().map_or_else(
+                    || MatRef::from_row_major_slice_with_stride(&rooms[*right][..rows * stride], rows, n, stride),
+                    |whole| whole[*right].subrows(start, rows),
+                );
+                let image = MatMut::from_row_major_slice_mut(&mut image.data[..rows * cols], rows, cols);
+                matmul(image, Accum::Replace, a, x.mat(), T::of(mats[*right].factor()), faer::Par::Seq);
+            }
+            if whole.is_some() {
+                copy(rooms);
+            }
+            for ((left, _, factor), image) in terms.iter().zip(images.iter()) {
+                let a = MatRef::from_row_major_slice_with_stride(&rooms[*left][..rows * stride], rows, n, stride);
+                let image = MatRef::from_row_major_slice(&image.data[..rows * cols], rows, cols);
+                let sum = MatMut::from_row_major_slice_mut(&mut sum.data, n, cols);
+                let factor = T::of(factor * mats[*left].factor());
+                matmul(sum, Accum::Add, a.transpose(), image, factor, faer::Par::Seq);
+            }
+        }
+        sum
+    });
+    let mut total = Panel::zeros(n, x.cols);
+    par.chunks(&mut total.data, BLOCK * x.cols, |block, chunk| {
+        for part in &parts {
+            let start = block * BLOCK * x.cols;
+            chunk.iter_mut().zip(&part.data[start..]).for_each(|(total, part)| *total += *part);
+        }
+    });
+    total
 }
 
 /// `S = (W^T G - G^T W) / 2`, never formed: 8 m n operations a column.
@@ -128,6 +216,9 @@ impl<T: Real> Operator<T> for SkewProduct<'_> {
     }
 
     fn apply(&self, x: &Panel<T>, par: Par) -> Panel<T> {
+        if !self.weight.view.by_column() && !self.grad.view.by_column() {
+            return sandwich(&[self.weight, self.grad], &[(0, 1, 0.5), (1, 0, -0.5)], x, par);
+        }
         let mut out = self.weight.adjoint(&self.grad.apply(x, par), par);
         let other: Panel<T> = self.grad.adjoint(&self.weight.apply(x, par), par);
         let half = T::of(0.5);
@@ -224,5 +315,3 @@ fn negated<T: Real>(mut panel: Panel<T>) -> Panel<T> {
     panel.data.iter_mut().for_each(|x| *x = -*x);
     panel
 }
-
-const _: () = assert!(BLOCK * DEPTH * size_of::<f32>() <= 1 << 20);

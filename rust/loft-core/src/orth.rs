@@ -71,20 +71,43 @@ pub(crate) struct Extension<T> {
     pub(crate) r: Mat<f64>,
 }
 
-/// Where replacements for lost columns come from, and below which norm a column counts as lost.
+/// What the extension of one basis remembers: where replacements for lost columns come from, below which norm a
+/// column counts as lost, and how far from orthonormal the basis may have become.
 pub(crate) struct Deflation {
-    pub(crate) seed: u64,
-    pub(crate) drawn: usize,
+    seed: u64,
+    drawn: usize,
     pub(crate) floor: f64,
+    loss: f64,
 }
+
+impl Deflation {
+    pub(crate) fn new(seed: u64, floor: f64) -> Self {
+        Self { seed, drawn: 0, floor, loss: 0.0 }
+    }
+}
+
+/// Loss of orthogonality, in units of eps, up to which a basis is left as it is. It enters Ritz values squared
+/// (Simon 1984: up to sqrt(eps) it is harmless), and what is handed out is polished.
+const LOSS: f64 = 100.0;
 
 /// Orthonormalises `w` against `basis` and within itself.
 pub(crate) fn extend<T: Real>(basis: &Basis<T>, w: &Panel<T>, deflation: &mut Deflation, par: Par) -> Extension<T> {
     let mut fresh = Extension::of(basis, w.clone());
+    let before = w.norms();
     fresh.project(basis, par);
-    let lost = fresh.block.norms().iter().any(|norm| *norm <= deflation.floor);
-    if !lost && cholesky_into(&mut fresh, par) && fresh.settle(basis, par) {
-        return fresh;
+    let after = fresh.block.norms();
+    let lost = after.iter().any(|norm| *norm <= deflation.floor);
+    if !lost && cholesky_into(&mut fresh, par) {
+        // What one round leaves behind grows by as much as it took away, and by the condition of the block.
+        let kept = |j: usize| fresh.r[(j, j)] / before[j];
+        let loss = (deflation.loss + T::EPS) / (0..before.len()).map(kept).fold(1.0, f64::min);
+        if loss <= LOSS * T::EPS {
+            deflation.loss = deflation.loss.max(loss);
+            return fresh;
+        }
+        if fresh.settle(basis, par) {
+            return fresh;
+        }
     }
     deflate(basis, w, deflation, par)
 }
@@ -258,7 +281,7 @@ mod tests {
                 4,
                 (0..50).flat_map(|i| parts.map(|p| [p.at(i, 0), p.at(i, 1)]).concat()).collect(),
             );
-            let mut deflation = Deflation { seed: 0, drawn: 0, floor: 1e-14 };
+            let mut deflation = Deflation::new(0, 1e-14);
             let Extension { block, coefficients, r } = extend(&basis, &w, &mut deflation, Par::Seq);
             let back = basis.mat() * &coefficients + block.mat() * &r;
             assert!(distance(&Panel::from_mat(back.as_ref()), &w) < 1e-13);

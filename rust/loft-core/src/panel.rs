@@ -10,7 +10,7 @@ use crate::par::Par;
 use crate::scalar::Real;
 
 /// Rows of a block of work; independent of the thread count, so that results are too.
-pub(crate) const BLOCK: usize = 256;
+pub(crate) const BLOCK: usize = 192;
 
 /// A row-major `rows x cols` matrix that is owned.
 #[derive(Debug, Clone, PartialEq)]

@@ -24,6 +24,22 @@ impl Par {
         }
     }
 
+    /// `work(state, 0), work(state, 1), ..` in order, with scratch space that is made once for each thread's share.
+    pub(crate) fn map_with<S: Send, R: Send>(
+        self,
+        count: usize,
+        state: impl Fn() -> S + Sync + Send,
+        work: impl Fn(&mut S, usize) -> R + Sync + Send,
+    ) -> Vec<R> {
+        match self {
+            Self::Seq => {
+                let mut state = state();
+                (0..count).map(|i| work(&mut state, i)).collect()
+            }
+            Self::Rayon => (0..count).into_par_iter().map_init(state, work).collect(),
+        }
+    }
+
     /// `work(0), work(1), ..` in order.
     pub(crate) fn map<R: Send>(self, count: usize, work: impl Fn(usize) -> R + Sync + Send) -> Vec<R> {
         match self {

@@ -24,6 +24,8 @@ pub enum Stream {
     Basis = 3,
     /// A coordinate support.
     Coordinate = 4,
+    /// Samples of a range that may be small.
+    Sample = 5,
 }
 
 fn philox(mut counter: [u32; 4], mut key: [u32; 2]) -> [u32; 4] {

@@ -1,4 +1,4 @@
-//! Jobs to selections: the supports of loft.md's table that need a decomposition.
+//! Jobs to selections: the supports that need a decomposition.
 //!
 //! * `gradsvd`: top-r right singular vectors of G; `principal`: of W0.
 //! * `skewgrad`: top-r invariant subspace of `Skew(W0^T G)`.
@@ -178,7 +178,7 @@ fn check_entries<'a>(jobs: &[Job<'a>], options: Options, par: Par) -> Result<Vec
 }
 
 fn solve(job: &Job<'_>, checked: &Checked<'_>, options: Options, control: &dyn Control, par: Par) -> Result<Selection> {
-    let params = Params { tol: options.tol, seed: options.seed };
+    let params = Params { tol: options.tol, seed: options.seed, left: false };
     let double = [&checked.grad, &checked.weight].into_iter().flatten().any(|(view, _)| view.dtype() == Dtype::F64);
     match (&checked.weight, &checked.grad) {
         (Some(weight), Some(grad)) => {

@@ -1,4 +1,4 @@
-//! The top-r invariant subspace of `S = Skew(W0^T G) = (W0^T G - G^T W0) / 2` (loft.md, `skewgrad`).
+//! The top-r invariant subspace of `S = Skew(W0^T G) = (W0^T G - G^T W0) / 2` (arXiv 2605.11872, SkewGrad).
 //!
 //! Skew block Lanczos: every application of S gives a new block, `S V_j = V_{<=j} C_j + V_{j+1} R_j`, so q
 //! applications span `V_1, S V_1, .., S^(q-1) V_1`: odd powers too, twice the depth of a method on S^2.
@@ -6,6 +6,7 @@
 //! `2 sum sigma_i^2` exactly, and the residual of a Ritz vector y is `||R_q y_last||`.
 //!
 //! Which way is decided by counting operations (k = columns of the Krylov space):
+//! * a G of small numerical rank, `G = Q Q^T G`: `S = Skew((Q^T W0)^T (Q^T G))` is the same problem with few rows;
 //! * the row space of `[W0; G]` when 2m is no more than k: a QR of n x 2m gives `S = Q (R_W R_G^T - R_G R_W^T) Q^T / 2`;
 //! * S formed and split densely when k comes near n;
 //! * otherwise Lanczos, with S formed (2 m n^2 + 2 n^2 k) or matrix-free (8 m n k).
@@ -18,16 +19,16 @@ use faer::Mat;
 
 use crate::control::Control;
 use crate::error::{Result, invalid};
-use crate::krylov::{Depth, Params, Verdict, missing, stack};
+use crate::krylov::{Depth, Params, Space, Verdict, missing};
 use crate::op::{Dense, Operator, SkewDense, SkewProduct};
-use crate::orth::{Deflation, Extension, extend, orthonormalize, orthonormalize_with_r, polish};
-use crate::panel::{Basis, Panel, cross, round, times};
+use crate::orth::{orthonormalize_with_r, polish};
+use crate::panel::{Basis, Panel, cross, times};
 use crate::par::Par;
 use crate::planes::{Planes, fix_rotations, split};
 use crate::rng::{Stream, gaussians};
 use crate::scalar::{Real, pow2};
 use crate::select::Side;
-use crate::view::View;
+use crate::view::{Dtype, View};
 
 const PROBES: usize = 16;
 
@@ -51,10 +52,6 @@ pub struct SkewSubspace<T> {
 /// A matrix and the exponent of its largest entry.
 pub type Scaled<'a> = (View<'a>, i32);
 
-fn skew_depth(rank: usize) -> Depth {
-    Depth::new(rank, 2.6, 4.3)
-}
-
 /// The top-`rank` subspace of `Skew(W^T G)` at unit scale (each matrix times `2^-exponent`).
 ///
 /// # Errors
@@ -68,9 +65,59 @@ pub fn skew_subspace<T: Real>(
     par: Par,
 ) -> Result<SkewSubspace<T>> {
     control.check()?;
+    if let Some([weight, grad]) = fewer_rows::<T>(weight, grad, rank, params.seed, par) {
+        let [weight, grad] = [&weight, &grad].map(|a| (View::row_major(&a.data, a.rows, a.cols).transpose(), 0));
+        let found = subspace::<T>(weight, grad, rank, params, control, par)?;
+        return Ok(SkewSubspace { passes: found.passes + 2, ..found });
+    }
+    subspace(weight, grad, rank, params, control, par)
+}
+
+/// Below this size the solvers themselves take no longer than the search for a low rank.
+const SEARCHED: usize = 512;
+
+/// `W^T Q` and `G^T Q` where `G = Q Q^T G` to rounding with a `Q` of few columns.
+fn fewer_rows<T: Real>(
+    weight: Scaled<'_>,
+    grad: Scaled<'_>,
+    rank: usize,
+    seed: u64,
+    par: Par,
+) -> Option<[Panel<T>; 2]> {
+    let (m, n) = (grad.0.rows(), grad.0.cols());
+    // Planes come in pairs, so a gradient of half the rank already fills the support.
+    let samples = (rank / 2).next_multiple_of(8) + 8;
+    if m.min(n) < SEARCHED.max(4 * samples) || matches!(grad.0.dtype(), Dtype::Bf16 | Dtype::F16) {
+        return None;
+    }
+    let [w, g] = [weight, grad].map(|(view, exponent)| Dense::new(view, exponent));
+    let sample = g.apply(&gaussians::<T>(seed, Stream::Sample, n, samples, 0, par), par);
+    let (q, r) = orthonormalize_with_r(sample, par);
+    let floor = 64.0 * T::EPS * r[(0, 0)].abs();
+    let found = (0..samples).take_while(|j| r[(*j, *j)] > floor).count();
+    if found == 0 || found + 4 > samples {
+        return None;
+    }
+    // Enough rows for the rank; those past the rank of G are zero in Q^T G and change nothing.
+    let q = Panel::from_mat(q.mat().subcols(0, found.max(rank.div_ceil(2))));
+    let inside: Panel<T> = g.adjoint(&q, par);
+    let square = |a: &Panel<T>| a.norms().iter().map(|x| x * x).sum::<f64>();
+    // What the samples may have missed must be rounding of the whole.
+    let scan = grad.0.scan("grads", par).ok()?;
+    (square(&inside) >= (1.0 - 8.0 * T::EPS) * scan.square).then(|| [w.adjoint(&q, par), inside])
+}
+
+fn subspace<T: Real>(
+    weight: Scaled<'_>,
+    grad: Scaled<'_>,
+    rank: usize,
+    params: Params,
+    control: &dyn Control,
+    par: Par,
+) -> Result<SkewSubspace<T>> {
     let (m, n) = (weight.0.rows(), weight.0.cols());
-    let depth = skew_depth(rank);
-    let k = depth.columns();
+    let depth = Depth::new(rank, n, 2.6, 4.6);
+    let k = depth.map_or(n, Depth::columns);
     if 2 * m <= n && 2 * m <= k {
         return row_space(weight, grad, rank, par);
     }
@@ -78,9 +125,7 @@ pub fn skew_subspace<T: Real>(
         let [w, g] = [weight, grad].map(|(view, e)| Panel::from_rows(m, n, view.copied::<T>(e, par)));
         SkewDense::form(&w, &g, par)
     };
-    if !depth.fits(n) {
-        return dense(&formed(), rank, par);
-    }
+    let Some(depth) = depth else { return dense(&formed(), rank, par) };
     if m * n + n * k < 4 * m * k {
         let op = formed();
         control.check()?;
@@ -154,38 +199,34 @@ fn lanczos<T: Real>(
     par: Par,
 ) -> Result<Option<SkewSubspace<T>>> {
     let n = op.cols();
-    let mut basis = Basis::new(n, depth.columns());
-    let mut next = orthonormalize(gaussians(params.seed, Stream::Start, n, depth.block, 0, par), par);
-    let mut columns: Vec<Mat<f64>> = Vec::new();
-    // The size of S is not known yet; its first block tells it well enough for a rounding floor.
-    let mut deflation = Deflation { seed: params.seed, drawn: 0, floor: 0.0 };
+    let mut space = Space::start(n, depth, params.seed, None, par);
     for step in 1.. {
         control.check()?;
-        basis.push(&next);
-        let image = op.apply(&next, par);
-        if step == 1 {
-            deflation.floor = 4.0 * T::EPS * image.norms().into_iter().fold(0.0, f64::max);
-        }
-        let Extension { block, coefficients, r } = extend(&basis, &image, &mut deflation, par);
-        next = block;
+        space.advance(|x| op.apply(x, par), par);
         // With nothing left outside, and room for the rank inside, the planes are final.
-        let final_already = r.norm_max() == 0.0 && basis.cols() >= rank;
-        if final_already || depth.tests(step, rank, params.tol) {
-            let ritz = Ritz::of(compressed(&columns, &coefficients, depth.block), r.clone(), rank)?;
-            let missing = if final_already { 0.0 } else { ritz.missing() };
-            match depth.verdict(step, n, missing, ritz.energy(), params.tol) {
-                Verdict::Done => {
-                    control.check()?;
-                    let estimate = || (estimate_square(op, &basis, &ritz, params.seed, par), 1);
-                    let (square, extra) = square.map_or_else(estimate, |square| ((square, 0.0), 0));
-                    let lifted = times(basis.mat(), round::<T>(ritz.planes.vectors.as_ref()).as_ref(), par);
-                    return Ok(Some(assemble(lifted, &ritz, square, step + extra, par)));
-                }
-                Verdict::Dense => return Ok(None),
-                Verdict::Deeper => {}
-            }
+        let exhausted = space.exhausted() && space.basis.cols() >= rank;
+        if !exhausted && !depth.tests(step, rank, params.tol) {
+            continue;
         }
-        columns.push(stack(&coefficients, &r));
+        control.check()?;
+        let ritz = Ritz::of(space.projected(-1.0), space.tail.clone(), rank)?;
+        let missing = match space.invariant() {
+            _ if exhausted => 0.0,
+            // More planes of the same strengths may lie outside.
+            true => f64::INFINITY,
+            false => ritz.missing(),
+        };
+        match depth.verdict(step, n, missing, ritz.energy(), params.tol) {
+            Verdict::Done => {
+                control.check()?;
+                let estimate = || (estimate_square(op, &space.basis, &ritz, params.seed, par), 1);
+                let (square, extra) = square.map_or_else(estimate, |square| ((square, 0.0), 0));
+                let lifted = space.lift(&ritz.planes.vectors, par);
+                return Ok(Some(assemble(lifted, &ritz, square, step + extra, par)));
+            }
+            Verdict::Dense => return Ok(None),
+            Verdict::Deeper => {}
+        }
     }
     unreachable!("the loop above ends by returning")
 }
@@ -223,16 +264,6 @@ impl Ritz {
         let next = self.planes.strengths.get(self.residuals.len().div_ceil(2)).copied().unwrap_or(0.0);
         missing(&self.values(), &self.residuals, next)
     }
-}
-
-/// `V^T S V` from the coefficient columns; the last one has nothing below it yet.
-fn compressed(columns: &[Mat<f64>], last: &Mat<f64>, block: usize) -> Mat<f64> {
-    let size = last.nrows();
-    let entry = |i: usize, j: usize| {
-        let column = columns.get(j / block).unwrap_or(last);
-        if i < column.nrows() { column[(i, j % block)] } else { 0.0 }
-    };
-    Mat::from_fn(size, size, |i, j| (entry(i, j) - entry(j, i)) / 2.0)
 }
 
 /// `||S y - K-part||`: what leaves the space, and what the split of K itself left over.
@@ -293,7 +324,7 @@ mod tests {
     use crate::orth::orthogonality_error;
     use crate::testing::{captured_skew, gaussian_panel, skew_of, with_spectrum};
 
-    const PARAMS: Params = Params { tol: None, seed: 0 };
+    const PARAMS: Params = Params { tol: None, seed: 0, left: false };
 
     fn solve<T: Real>(w: &Panel<T>, g: &Panel<T>, rank: usize, params: Params) -> SkewSubspace<T> {
         let [w, g] = [w, g].map(|a| {
@@ -378,13 +409,29 @@ mod tests {
     }
 
     #[test]
+    fn a_gradient_of_few_rows_in_disguise() {
+        for (true_rank, rank) in [(1, 16), (5, 16), (8, 16), (20, 40)] {
+            let w = unit(gaussian_panel(560, 600, 1));
+            let g = unit(with_spectrum(560, 600, 4, |i| if i <= f64::from(true_rank) { 1.0 / i } else { 0.0 }));
+            let s = skew_of(&w, &g);
+            let best: f64 = 2.0 * split(&s, rank).unwrap().strengths[..rank / 2].iter().map(|x| x * x).sum::<f64>();
+            let (narrow, wide) = (solve(&w.cast::<f32>(), &g.cast::<f32>(), rank, PARAMS), solve(&w, &g, rank, PARAMS));
+            assert_eq!((narrow.passes, wide.passes), (3, 3), "seen as what it is");
+            for (basis, eps) in [(narrow.basis, 1e-5), (wide.basis.cast(), 1e-6)] {
+                assert!(orthogonality_error(&basis) <= 50.0 * f64::from(f32::EPSILON));
+                assert!(captured_skew(&s, &basis) > (1.0 - eps) * best);
+            }
+        }
+    }
+
+    #[test]
     fn tol_is_kept() {
         let w = unit(gaussian_panel(700, 700, 1));
         let g = unit(with_spectrum(700, 700, 4, |i| i.powf(-0.3)));
         let s = skew_of(&w, &g);
         let best: f64 = 2.0 * split(&s, 8).unwrap().strengths[..4].iter().map(|x| x * x).sum::<f64>();
         for tol in [1e-3, 1e-6] {
-            let found = solve(&w, &g, 8, Params { tol: Some(tol), seed: 1 });
+            let found = solve(&w, &g, 8, Params { tol: Some(tol), seed: 1, left: false });
             let missing = 1.0 - captured_skew(&s, &found.basis.cast()) / best;
             assert!(missing < tol.max(2e-7), "{tol}: {missing:e}");
         }

@@ -1,6 +1,6 @@
 //! The small dense problems, all in f64 and on one thread.
 //!
-//! Cholesky `G = R^T R`, the inverse of a triangle, and the SVD of the projected matrix.
+//! Cholesky `G = R^T R`, the inverse of a triangle, and the SVD and the symmetric eigenproblem of projected matrices.
 
 use faer::Mat;
 
@@ -40,3 +40,13 @@ pub(crate) fn svd(a: &Mat<f64>) -> Result<(Mat<f64>, Vec<f64>, Mat<f64>)> {
     let values = svd.S().column_vector().iter().copied().collect();
     Ok((svd.U().to_owned(), values, svd.V().to_owned()))
 }
+
+/// `G = V diag(lambda) V^T` of a symmetric matrix (its lower half is read), `lambda` descending.
+pub(crate) fn eigen(gram: &Mat<f64>) -> Result<(Vec<f64>, Mat<f64>)> {
+    let eigen = gram.self_adjoint_eigen(faer::Side::Lower).map_err(|_| Error::NoConvergence("a small eigenproblem"))?;
+    let values = eigen.S().column_vector().iter().rev().copied().collect();
+    Ok((values, eigen.U().reverse_cols().to_owned()))
+}
+
+/// Where numbers carry more rounding than this, a Gram matrix in f64 loses nothing that they hold.
+pub(crate) const SQUARE_HIDES: f64 = 1e-10;

@@ -24,7 +24,7 @@ pub(crate) fn leading<T: Real>(
     let op = Dense::new(view, scan.exponent);
     match truncated_svd(&op, rank, scan.square, params, control, par)? {
         Some(found) => Ok(found),
-        None => exact_svd(view, scan.exponent, rank, control, par),
+        None => exact_svd(view, scan.exponent, rank, params.left, control, par),
     }
 }
 
@@ -87,7 +87,7 @@ pub(crate) fn check_tol(tol: Option<f64>) -> Result<()> {
 }
 
 pub(crate) fn fraction(part: f64, whole: f64) -> f64 {
-    if whole > 0.0 { (part / whole).min(1.0) } else { 1.0 }
+    if whole > 0.0 { (part / whole + 0.0).min(1.0) } else { 1.0 }
 }
 
 /// Zero where the last value is rounding: its direction is as arbitrary as the next one's.

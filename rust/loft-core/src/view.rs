@@ -134,10 +134,7 @@ impl<'a> View<'a> {
         debug_assert!(rows.end <= self.rows && cols.end <= self.cols);
         let width = cols.len();
         if !self.by_column() {
-            for (r, i) in rows.enumerate() {
-                self.row_into(i, cols.start, &mut out[r * width..(r + 1) * width]);
-            }
-            return;
+            return self.rows_into(rows, cols, width, out);
         }
         let mut column = vec![T::default(); rows.len()];
         for (c, j) in cols.enumerate() {
@@ -151,21 +148,33 @@ impl<'a> View<'a> {
         &self,
         rows: Range<usize>,
         cols: Range<usize>,
-        room: &'b mut [T],
+        room: &'b mut Vec<T>,
     ) -> MatRef<'b, T> {
-        let (height, width) = (rows.len(), cols.len());
-        let room = &mut room[..height * width];
         if self.by_column() {
-            self.transpose().tile(cols, rows, room);
-            MatRef::from_row_major_slice(&*room, width, height).transpose()
-        } else {
-            self.tile(rows, cols, room);
-            MatRef::from_row_major_slice(&*room, height, width)
+            return self.transpose().stored_tile(cols, rows, room).transpose();
+        }
+        let (height, width) = (rows.len(), cols.len());
+        // A stride that is no power of two, so that neighbouring rows do not evict each other from the cache.
+        let stride = width.next_multiple_of(8) + 8;
+        room.resize(height * stride, T::default());
+        self.rows_into(rows, cols, stride, room);
+        MatRef::from_row_major_slice_with_stride(&*room, height, width, stride)
+    }
+
+    /// Whole rows times `2^-exponent`, `stride` entries apart.
+    pub(crate) fn scaled_rows<T: Real>(&self, rows: Range<usize>, exponent: i32, stride: usize, out: &mut [T]) {
+        self.rows_into(rows, 0..self.cols, stride, out);
+        scale(out, exponent);
+    }
+
+    fn rows_into<T: Real>(&self, rows: Range<usize>, cols: Range<usize>, stride: usize, out: &mut [T]) {
+        for (i, line) in rows.zip(out.chunks_mut(stride.max(1))) {
+            self.row_into(i, cols.start, &mut line[..cols.len()]);
         }
     }
 
     /// Whether neighbours in memory are neighbours in a column.
-    fn by_column(&self) -> bool {
+    pub(crate) fn by_column(&self) -> bool {
         self.row_stride.unsigned_abs() < self.col_stride.unsigned_abs()
     }
 
@@ -210,15 +219,11 @@ impl<'a> View<'a> {
     /// A row-major copy times `2^-e`.
     pub(crate) fn copied<T: Real>(&self, exponent: i32, par: Par) -> Vec<T> {
         let mut out = vec![T::default(); self.rows * self.cols];
-        // In two factors, since 2^-e itself may lie outside the range of T.
-        let (half, rest) = (T::of(pow2(-(exponent / 2))), T::of(pow2(-(exponent - exponent / 2))));
         par.chunks(&mut out, TILE_ROWS * self.cols.max(1), |block, chunk| {
             let start = block * TILE_ROWS;
             let rows = chunk.len() / self.cols.max(1);
             self.tile(start..start + rows, 0..self.cols, chunk);
-            if exponent != 0 {
-                chunk.iter_mut().for_each(|x| *x = *x * half * rest);
-            }
+            scale(chunk, exponent);
         });
         out
     }
@@ -228,35 +233,47 @@ impl<'a> View<'a> {
     /// # Errors
     /// [`Error::NonFinite`] with `argument` as its name and the entry's place.
     pub fn scan(&self, argument: &str, par: Par) -> Result<Scan> {
-        let blocks = self.rows.div_ceil(TILE_ROWS);
-        let parts =
-            par.map(blocks, |block| self.scan_rows(block * TILE_ROWS..((block + 1) * TILE_ROWS).min(self.rows)));
-        if let Some((row, column)) = parts.iter().find_map(|part| part.err()) {
+        let stored = if self.by_column() { self.transpose() } else { *self };
+        let parts = par.map(stored.rows.div_ceil(TILE_ROWS), |block| {
+            let rows = block * TILE_ROWS..((block + 1) * TILE_ROWS).min(stored.rows);
+            if self.dtype == Dtype::F64 {
+                stored.scan_rows(rows, scan_wide)
+            } else {
+                stored.scan_rows(rows, scan_narrow)
+            }
+        });
+        let Some(parts) = parts.into_iter().collect::<Option<Vec<Scan>>>() else {
+            let (row, column) = self.first_bad();
             return Err(Error::NonFinite { argument: argument.to_owned(), row, column });
-        }
-        let parts: Vec<Scan> = parts.into_iter().flatten().filter(|part| part.square > 0.0).collect();
+        };
+        let parts: Vec<Scan> = parts.into_iter().filter(|part| part.square > 0.0).collect();
         let exponent = parts.iter().map(|part| part.exponent).max().unwrap_or(0);
         let square = parts.iter().map(|part| part.square * pow2(2 * (part.exponent - exponent))).sum();
         Ok(Scan { exponent, square })
     }
 
-    fn scan_rows(&self, rows: Range<usize>) -> std::result::Result<Scan, (usize, usize)> {
-        let mut tile = vec![0f64; rows.len() * TILE_COLS];
+    fn scan_rows<T: Real>(&self, rows: Range<usize>, scan: impl Fn(&[T]) -> Option<Scan>) -> Option<Scan> {
+        let mut line = [T::default(); TILE_COLS];
         let mut total = Scan { exponent: 0, square: 0.0 };
-        for j in (0..self.cols).step_by(TILE_COLS) {
-            let width = TILE_COLS.min(self.cols - j);
-            let tile = &mut tile[..rows.len() * width];
-            self.tile(rows.clone(), j..j + width, tile);
-            for (i, line) in tile.chunks(width).enumerate() {
-                let found = if self.dtype == Dtype::F64 { scan_scaled(line) } else { scan_plain(line) };
-                let Some(next) = found else {
-                    let bad = line.iter().position(|x| !x.is_finite()).unwrap_or(0);
-                    return Err((rows.start + i, j + bad));
-                };
-                total = total.with(next);
+        for i in rows {
+            for j in (0..self.cols).step_by(TILE_COLS) {
+                let line = &mut line[..TILE_COLS.min(self.cols - j)];
+                self.row_into(i, j, line);
+                total = total.with(scan(line)?);
             }
         }
-        Ok(total)
+        Some(total)
+    }
+
+    fn first_bad(&self) -> (usize, usize) {
+        let mut line = vec![0f64; self.cols];
+        for i in 0..self.rows {
+            self.row_into(i, 0, &mut line);
+            if let Some(j) = line.iter().position(|x| !x.is_finite()) {
+                return (i, j);
+            }
+        }
+        (0, 0)
     }
 }
 
@@ -277,6 +294,14 @@ unsafe fn gather<K: Copy, T>(start: *const u8, stride: isize, out: &mut [T], wid
     }
 }
 
+/// Multiplies by `2^-exponent`, in two factors since it may itself lie outside the range of `T`.
+fn scale<T: Real>(values: &mut [T], exponent: i32) {
+    if exponent != 0 {
+        let (half, rest) = (T::of(pow2(-(exponent / 2))), T::of(pow2(-(exponent - exponent / 2))));
+        values.iter_mut().for_each(|x| *x = *x * half * rest);
+    }
+}
+
 impl Scan {
     fn with(self, other: Self) -> Self {
         if other.square == 0.0 {
@@ -293,20 +318,20 @@ impl Scan {
 
 const LANES: usize = 16;
 
-/// `None` if an entry is not finite. For entries that came from at most 32 bits, whose squares f64 always holds.
-fn scan_plain(line: &[f64]) -> Option<Scan> {
-    let (mut largest, mut sums) = ([0f64; LANES], [0f64; LANES]);
+/// `None` if an entry is not finite. f64 holds the squares of all narrower types.
+fn scan_narrow(line: &[f32]) -> Option<Scan> {
+    let (mut largest, mut sums) = ([0f32; LANES], [0f64; LANES]);
     lanes(line, |k, x| {
         largest[k] = if x.abs() > largest[k] { x.abs() } else { largest[k] };
-        sums[k] += x * x;
+        sums[k] += f64::from(x) * f64::from(x);
     });
     let square: f64 = sums.iter().sum();
-    let exponent = libm::frexp(largest.into_iter().fold(0.0, f64::max)).1;
+    let exponent = libm::frexp(f64::from(largest.into_iter().fold(0.0, f32::max))).1;
     square.is_finite().then(|| Scan { exponent, square: square * pow2(-2 * exponent) })
 }
 
 /// The same for f64 entries: the largest first, then the squares at its scale.
-fn scan_scaled(line: &[f64]) -> Option<Scan> {
+fn scan_wide(line: &[f64]) -> Option<Scan> {
     let (mut largest, mut poison) = ([0f64; LANES], [0f64; LANES]);
     lanes(line, |k, x| {
         largest[k] = if x.abs() > largest[k] { x.abs() } else { largest[k] };
@@ -327,7 +352,7 @@ fn scan_scaled(line: &[f64]) -> Option<Scan> {
 
 /// Calls `add(lane, x)` on every entry, in independent lanes so that the loop vectorises.
 #[inline(always)]
-fn lanes(line: &[f64], mut add: impl FnMut(usize, f64)) {
+fn lanes<T: Copy>(line: &[T], mut add: impl FnMut(usize, T)) {
     let whole = line.chunks_exact(LANES);
     whole.remainder().iter().enumerate().for_each(|(k, x)| add(k, *x));
     whole.for_each(|part| (0..LANES).for_each(|k| add(k, part[k])));

@@ -22,6 +22,9 @@ create_exception!(loft_rs._core, NonFiniteError, PyValueError, "A matrix holds a
 
 const SIGNALS: Duration = Duration::from_millis(100);
 
+/// More would be a mistake, and would exhaust the machine before it failed.
+const MOST_THREADS: usize = 1024;
+
 /// A core error as the Python exception it is.
 pub fn raise(error: Error) -> PyErr {
     let message = error.to_string();
@@ -126,8 +129,8 @@ fn thread_count(py: Python<'_>, threads: Option<i64>) -> PyResult<usize> {
     let positive = |count: i64, what: &str| {
         usize::try_from(count)
             .ok()
-            .filter(|count| *count > 0)
-            .ok_or_else(|| PyValueError::new_err(format!("{what} must be at least 1, got {count}")))
+            .filter(|count| (1..=MOST_THREADS).contains(count))
+            .ok_or_else(|| PyValueError::new_err(format!("{what} must be from 1 to {MOST_THREADS}, got {count}")))
     };
     if let Some(count) = threads {
         return positive(count, "threads");

@@ -102,7 +102,7 @@ fn randomized_svd<'py>(
     seed: i128,
     threads: Option<i64>,
 ) -> PyResult<SvdParts<'py>> {
-    let (a, rank, params) = (view("a", a)?, rank_of(rank, "rank")?, Params { tol, seed: seed_of(seed)? });
+    let (a, rank, params) = (view("a", a)?, rank_of(rank, "rank")?, Params { tol, seed: seed_of(seed)?, left: true });
     match a.dtype() {
         Dtype::F64 => svd::<f64>(py, a, rank, params, threads),
         _ => svd::<f32>(py, a, rank, params, threads),
@@ -127,7 +127,10 @@ fn svd<'py, T: Real + Element>(
     info.set_item("gap", found.gap)?;
     info.set_item("passes", triplets.passes)?;
     info.set_item("seconds", found.seconds)?;
-    let u = to_array(py, triplets.left)?;
+    let Some(left) = triplets.left else {
+        return Err(PyValueError::new_err("the left vectors were not computed"));
+    };
+    let u = to_array(py, left)?;
     let vt = to_array(py, triplets.right.transposed())?;
     Ok((u.into_any(), PyArray1::from_vec(py, triplets.values), vt.into_any(), info))
 }

@@ -73,6 +73,9 @@ pub(crate) struct Depth {
 /// times the truth on decaying spectra (measured).
 const CLOSE: f64 = 1e-2;
 
+/// Rounding of an image `A^T A v`, in units of eps ||A||^2: a bound that hundreds of matrices keep (tests/test_certificates.py).
+const ROUNDING: f64 = 32.0;
+
 /// The same for a space that has not its usual depth yet.
 const EARLY: f64 = 1e-5;
 
@@ -169,7 +172,7 @@ pub fn truncated_svd<T: Real>(
         }
         control.check()?;
         let ritz = Ritz::solve(&space, rank)?;
-        let estimate = missing(&ritz.values, &ritz.residuals, ritz.next);
+        let estimate = missing(&ritz.values, &ritz.residuals(0.0), ritz.next);
         let missing = if space.invariant() { outside } else { estimate.min(outside) };
         let energy = ritz.values.iter().map(|x| x * x).sum();
         match depth.verdict(step, n.min(op.rows()), missing, energy, params.tol) {
@@ -258,7 +261,8 @@ struct Ritz {
     vectors: Mat<f64>,
     values: Vec<f64>,
     next: f64,
-    residuals: Vec<f64>,
+    /// How `A^T A` takes the vectors out of the space, a column for each.
+    coupled: Mat<f64>,
 }
 
 impl Ritz {
@@ -270,33 +274,36 @@ impl Ritz {
         let vectors = vectors.subcols(0, rank).to_owned();
         let block = space.tail.ncols();
         let coupled = &space.tail * vectors.subrows(vectors.nrows() - block, block);
-        // ||A^T A v - sigma^2 v|| = sigma ||A^T u - sigma v||.
+        Ok(Self { vectors, values, next, coupled })
+    }
+
+    /// `||A^T u - sigma v||`, which is `||A^T A v - sigma^2 v|| / sigma`, where the numerator is only right to `noise`.
+    fn residuals(&self, noise: f64) -> Vec<f64> {
         let residual = |(j, sigma): (usize, &f64)| {
-            let miss = coupled.col(j).norm_l2();
+            let miss = self.coupled.col(j).norm_l2().hypot(noise);
             (miss / sigma.max(f64::MIN_POSITIVE)).min(miss.sqrt())
         };
-        let residuals = values.iter().enumerate().map(residual).collect();
-        Ok(Self { vectors, values, next, residuals })
+        self.values.iter().enumerate().map(residual).collect()
     }
 }
 
 fn finish<T: Real>(
     op: &impl Operator<T>,
     space: &Space<T>,
-    ritz: Ritz,
+    mut ritz: Ritz,
     want_left: bool,
     passes: usize,
     par: Par,
 ) -> Result<Truncated<T>> {
-    let Ritz { vectors, mut values, next, residuals } = ritz;
-    let mut right = space.lift(&vectors, par);
+    let mut right = space.lift(&ritz.vectors, par);
     polish(&mut right, par);
     let mut left = None;
     if want_left {
         // A V = Q R, R = X diag(sigma) Y^T: small values too are right to eps ||A||, which A^T A does not hold.
         let (q, r) = orthonormalize_with_r(op.apply(&right, par), par);
         let (x, refined, y) = small::svd(&r)?;
-        values = refined;
+        ritz.values = refined;
+        ritz.coupled = &ritz.coupled * &y;
         right = times(right.mat(), round::<T>(y.as_ref()).as_ref(), par);
         polish(&mut right, par);
         let mut turned = times(q.mat(), round::<T>(x.as_ref()).as_ref(), par);
@@ -305,7 +312,9 @@ fn finish<T: Real>(
     }
     fix_signs(&mut right, left.as_mut());
     let passes = passes + usize::from(want_left);
-    Ok(Truncated { left, right, values, next: Some(next), residuals, passes })
+    // More depth does not mend this, so it is no part of the estimate that stops the search.
+    let residuals = ritz.residuals(ROUNDING * T::EPS * ritz.values[0].powi(2));
+    Ok(Truncated { left, right, values: ritz.values, next: Some(ritz.next), residuals, passes })
 }
 
 /// Makes the largest entry of each right vector positive (the first of equals) and turns the left with it.

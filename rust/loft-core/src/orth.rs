@@ -88,7 +88,7 @@ impl Deflation {
 
 /// Loss of orthogonality, in units of eps, up to which a basis is left as it is. It enters Ritz values squared
 /// (Simon 1984: up to sqrt(eps) it is harmless), and what is handed out is polished.
-const LOSS: f64 = 100.0;
+const LOSS: f64 = 16.0;
 
 /// Orthonormalises `w` against `basis` and within itself.
 pub(crate) fn extend<T: Real>(basis: &Basis<T>, w: &Panel<T>, deflation: &mut Deflation, par: Par) -> Extension<T> {

@@ -10,7 +10,7 @@ use crate::control::{Control, abandonable};
 use crate::error::Result;
 use crate::krylov::{Truncated, fix_signs};
 use crate::orth::orthonormalize;
-use crate::panel::{Panel, times};
+use crate::panel::{Panel, cross, times};
 use crate::par::Par;
 use crate::scalar::Real;
 use crate::small::{self, SQUARE_HIDES};
@@ -61,11 +61,25 @@ fn by_gram(a: &Panel<f64>, rank: usize, control: &dyn Control, par: Par) -> Resu
         let (right, values, left) = by_gram(&a.transposed(), rank, control, par)?;
         return Ok((left, values, right));
     }
-    let gram: Mat<f64> = a.gram(par);
+    let gram = gram(a, control, par)?;
     let (squares, v) = abandonable(control, move || small::eigen(&gram))??;
     let values: Vec<f64> = squares.into_iter().map(|x| x.max(0.0).sqrt()).collect();
     let right = Panel::from_mat(v.subcols(0, rank));
     // A V = U Sigma: its columns are orthogonal, and those of no length are completed.
     let left = orthonormalize(times(a.mat(), right.mat(), par), par);
     Ok((left, values, right))
+}
+
+/// `A^T A`, a few columns at a time so that a stop is met between them.
+fn gram(a: &Panel<f64>, control: &dyn Control, par: Par) -> Result<Mat<f64>> {
+    const WIDTH: usize = 256;
+    let mut gram = Mat::zeros(a.cols, a.cols);
+    for start in (0..a.cols).step_by(WIDTH) {
+        control.check()?;
+        let end = (start + WIDTH).min(a.cols);
+        let part = cross(a.mat().subcols(start, a.cols - start), a.mat().subcols(start, end - start), par);
+        // Only the lower half is read.
+        gram.as_mut().submatrix_mut(start, start, a.cols - start, end - start).copy_from(&part);
+    }
+    Ok(gram)
 }

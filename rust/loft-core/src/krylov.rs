@@ -95,7 +95,8 @@ impl Depth {
         let full = 7 * dimension / (10 * block);
         let steps = (spread * rank as f64 / block as f64 + least).ceil() as usize;
         let steps = steps.min(full);
-        (10 * steps * block >= 14 * rank && steps > 1).then_some(Self { block, steps, most: steps + 3, full })
+        let most = steps + steps.div_ceil(4).min(3);
+        (10 * steps * block >= 14 * rank && steps > 1).then_some(Self { block, steps, most, full })
     }
 
     pub(crate) fn columns(self) -> usize {

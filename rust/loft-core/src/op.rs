@@ -9,6 +9,8 @@
 use faer::linalg::matmul::matmul;
 use faer::{Accum, MatMut, MatRef};
 
+use crate::control::Control;
+use crate::error::Result;
 use crate::panel::{BLOCK, Panel, times};
 use crate::par::Par;
 use crate::scalar::{Real, pow2};
@@ -231,6 +233,9 @@ impl<T: Real> Operator<T> for SkewProduct<'_> {
     }
 }
 
+/// Operations that a stop may have to wait for.
+const BETWEEN_CHECKS: f64 = 2e10;
+
 /// A skew matrix that was formed: 2 n^2 operations a column.
 #[derive(Debug, Clone)]
 pub struct SkewDense<T> {
@@ -239,8 +244,19 @@ pub struct SkewDense<T> {
 
 impl<T: Real> SkewDense<T> {
     /// Forms `(W^T G - G^T W) / 2` from row-major `W` and `G`: 2 m n^2 operations.
-    pub fn form(weight: &Panel<T>, grad: &Panel<T>, par: Par) -> Self {
-        let product = times(weight.mat().transpose(), grad.mat(), par);
+    ///
+    /// # Errors
+    /// What `control` returns.
+    pub fn form(weight: &Panel<T>, grad: &Panel<T>, control: &dyn Control, par: Par) -> Result<Self> {
+        let mut product = Panel::zeros(weight.cols, grad.cols);
+        let operations = 2.0 * (weight.rows * grad.cols * BLOCK) as f64;
+        let rows = BLOCK * ((BETWEEN_CHECKS / operations) as usize).max(2);
+        for start in (0..weight.cols).step_by(rows) {
+            control.check()?;
+            let some = weight.mat().transpose().subrows(start, rows.min(weight.cols - start));
+            let part = times(some, grad.mat(), par);
+            product.data[start * grad.cols..][..part.data.len()].copy_from_slice(&part.data);
+        }
         let mut matrix = Panel::zeros(product.rows, product.cols);
         let half = T::of(0.5);
         matrix.each_row(par, |i, row| {
@@ -248,7 +264,7 @@ impl<T: Real> SkewDense<T> {
                 *x = (product.at(i, j) - product.at(j, i)) * half;
             }
         });
-        Self { matrix }
+        Ok(Self { matrix })
     }
 
     /// `||S||_F^2`, in f64.

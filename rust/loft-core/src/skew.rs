@@ -17,7 +17,7 @@
 
 use faer::Mat;
 
-use crate::control::Control;
+use crate::control::{Control, abandonable};
 use crate::error::{Result, invalid};
 use crate::krylov::{Depth, Params, Space, Verdict, missing};
 use crate::op::{Dense, Operator, SkewDense, SkewProduct};
@@ -119,29 +119,38 @@ fn subspace<T: Real>(
     let depth = Depth::new(rank, n, 2.6, 4.6);
     let k = depth.map_or(n, Depth::columns);
     if 2 * m <= n && 2 * m <= k {
-        return row_space(weight, grad, rank, par);
+        return row_space(weight, grad, rank, control, par);
     }
     let formed = || {
         let [w, g] = [weight, grad].map(|(view, e)| Panel::from_rows(m, n, view.copied::<T>(e, par)));
-        SkewDense::form(&w, &g, par)
+        SkewDense::form(&w, &g, control, par)
     };
-    let Some(depth) = depth else { return dense(&formed(), rank, par) };
+    let Some(depth) = depth else { return dense(&formed()?, rank, control, par) };
     if m * n + n * k < 4 * m * k {
-        let op = formed();
+        let op = formed()?;
         control.check()?;
         let found = lanczos(&op, rank, depth, params, Some(op.square()), control, par)?;
-        return found.map_or_else(|| dense(&op, rank, par), |found| Ok(SkewSubspace { passes: 1, ..found }));
+        return found.map_or_else(|| dense(&op, rank, control, par), |found| Ok(SkewSubspace { passes: 1, ..found }));
     }
     let op = SkewProduct::new(Dense::new(weight.0, weight.1), Dense::new(grad.0, grad.1));
     let found = lanczos::<T>(&op, rank, depth, params, None, control, par)?;
-    found.map_or_else(|| dense(&formed(), rank, par), |found| Ok(SkewSubspace { passes: 2 * found.passes, ..found }))
+    found.map_or_else(
+        || dense(&formed()?, rank, control, par),
+        |found| Ok(SkewSubspace { passes: 2 * found.passes, ..found }),
+    )
 }
 
 /// Dense `Skew(W^T G)` (input side) or `Skew(G W^T)` (output side), at the scale of the inputs.
 ///
 /// # Errors
-/// Shapes that differ, empty or non-finite matrices.
-pub fn skew_project<T: Real>(weight: View<'_>, grad: View<'_>, side: Side, par: Par) -> Result<Panel<T>> {
+/// Shapes that differ, empty or non-finite matrices, what `control` returns.
+pub fn skew_project<T: Real>(
+    weight: View<'_>,
+    grad: View<'_>,
+    side: Side,
+    control: &dyn Control,
+    par: Par,
+) -> Result<Panel<T>> {
     let shape = |view: &View<'_>| (view.rows(), view.cols());
     if shape(&weight) != shape(&grad) {
         return invalid(format!(
@@ -161,21 +170,27 @@ pub fn skew_project<T: Real>(weight: View<'_>, grad: View<'_>, side: Side, par: 
         Side::Input => (unit(weight, exponents[0]), unit(grad, exponents[1])),
         Side::Output => (unit(grad, exponents[1]), unit(weight, exponents[0])),
     };
-    let mut matrix = SkewDense::form(&first, &second, par).matrix;
+    let mut matrix = SkewDense::form(&first, &second, control, par)?.matrix;
     let scales = exponents.map(|e| T::of(pow2(e)));
     matrix.data.iter_mut().for_each(|x| *x = *x * scales[0] * scales[1]);
     Ok(matrix)
 }
 
-fn dense<T: Real>(op: &SkewDense<T>, rank: usize, par: Par) -> Result<SkewSubspace<T>> {
+fn dense<T: Real>(op: &SkewDense<T>, rank: usize, control: &dyn Control, par: Par) -> Result<SkewSubspace<T>> {
     let small = op.matrix.mat();
     let k = Mat::from_fn(small.nrows(), small.ncols(), |i, j| small[(i, j)].f64());
-    let ritz = Ritz::whole(k, rank)?;
+    let ritz = abandonable(control, move || Ritz::whole(k, rank))??;
     let basis = Panel::from_mat(ritz.planes.vectors.as_ref());
     Ok(assemble(basis, &ritz, (op.square(), 0.0), 1, par))
 }
 
-fn row_space<T: Real>(weight: Scaled<'_>, grad: Scaled<'_>, rank: usize, par: Par) -> Result<SkewSubspace<T>> {
+fn row_space<T: Real>(
+    weight: Scaled<'_>,
+    grad: Scaled<'_>,
+    rank: usize,
+    control: &dyn Control,
+    par: Par,
+) -> Result<SkewSubspace<T>> {
     let (m, n) = (weight.0.rows(), weight.0.cols());
     let [w, g] = [weight, grad].map(|(view, e)| view.transpose().copied::<f64>(e, par));
     let rows = w.chunks(m).zip(g.chunks(m)).flat_map(|(w, g)| w.iter().chain(g).copied());
@@ -183,7 +198,7 @@ fn row_space<T: Real>(weight: Scaled<'_>, grad: Scaled<'_>, rank: usize, par: Pa
     let (r_w, r_g) = (r.subcols(0, m), r.subcols(m, m));
     let product = r_w * r_g.transpose();
     let k = Mat::from_fn(2 * m, 2 * m, |i, j| (product[(i, j)] - product[(j, i)]) / 2.0);
-    let ritz = Ritz::whole(k, rank)?;
+    let ritz = abandonable(control, move || Ritz::whole(k, rank))??;
     let basis = times(q.mat(), ritz.planes.vectors.as_ref(), par).cast();
     Ok(assemble(basis, &ritz, (ritz.k.squared_norm_l2(), 0.0), 1, par))
 }
@@ -441,9 +456,9 @@ mod tests {
     fn both_sides_project() {
         let (w, g) = (gaussian_panel::<f64>(5, 8, 1), gaussian_panel::<f64>(5, 8, 2));
         let views = [&w, &g].map(|a| View::row_major(&a.data, 5, 8));
-        let input = skew_project::<f64>(views[0], views[1], Side::Input, Par::Seq).unwrap();
+        let input = skew_project::<f64>(views[0], views[1], Side::Input, &Free, Par::Seq).unwrap();
         assert!((input.mat() - skew_of(&w, &g)).norm_max() < 1e-14);
-        let output = skew_project::<f64>(views[0], views[1], Side::Output, Par::Seq).unwrap();
+        let output = skew_project::<f64>(views[0], views[1], Side::Output, &Free, Par::Seq).unwrap();
         assert!((output.mat() - skew_of(&g.transposed(), &w.transposed())).norm_max() < 1e-14);
     }
 }

@@ -149,8 +149,9 @@ fn skew_project<'py>(
     let double = weight.dtype() == Dtype::F64 || grad.dtype() == Dtype::F64;
     macro_rules! run {
         ($real:ty) => {{
-            let work =
-                move |_: &dyn loft_core::Control, par| loft_core::skew::skew_project::<$real>(weight, grad, side, par);
+            let work = move |control: &dyn loft_core::Control, par| {
+                loft_core::skew::skew_project::<$real>(weight, grad, side, control, par)
+            };
             to_array(py, door(py, threads, None, work)?)?.into_any()
         }};
     }

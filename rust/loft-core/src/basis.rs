@@ -12,7 +12,8 @@ use crate::panel::Panel;
 use crate::par::Par;
 use crate::planes::{fix_rotations, split};
 use crate::rng::{Stream, distinct, gaussians};
-use crate::scalar::{Real, pow2};
+use crate::scalar::Real;
+use crate::svd::rescale;
 use crate::view::View;
 
 fn check(rank: usize, n: usize) -> Result<()> {
@@ -69,9 +70,8 @@ pub fn skew_planes<T: Real>(s: View<'_>, rank: usize) -> Result<(Panel<T>, Vec<f
     let mut vectors = Panel::<f64>::from_mat(planes.vectors.as_ref());
     fix_rotations(&mut vectors);
     polish(&mut vectors, Par::Seq);
-    let scale = pow2(scan.exponent);
-    let strengths = planes.strengths[..rank / 2].iter().flat_map(|x| [x * scale; 2]);
-    let mut values: Vec<f64> = strengths.collect();
+    let mut values: Vec<f64> = planes.strengths[..rank / 2].iter().flat_map(|x| [*x; 2]).collect();
+    rescale(&mut values, scan.exponent);
     values.resize(rank, 0.0);
     Ok((vectors.cast(), values))
 }

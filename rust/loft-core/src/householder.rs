@@ -20,8 +20,16 @@ use crate::view::View;
 /// # Errors
 /// If an entry is not finite, or a column is zero: a reflection needs a direction.
 pub fn householder_wy<T: Real>(u: View<'_>) -> Result<(Panel<T>, Panel<T>)> {
-    let scan = u.scan("u", Par::Seq)?;
-    let mut y = Panel::from_rows(u.rows(), u.cols(), u.copied::<f64>(scan.exponent, Par::Seq));
+    u.scan("u", Par::Seq)?;
+    let mut y = Panel::from_rows(u.rows(), u.cols(), u.copied::<f64>(0, Par::Seq));
+    // Each column by its largest entry first, so that none is lost beside another.
+    let mut largest = vec![0f64; y.cols];
+    for row in y.data.chunks(y.cols.max(1)) {
+        row.iter().zip(&mut largest).for_each(|(x, largest)| *largest = largest.max(x.abs()));
+    }
+    for row in y.data.chunks_mut(largest.len().max(1)) {
+        row.iter_mut().zip(&largest).for_each(|(x, largest)| *x /= if *largest > 0.0 { *largest } else { 1.0 });
+    }
     let norms = y.norms();
     if let Some(j) = norms.iter().position(|x| *x == 0.0) {
         return invalid(format!("u: column {j} is zero; every column must be a nonzero direction"));
@@ -43,6 +51,12 @@ mod tests {
     use super::*;
     use crate::testing::gaussian_panel;
     use proptest::prelude::*;
+
+    #[test]
+    fn a_small_column_is_not_lost_beside_a_large_one() {
+        let (y, _) = householder_wy::<f64>(View::row_major(&[1e-200, 1.0, 0.0, 1.0], 2, 2)).unwrap();
+        assert!((y.at(0, 0) - 1.0).abs() < 1e-15 && (y.at(0, 1) - 0.5f64.sqrt()).abs() < 1e-15);
+    }
 
     proptest! {
         #![proptest_config(ProptestConfig::with_cases(40))]

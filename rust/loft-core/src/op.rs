@@ -250,7 +250,7 @@ impl<T: Real> SkewDense<T> {
     pub fn form(weight: &Panel<T>, grad: &Panel<T>, control: &dyn Control, par: Par) -> Result<Self> {
         let mut product = Panel::zeros(weight.cols, grad.cols);
         let operations = 2.0 * (weight.rows * grad.cols * BLOCK) as f64;
-        let rows = BLOCK * ((BETWEEN_CHECKS / operations) as usize).max(2);
+        let rows = BLOCK * ((BETWEEN_CHECKS / operations) as usize).clamp(2, weight.cols.max(2));
         for start in (0..weight.cols).step_by(rows) {
             control.check()?;
             let some = weight.mat().transpose().subrows(start, rows.min(weight.cols - start));

@@ -93,12 +93,15 @@ fn tridiagonalize(k: &mut Panel<f64>) -> Vec<Reflector> {
     for j in 0..size.saturating_sub(2) {
         let start = j + 1;
         let mut v: Vec<f64> = (start..size).map(|i| k.at(i, j)).collect();
-        let norm = v.iter().map(|x| x * x).sum::<f64>().sqrt();
-        if v[1..].iter().all(|x| *x == 0.0) || norm == 0.0 {
+        if v[1..].iter().all(|x| *x == 0.0) {
             continue;
         }
-        let head = v[0];
-        v[0] += norm.copysign(head);
+        // At its own scale: the squares of small entries would underflow, and their inverse overflow (found by fuzzing).
+        let largest = v.iter().fold(0.0f64, |m, x| m.max(x.abs()));
+        v.iter_mut().for_each(|x| *x /= largest);
+        let length = v.iter().map(|x| x * x).sum::<f64>().sqrt();
+        let (norm, head) = (length * largest, v[0]);
+        v[0] += length.copysign(head);
         let beta = 2.0 / v.iter().map(|x| x * x).sum::<f64>();
         let image = -norm.copysign(head);
         for i in start..size {
@@ -218,6 +221,16 @@ mod tests {
         check(&with_strengths(9, &[1.0], 3), 9, None);
         check(&Mat::zeros(5, 5), 5, Some(&[0.0; 2]));
         check(&Mat::zeros(1, 1), 1, None);
+    }
+
+    #[test]
+    fn entries_whose_squares_underflow() {
+        for a in [1e-160, 1e-200, 1e-308, 5e-324] {
+            let s = [0.0, 1.0, 0.0, 0.0, -1.0, 0.0, a, a, 0.0, -a, 0.0, a, 0.0, -a, -a, 0.0];
+            let planes = split(&Mat::from_fn(4, 4, |i, j| s[4 * i + j]), 2).unwrap();
+            assert!((planes.strengths[0] - 1.0).abs() < 1e-15 && planes.strengths[1] <= 2.0 * a);
+            check(&Mat::from_fn(4, 4, |i, j| s[4 * i + j]), 4, None);
+        }
     }
 
     #[test]

@@ -159,6 +159,9 @@ pub fn skew_project<T: Real>(
             shape(&grad)
         ));
     }
+    if weight.rows() == 0 || weight.cols() == 0 {
+        return invalid(format!("weight and grad are empty: their shape is {:?}", shape(&weight)));
+    }
     let exponents = [weight.scan("weight", par)?.exponent, grad.scan("grad", par)?.exponent];
     let (weight, grad) = match side {
         Side::Input => (weight, grad),
@@ -171,8 +174,10 @@ pub fn skew_project<T: Real>(
         Side::Output => (unit(grad, exponents[1]), unit(weight, exponents[0])),
     };
     let mut matrix = SkewDense::form(&first, &second, control, par)?.matrix;
-    let scales = exponents.map(|e| T::of(pow2(e)));
-    matrix.data.iter_mut().for_each(|x| *x = *x * scales[0] * scales[1]);
+    // In two factors and in f64: the scale may lie outside the range of T where the entries do not.
+    let exponent = exponents[0] + exponents[1];
+    let (half, rest) = (pow2(exponent / 2), pow2(exponent - exponent / 2));
+    matrix.data.iter_mut().for_each(|x| *x = T::of(x.f64() * half * rest));
     Ok(matrix)
 }
 
@@ -450,6 +455,17 @@ mod tests {
             let missing = 1.0 - captured_skew(&s, &found.basis.cast()) / best;
             assert!(missing < tol.max(2e-7), "{tol}: {missing:e}");
         }
+    }
+
+    #[test]
+    fn products_at_the_ends_of_the_range() {
+        let (w, g) = ([3e38f32, 1.0, 2.0, 0.5], [1e-20f32, 2e-20, 0.0, 1e-20]);
+        let views = [View::row_major(&w, 2, 2), View::row_major(&g, 2, 2)];
+        let found = skew_project::<f32>(views[0], views[1], Side::Input, &Free, Par::Seq).unwrap();
+        let want = (3e38 * 2e-20 + 2.0 * 1e-20 - 1.0 * 1e-20) / 2.0;
+        assert!((f64::from(found.at(0, 1)) / want - 1.0).abs() < 1e-6 && found.at(1, 0) == -found.at(0, 1));
+        let empty = View::row_major::<f32>(&[], 0, 7);
+        assert!(skew_project::<f32>(empty, empty, Side::Input, &Free, Par::Seq).is_err());
     }
 
     #[test]

@@ -29,22 +29,20 @@ __all__ = ["TRANSFORMS", "Cayley", "DeltaGroup", "Exp", "Free", "Transform", "ge
 _INDICES: dict[tuple[int, torch.device], Tensor] = {}
 
 
-def _strict_lower(r: int, device: torch.device) -> Tensor:
-    if torch.compiler.is_compiling():
-        return torch.tril_indices(r, r, -1, device=device)
-    if (r, device) not in _INDICES:
+def _strict_lower(r: int, like: Tensor) -> Tensor:
+    # A fake tensor, of a tracing mode, mixes with no kept real one, nor may its own indices be kept.
+    if torch.compiler.is_compiling() or type(like) not in (Tensor, torch.nn.Parameter):
+        return torch.tril_indices(r, r, -1, device=like.device)
+    if (r, like.device) not in _INDICES:
         # A kept index must not be born inside inference mode, or a later training step could not save it for backward.
         with torch.inference_mode(False):
-            indices = torch.tril_indices(r, r, -1, device=device)
-        if type(indices) is not Tensor:  # a fake one, under a tracing mode that the next call may be outside of
-            return indices
-        _INDICES[r, device] = indices
-    return _INDICES[r, device]
+            _INDICES[r, like.device] = torch.tril_indices(r, r, -1, device=like.device)
+    return _INDICES[r, like.device]
 
 
 def skew(theta: Tensor, r: int) -> Tensor:
     """The skew matrices A (..., r, r) whose strict lower triangles, row by row, are theta (..., r(r - 1)/2)."""
-    rows, cols = _strict_lower(r, theta.device)
+    rows, cols = _strict_lower(r, theta)
     lower = theta.new_zeros(*theta.shape[:-1], r, r)
     lower[..., rows, cols] = theta
     return lower - lower.mT
@@ -52,7 +50,7 @@ def skew(theta: Tensor, r: int) -> Tensor:
 
 def _skew_gradient(h: Tensor) -> Tensor:
     """dL/dtheta = H_ij - H_ji for i > j, from H = dL/dA taken entry by entry."""
-    rows, cols = _strict_lower(h.shape[-1], h.device)
+    rows, cols = _strict_lower(h.shape[-1], h)
     return h[..., rows, cols] - h[..., cols, rows]
 
 

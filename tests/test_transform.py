@@ -97,8 +97,8 @@ def test_group_batches_all_members_and_never_goes_stale():
     group = DeltaGroup("cayley")
     members = [Member(torch.nn.Parameter(theta_of_norm(8, 0.5, i))) for i in range(4)]
     solves = []
-    solve = group._solve
-    group._solve = lambda thetas, folds: solves.append(len(thetas)) or solve(thetas, folds)
+    solve = group.solve
+    group.solve = lambda thetas, folds: solves.append(len(thetas)) or solve(thetas, folds)
     for _ in range(3):
         for member in members:
             group.value(member, "a")
@@ -154,8 +154,8 @@ def test_without_gradients_a_value_is_solved_once_and_never_goes_stale(fold):
     members = [Member(torch.nn.Parameter(theta_of_norm(8, 0.5, i)), fold) for i in range(3)]
     for member in members:
         group.value(member, "a")
-    solves, solve = [], group._solve
-    group._solve = lambda thetas, folds: solves.append(len(thetas)) or solve(thetas, folds)
+    solves, solve = [], group.solve
+    group.solve = lambda thetas, folds: solves.append(len(thetas)) or solve(thetas, folds)
 
     def values():
         with torch.no_grad():

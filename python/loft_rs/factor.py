@@ -7,11 +7,13 @@ the rounding of E, with no second copy of P.
 The two `autograd.Function`s save z = X P (N x r) and never X:
 
     RotateActivations   Y = X R^T                      works before (input side) or after (output side) any base layer
-    AddLowRank          Y = X W^T + b + (X L) E^T Rt^T  the adapter's term first, the base product accumulated on it
+    AddLowRank          Y = X W^T + b + (X L) E^T Rt^T  the adapter's term first, the base product accumulated on it; for one layer or
+                                                        for several that read the same X
 """
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import torch
@@ -19,7 +21,17 @@ from torch import Tensor
 
 from .inspection import ORTHONORMAL
 
-__all__ = ["AddLowRank", "LowRank", "RotateActivations", "gram_root"]
+__all__ = [
+    "AddInputs",
+    "AddLowRank",
+    "Joined",
+    "LowRank",
+    "RotateActivations",
+    "gram_root",
+    "lay_down",
+    "lay_down_gradients",
+    "no_autocast",
+]
 
 _HALF = (torch.bfloat16, torch.float16)
 
@@ -65,6 +77,11 @@ class LowRank(NamedTuple):
         return float(torch.linalg.matrix_norm(k.mT @ k - torch.eye(self.rank, dtype=e.dtype, device=e.device), 2))
 
 
+def no_autocast(device_type: str) -> AbstractContextManager:
+    """Autocast switched off, at no cost where it is off already."""
+    return torch.autocast(device_type, enabled=False) if torch.is_autocast_enabled(device_type) else nullcontext()
+
+
 def _small_product(a: Tensor, b: Tensor) -> Tensor:
     """a^T b (r x r), accumulated over the tokens and kept in float32: a half-precision result would round the gradient."""
     if a.dtype in _HALF and a.is_cuda:
@@ -82,7 +99,7 @@ class RotateActivations(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, delta: Tensor, basis: Tensor) -> Tensor:
         rows, p, e = x.reshape(-1, x.shape[-1]), basis.to(x.dtype), delta.to(x.dtype)
-        with torch.autocast(x.device.type, enabled=False):
+        with no_autocast(x.device.type):
             z = rows @ p
             # The output is no view of anything, here and in `AddLowRank`, so that what follows may change it in place.
             y = x.clone(memory_format=torch.contiguous_format)
@@ -96,58 +113,128 @@ class RotateActivations(torch.autograd.Function):
     def backward(ctx, g: Tensor):
         z, e, basis = ctx.saved_tensors
         rows, p = g.reshape(-1, g.shape[-1]), basis.to(g.dtype)
-        with torch.autocast(g.device.type, enabled=False):
+        with no_autocast(g.device.type):
             gz = rows @ p
             d_delta = _small_product(gz, z).to(ctx.delta_dtype) if ctx.needs_input_grad[1] else None
             dx = torch.addmm(rows, gz @ e, p.mT).view(g.shape) if ctx.needs_input_grad[0] else None
         return dx, d_delta, None
 
 
-class AddLowRank(torch.autograd.Function):
-    """Y = X W^T + b + z E^T right^T with z = X left, for a frozen W (m x n) and b.
+class AddInputs(NamedTuple):
+    """What `AddLowRank` needs of one layer, all in the dtype of the product: W (m x n), b or None, left (n x r), right (m x r)."""
 
-    Input side (W = W0 R): left = P, right = W0 P. Output side (W = R W0): left = W0^T P, right = P.
-    dE = (dY right)^T z;  dX = (dY right) E left^T, and dY W is accumulated onto it.
+    weight: Tensor
+    bias: Tensor | None
+    left: Tensor
+    right: Tensor
+
+
+class Joined(NamedTuple):
+    """Layers that read one X: their inputs, all `left` side by side (n x sum r), and each layer's columns in it.
+
+    Layers with one transform in common have the same columns.
+    """
+
+    layers: tuple[AddInputs, ...]
+    left: Tensor
+    columns: tuple[slice, ...]
+
+    @classmethod
+    def of(cls, layers: tuple[AddInputs, ...]) -> Joined:
+        lefts: list[Tensor] = []
+        columns, width = [], 0
+        for layer in layers:
+            if any(layer.left is left for left in lefts):
+                columns.append(columns[-1])
+                continue
+            lefts.append(layer.left)
+            columns.append(slice(width, width + layer.left.shape[1]))
+            width += layer.left.shape[1]
+        return cls(layers, lefts[0] if len(lefts) == 1 else torch.cat(lefts, 1), tuple(columns))
+
+
+def lay_down(
+    x: Tensor, joined: Joined, casts: list[Tensor], identities: list[bool]
+) -> tuple[tuple[Tensor, ...], Tensor]:
+    """(Y_i, z) of `AddLowRank`.
 
     The term is laid down first and the base product accumulates on it in the matrix unit's float32: adding a small term to a Y that
-    is already rounded to bf16 loses most of it. Where E is known to be 0 (`identity`), the base layer's own product gives its own bits.
+    is already rounded to bf16 loses most of it. Where E is known to be 0 (`identities`), the base layer's own product gives its own bits.
+    """
+    rows = x.reshape(-1, x.shape[-1])
+    z = rows @ joined.left
+    ys = []
+    for layer, columns, e, identity in zip(joined.layers, joined.columns, casts, identities, strict=True):
+        if identity:
+            ys.append(torch.nn.functional.linear(x, layer.weight, layer.bias))
+            continue
+        y = x.new_empty(*x.shape[:-1], layer.weight.shape[0])
+        flat = y.view(-1, y.shape[-1])
+        torch.mm(z[:, columns] @ e.mT, layer.right.mT, out=flat)
+        if layer.bias is not None:
+            flat += layer.bias
+        flat.addmm_(rows, layer.weight.mT)
+        ys.append(y)
+    return tuple(ys), z
+
+
+def lay_down_gradients(
+    grads: tuple[Tensor | None, ...],
+    z: Tensor,
+    joined: Joined,
+    casts: list[Tensor],
+    needs: list[bool],
+) -> tuple[Tensor | None, list[Tensor | None]]:
+    """(dX, dE_i) of `AddLowRank` from dY_i; `needs` says whether dX and each dE_i are wanted."""
+    d_deltas: list[Tensor | None] = [None] * len(grads)
+    given = [(i, g.reshape(-1, g.shape[-1])) for i, g in enumerate(grads) if g is not None]
+    if not given:
+        return None, d_deltas
+    u = torch.empty_like(z) if len(given) == len(grads) else torch.zeros_like(z)
+    laid: list[slice] = []
+    for i, rows in given:
+        gr, columns = rows @ joined.layers[i].right, joined.columns[i]
+        if needs[1 + i]:
+            d_deltas[i] = _small_product(gr, z[:, columns])
+        if columns in laid:
+            u[:, columns].addmm_(gr, casts[i])
+        else:
+            torch.mm(gr, casts[i], out=u[:, columns])
+            laid.append(columns)
+    if not needs[0]:
+        return None, d_deltas
+    dx = u @ joined.left.mT
+    for i, rows in given:
+        dx.addmm_(rows, joined.layers[i].weight)
+    shape = next(g for g in grads if g is not None).shape
+    return dx.view(*shape[:-1], dx.shape[1]), d_deltas
+
+
+class AddLowRank(torch.autograd.Function):
+    """Y_i = X W_i^T + b_i + z_i E_i^T right_i^T with z = X left, for the frozen W_i (m_i x n) and b_i of layers that read one X.
+
+    Input side (W = W0 R): left = P, right = W0 P. Output side (W = R W0): left = W0^T P, right = P.
+    dE_i = (dY_i right_i)^T z_i;  dX = sum_i (dY_i right_i) E_i left_i^T, and each dY_i W_i is accumulated onto it, which spares the
+    additions of one dX a layer.
+
+    casts: each E_i in X's dtype; deltas: the same with a gradient. Returns one Y, or a tuple of them.
     """
 
     @staticmethod
-    def forward(
-        ctx,
-        x: Tensor,
-        delta: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        left: Tensor,
-        right: Tensor,
-        identity: bool,
-    ) -> Tensor:
-        rows, e = x.reshape(-1, x.shape[-1]), delta.to(x.dtype)
-        z = rows @ left
-        if identity:
-            y = torch.nn.functional.linear(x, weight, bias)
-        else:
-            y = (z.view(*x.shape[:-1], left.shape[1]) @ e.mT) @ right.mT
-            if bias is not None:
-                y += bias
-            y.view(-1, y.shape[-1]).addmm_(rows, weight.mT)
-        ctx.save_for_backward(z, e, weight, left, right)
-        ctx.delta_dtype = delta.dtype
-        return y
+    def forward(ctx, x: Tensor, joined: Joined, casts: list[Tensor], identities: list[bool], *deltas: Tensor):
+        ys, z = lay_down(x, joined, casts, identities)
+        # Only z is saved; what is frozen or r x r lies on ctx.
+        ctx.save_for_backward(z)
+        ctx.set_materialize_grads(False)
+        ctx.joined, ctx.casts, ctx.dtypes = joined, casts, [delta.dtype for delta in deltas]
+        return ys[0] if len(ys) == 1 else ys
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, g: Tensor):
-        z, e, weight, left, right = ctx.saved_tensors
-        rows = g.reshape(-1, g.shape[-1])
-        with torch.autocast(g.device.type, enabled=False):
-            gr = rows @ right
-            d_delta = _small_product(gr, z).to(ctx.delta_dtype) if ctx.needs_input_grad[1] else None
-            dx = None
-            if ctx.needs_input_grad[0]:
-                dx = (gr @ e) @ left.mT
-                dx.addmm_(rows, weight)
-                dx = dx.view(*g.shape[:-1], weight.shape[1])
-        return dx, d_delta, None, None, None, None, None
+    def backward(ctx, *grads: Tensor | None):
+        (z,) = ctx.saved_tensors
+        needs = [ctx.needs_input_grad[0], *ctx.needs_input_grad[4:]]
+        with no_autocast(z.device.type):
+            dx, d_deltas = lay_down_gradients(grads, z, ctx.joined, ctx.casts, needs)
+        d_deltas = [d if d is None else d.to(dtype) for d, dtype in zip(d_deltas, ctx.dtypes, strict=True)]
+        return dx, None, None, None, *d_deltas

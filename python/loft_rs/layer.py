@@ -16,7 +16,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .factor import AddLowRank, LowRank, gram_root
+from . import compiled
+from .factor import AddInputs, AddLowRank, Joined, LowRank, gram_root, no_autocast
+from .siblings import Siblings
 from .support import SIDES
 from .transform import DeltaGroup, get_transform
 
@@ -95,6 +97,16 @@ def _key(tensor: Tensor) -> tuple:
     return tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version, tensor.device, tensor.dtype
 
 
+def add_low_rank(x: Tensor, joined: Joined, members: list[tuple[AdaptedLinear, str]]):
+    """`AddLowRank` at the current values of its members, in the dtype of their products."""
+    x = x.to(joined.left.dtype)
+    entries = [layer.loft_group[adapter].entry(layer, adapter) for layer, adapter in members]
+    deltas = [layer.loft_group[adapter].attached(e) for (layer, adapter), e in zip(members, entries, strict=True)]
+    with no_autocast(x.device.type):
+        casts = [entry.cast(x.dtype) for entry in entries]
+        return AddLowRank.apply(x, joined, casts, [entry.identity for entry in entries], *deltas)
+
+
 class AdaptedLinear(nn.Module):
     """A frozen linear layer and its LOFT factors, by adapter name.
 
@@ -119,7 +131,13 @@ class AdaptedLinear(nn.Module):
         self._original: Tensor | None = None
         self.tap = None  # set by `calibrate` for the length of a pass
         self.placement: str | None = None  # None: by shape
+        self.siblings: Siblings | None = None  # layers that may read the same input
         self.register_load_state_dict_post_hook(_mark_ready)
+        compiled.LIVE.add(self)
+
+    def __setstate__(self, state: dict) -> None:
+        super().__setstate__(state)
+        compiled.LIVE.add(self)
 
     # -- factors ---------------------------------------------------------------------------------------------------------
 
@@ -170,14 +188,16 @@ class AdaptedLinear(nn.Module):
 
     def factor(self, adapter: str) -> LowRank:
         """This adapter's R = I + P E P^T at its current parameters, differentiable in them."""
-        return LowRank(self.loft_support[adapter], self.loft_group[adapter].value(self, adapter))
+        basis, group = self.loft_support[adapter], self.loft_group[adapter]
+        if torch.compiler.is_compiling():
+            return LowRank(basis, compiled.delta(self.loft_theta[adapter], basis, group.transform.name))
+        return LowRank(basis, group.value(self, adapter))
 
     def delta_source(self, adapter: str) -> tuple[Tensor, Tensor | None]:
         """(theta, C): what `DeltaGroup` computes this adapter's E from."""
         basis = self.loft_support[adapter]
         return self.loft_theta[adapter], self._cached(("fold", adapter), (basis,), lambda: gram_root(basis))
 
-    @torch.compiler.disable
     def _cached(self, slot: tuple[str, str], sources: tuple[Tensor | torch.dtype, ...], compute):
         """compute(), kept for as long as its sources keep their memory and their version: an edit through `.data` goes unseen."""
         key = tuple(_key(source) if isinstance(source, Tensor) else source for source in sources)
@@ -231,35 +251,54 @@ class AdaptedLinear(nn.Module):
 
     def _fused_forward(self, x: Tensor, adapter: str) -> Tensor | None:
         """The `add` placement, or None where the base layer or the shape asks for `rotate`."""
+        dtype = self._added_dtype(adapter, x)
+        if dtype is None:
+            return None
+        if torch.compiler.is_compiling():
+            basis, side, bias = self.loft_support[adapter], self.loft_side[adapter], self.base_layer.bias
+            weight = dense_weight(self.base_layer)
+            return compiled.add_low_rank(x.to(dtype), self.factor(adapter).delta, weight, bias, basis, side)[0]
+        inputs = self.add_inputs(adapter, dtype)
+        if self.siblings is not None:
+            return self.siblings.forward(self, adapter, x, inputs)
+        return add_low_rank(x, Joined.of((inputs,)), [(self, adapter)])
+
+    def _added_dtype(self, adapter: str, x: Tensor) -> torch.dtype | None:
+        """The dtype of the products for an input like x, as nn.Linear's, where the `add` placement applies."""
         weight = _fusible_weight(self.base_layer)
         if weight is None:
             return None
-        kind = x.device.type
-        autocast = torch.is_autocast_enabled(kind) and x.dtype != torch.float64
-        dtype = torch.get_autocast_dtype(kind) if autocast else weight.dtype
-        side = self.loft_side[adapter]
-        if (self.placement or choose_placement(self.in_features, self.out_features, side, dtype)) == "rotate":
-            return None
-        left, right = self._products(adapter, weight, dtype)
-        bias = self.base_layer.bias
-        delta = self.loft_group[adapter].value(self, adapter)
-        if autocast:  # as nn.Linear does
-            x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
-        with torch.autocast(kind, enabled=False):
-            identity = self.loft_group[adapter].is_identity(self, adapter)
-            return AddLowRank.apply(x, delta, weight, bias, left, right, identity)
+        kind, dtype = x.device.type, weight.dtype
+        if torch.is_autocast_enabled(kind) and x.dtype != torch.float64:
+            dtype = torch.get_autocast_dtype(kind)
+        placement = self.placement or choose_placement(
+            self.in_features, self.out_features, self.loft_side[adapter], dtype
+        )
+        return None if placement == "rotate" else dtype
 
-    def _products(self, adapter: str, weight: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """(left, right) of `AddLowRank`: (P, W0 P) on the input side, (W0^T P, P) on the output side, in `dtype`."""
+    def add_inputs(self, adapter: str, dtype: torch.dtype) -> AddInputs:
+        """What `AddLowRank` takes of this layer, in `dtype`."""
+        weight, bias = dense_weight(self.base_layer), self.base_layer.bias
+        left, right = self.products(adapter, weight, dtype)
+        return AddInputs(weight.to(dtype), None if bias is None else bias.to(dtype), left, right)
+
+    def products(self, adapter: str, weight: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """(left, right) of `AddLowRank`, kept until a tensor they come from changes."""
         basis, side = self.loft_support[adapter], self.loft_side[adapter]
+        return self._cached(
+            ("products", adapter), (basis, weight, dtype), lambda: compiled.products(weight, basis, side, dtype)
+        )
 
-        def compute() -> tuple[Tensor, Tensor]:
-            work = torch.promote_types(weight.dtype, torch.float32)
-            p, w = basis.to(work), weight.to(work)
-            left, right = (p, w @ p) if side == "input" else (w.mT @ p, p)
-            return left.to(dtype), right.to(dtype)
+    def joins(self, adapter: str, x: Tensor, inputs: AddInputs) -> AddInputs | None:
+        """This layer's inputs where it may run along with a sibling that has `inputs`: `adapter` alone is active, dtypes agree."""
+        dtype = self._added_dtype(adapter, x) if self.runs_alone(adapter) else None
+        if dtype != inputs.left.dtype or self.base_layer.weight.device != inputs.left.device:
+            return None
+        return self.add_inputs(adapter, dtype)
 
-        return self._cached(("products", adapter), (basis, weight, dtype), compute)
+    def runs_alone(self, adapter: str) -> bool:
+        """Whether `adapter`, and nothing else, is what a forward pass of this layer would apply now."""
+        return self.tap is None and self._original is None and self.loft_ready.get(adapter, False)
 
     # -- merge, LoRA form ------------------------------------------------------------------------------------------------
 

@@ -9,9 +9,9 @@
 A_ij = theta_ij and A_ji = -theta_ij for i > j, the triangle read row by row. Every transform is the identity at theta = 0, and D
 is never formed as a difference of T and I, so a small rotation keeps all its digits. A theta in half precision gives D in float32.
 
-Gradients are closed forms, so no graph runs through a solver, and the values of all layers of one rank come from one batched
-solve (`DeltaGroup`) while each layer's gradient stays its own autograd node: an in-place update, a second backward or
-reentrant checkpointing of one layer cannot break another's.
+Gradients are closed forms, so no graph runs through a solver. The values of all layers of one rank come from one batched solve and
+their gradients go through one batched node (`DeltaGroup`): an in-place update, a second backward or reentrant checkpointing of one
+layer cannot break another's.
 """
 
 from __future__ import annotations
@@ -23,35 +23,52 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-__all__ = ["TRANSFORMS", "Cayley", "DeltaGroup", "Exp", "Free", "Transform", "get_transform", "skew"]
+from . import kernels
+
+__all__ = [
+    "TRANSFORMS",
+    "Cayley",
+    "DeltaGroup",
+    "Exp",
+    "Free",
+    "Transform",
+    "get_transform",
+    "in_backward",
+    "skew",
+    "steps",
+]
 
 
 _INDICES: dict[tuple[int, torch.device], Tensor] = {}
 
 
 def _strict_lower(r: int, like: Tensor) -> Tensor:
+    """Places of the strict lower triangle, row by row, in a flattened r x r matrix."""
     # A fake tensor, of a tracing mode, mixes with no kept real one, nor may its own indices be kept.
     if torch.compiler.is_compiling() or type(like) not in (Tensor, torch.nn.Parameter):
-        return torch.tril_indices(r, r, -1, device=like.device)
+        return _places(r, like.device)
     if (r, like.device) not in _INDICES:
         # A kept index must not be born inside inference mode, or a later training step could not save it for backward.
         with torch.inference_mode(False):
-            _INDICES[r, like.device] = torch.tril_indices(r, r, -1, device=like.device)
+            _INDICES[r, like.device] = _places(r, like.device)
     return _INDICES[r, like.device]
+
+
+def _places(r: int, device: torch.device) -> Tensor:
+    rows, cols = torch.tril_indices(r, r, -1, device=device)
+    return rows * r + cols
 
 
 def skew(theta: Tensor, r: int) -> Tensor:
     """The skew matrices A (..., r, r) whose strict lower triangles, row by row, are theta (..., r(r - 1)/2)."""
-    rows, cols = _strict_lower(r, theta)
-    lower = theta.new_zeros(*theta.shape[:-1], r, r)
-    lower[..., rows, cols] = theta
+    lower = theta.new_zeros(*theta.shape[:-1], r * r).index_copy(-1, _strict_lower(r, theta), theta)
+    lower = lower.unflatten(-1, (r, r))
     return lower - lower.mT
 
 
 def _skew_gradient(h: Tensor) -> Tensor:
     """dL/dtheta = H_ij - H_ji for i > j, from H = dL/dA taken entry by entry."""
-    rows, cols = _strict_lower(h.shape[-1], h)
-    return h[..., rows, cols] - h[..., cols, rows]
+    return (h - h.mT).flatten(-2).index_select(-1, _strict_lower(h.shape[-1], h))
 
 
 def _working_dtype(theta: Tensor) -> torch.dtype:
@@ -89,6 +106,8 @@ class Cayley:
         return (r * (r - 1) // 2,)
 
     def delta(self, theta: Tensor, r: int) -> tuple[Tensor, Tensor]:
+        if kernels.available(theta, r):
+            return kernels.cayley(theta, r)
         a = skew(theta.to(_working_dtype(theta)), r)
         # inv_ex does not synchronise with the host to check for singularity, and I + A cannot be singular.
         z = torch.linalg.inv_ex(a + torch.eye(r, dtype=a.dtype, device=a.device)).inverse
@@ -147,24 +166,55 @@ def get_transform(name: str) -> Transform:
     return TRANSFORMS[name]
 
 
-class _Delta(torch.autograd.Function):
-    """Attaches the gradient of theta to a D that was computed outside autograd. `fold` is the Gram root C, or None."""
+class _Solution:
+    """One batched solve: E = C D C of every member, what the gradients need, and E in other dtypes."""
+
+    __slots__ = ("_casts", "deltas", "folds", "saved", "transform")
+
+    def __init__(self, transform: Transform, deltas: Tensor, saved: Tensor, folds: Tensor | None):
+        self.transform, self.deltas, self.saved, self.folds = transform, deltas, saved, folds
+        self._casts: dict[torch.dtype, tuple[Tensor, ...]] = {}
+
+    def cast(self, index: int, dtype: torch.dtype) -> Tensor:
+        """E (r, r) of one member in `dtype`, no gradient; all members are cast at once."""
+        if dtype not in self._casts:
+            self._casts[dtype] = self.deltas.to(dtype).unbind(0)
+        return self._casts[dtype][index]
+
+    def gradients(self, indices: list[int], grads: list[Tensor]) -> tuple[Tensor, ...]:
+        """dL/dtheta of the members `indices` from their dL/dE."""
+        g, saved, folds = torch.stack(grads), self.saved, self.folds
+        if len(indices) < len(saved):
+            saved, folds = saved[indices], None if folds is None else folds[indices]
+        with torch.autocast(g.device.type, enabled=False):
+            if folds is not None:
+                g = folds @ g.to(folds.dtype) @ folds
+            return self.transform.gradient(g, saved).unbind(0)
+
+
+class _Deltas(torch.autograd.Function):
+    """Attaches the gradients of several thetas to their E, so that one batched backward serves them all.
+
+    What it needs lies on `ctx`, not among the saved tensors: parts of a model may be run backward one after the other, as reentrant
+    checkpointing does, and each time it serves those whose gradient has arrived.
+    """
 
     @staticmethod
-    def forward(ctx, theta: Tensor, delta: Tensor, saved: Tensor, fold: Tensor | None, transform: Transform) -> Tensor:
-        ctx.save_for_backward(saved, fold)
-        ctx.transform, ctx.theta_dtype = transform, theta.dtype
-        return delta.view_as(delta)
+    def forward(ctx, solution: _Solution, indices: list[int], *thetas: Tensor) -> tuple[Tensor, ...]:
+        ctx.set_materialize_grads(False)
+        ctx.solution, ctx.indices, ctx.dtype = solution, indices, thetas[0].dtype
+        return tuple(solution.deltas[i] for i in indices)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, g: Tensor):
-        saved, fold = ctx.saved_tensors
-        with torch.autocast(g.device.type, enabled=False):
-            if fold is not None:
-                g = fold @ g.to(fold.dtype) @ fold
-            gradient = ctx.transform.gradient(g[None], saved[None])[0]
-        return gradient.to(ctx.theta_dtype), None, None, None, None
+    def backward(ctx, *grads: Tensor | None):
+        given = [k for k, g in enumerate(grads) if g is not None]
+        out: list[Tensor | None] = [None] * len(grads)
+        if given:
+            found = ctx.solution.gradients([ctx.indices[k] for k in given], [grads[k] for k in given])
+            for k, gradient in zip(given, found, strict=True):
+                out[k] = gradient.to(ctx.dtype)
+        return None, None, *out
 
 
 # Counts optimiser steps. Fused optimisers, the Trainer's default among them, update parameters without touching `_version`.
@@ -178,17 +228,26 @@ def _count_step(*_: object) -> None:
 register_optimizer_step_post_hook(_count_step)
 
 
+def steps() -> int:
+    """Optimiser steps so far in this process."""
+    return _steps[0]
+
+
 class _Entry:
-    """One layer's current value: D (folded), what its gradient needs, the theta and C it was computed from and their version,
-    whether D is known to be exactly zero, and whether the value was used."""
+    """One member's current value: which solve holds it, the parameter and C it was computed from and their version, whether E is
+    known to be exactly zero, who used it, and E with its gradient attached."""
 
-    __slots__ = ("delta", "fold", "identity", "saved", "theta", "used", "version")
+    __slots__ = ("attached", "fold", "identity", "index", "parameter", "solution", "theta", "used", "version")
 
-    def __init__(
-        self, delta: Tensor, saved: Tensor, theta: Tensor, fold: Tensor | None, version: tuple, identity: bool
-    ):
-        self.delta, self.saved, self.theta, self.fold = delta, saved, theta, fold
-        self.version, self.identity, self.used = version, identity, False
+    def __init__(self, solution: _Solution, index: int, parameter: Tensor, theta: Tensor, fold: Tensor | None):
+        self.solution, self.index, self.parameter, self.theta, self.fold = solution, index, parameter, theta, fold
+        self.version, self.identity = _version(parameter, fold), False
+        self.used: set[int] = set()
+        self.attached: Tensor | None = None
+
+    def cast(self, dtype: torch.dtype) -> Tensor:
+        """E (r, r) in `dtype`, without a gradient."""
+        return self.solution.cast(self.index, dtype)
 
 
 def _version(theta: Tensor, fold: Tensor | None) -> tuple:
@@ -196,16 +255,22 @@ def _version(theta: Tensor, fold: Tensor | None) -> tuple:
     return id(theta), theta.data_ptr(), count, id(fold), _steps[0]
 
 
+def in_backward() -> bool:
+    """Whether autograd is running a backward pass in this thread, as when checkpointing computes again."""
+    return torch._C._current_graph_task_id() != -1
+
+
 class DeltaGroup:
-    """D for every member of one transform, rank by rank, each rank in one batched solve.
+    """E for every member of one transform, rank by rank, each rank in one batched solve and one batched backward.
 
     A member is `(layer, adapter)` where `layer.delta_source(adapter)` returns `(theta, fold)`: the raw parameter and the Gram
-    root C (r x r) that a support rounded to half precision needs, or None. The value handed out is C D C.
+    root C (r x r) that a support rounded to half precision needs, or None. The value handed out is E = C D C.
 
-    A value is used once: asking for it again means a new forward pass, so the whole rank is computed anew, or, without gradients,
-    compared and kept where no theta has changed. That costs at most one solve a pass, and sees what leaves no version behind: a fused
-    optimiser's step, and an edit through `.data` (an averaging scheme's) between two passes. Such an edit goes unseen only in the
-    middle of a pass, or of a layer that the last pass skipped and the next one starts with.
+    A value is used once by each of its users: asking for it again means a new forward pass, so the whole rank is computed anew, or,
+    without gradients, compared and kept where no theta has changed. That costs at most one solve a pass, and sees what leaves no
+    version behind: a fused optimiser's step, and an edit through `.data` (an averaging scheme's) between two passes. Such an edit goes
+    unseen only in the middle of a pass, or of a layer that the last pass skipped and the next one starts with. What checkpointing
+    computes again inside a backward pass gets the value that the forward pass had.
     """
 
     def __init__(self, transform: str):
@@ -216,23 +281,51 @@ class DeltaGroup:
         # A copied or unpickled model starts with an empty group, which its layers join at their first forward.
         return DeltaGroup, (self.transform.name,)
 
-    def value(self, layer, adapter: str) -> Tensor:
-        """C D C of one member (r, r), in theta's dtype, with its gradient attached where theta requires one."""
+    def value(self, layer, adapter: str, user: object = None) -> Tensor:
+        """E of one member (r, r), in theta's dtype, at least float32, with its gradient attached where theta requires one.
+
+        user: whoever shares the member's parameter with others; default the member itself.
+        """
+        return self.attached(self.entry(layer, adapter, user))
+
+    def entry(self, layer, adapter: str, user: object = None) -> _Entry:
+        """The member's current value, marked as used; `value` without the gradient."""
         theta, fold = layer.delta_source(adapter)
-        if torch.compiler.is_compiling():
-            delta, saved = self._solve(theta.detach()[None], [fold])
-            return _Delta.apply(theta, delta[0], saved[0], fold, self.transform)
         entries = self._members.setdefault(layer, {})
-        entry = entries.get(adapter)
+        entry, user = entries.get(adapter), id(layer if user is None else user)
         if entry is None:  # joins alone: the others may be in use in this very pass
             self._compute([(entries, adapter, theta, fold)])
-        elif entry.used or entry.version != _version(theta, fold):
-            members = self._alike(theta)
-            if torch.is_grad_enabled() or not self._unchanged(members):
-                self._compute(members)
+        else:
+            fresh = entry.version == _version(theta, fold)
+            if not fresh or (user in entry.used and not in_backward()):
+                members = self._alike(theta)
+                if torch.is_grad_enabled() or not self._unchanged(members):
+                    self._compute(members)
         entry = entries[adapter]
-        entry.used = True
-        return _Delta.apply(theta, entry.delta, entry.saved, fold, self.transform)
+        entry.used.add(user)
+        return entry
+
+    def held(self, layer, adapter: str) -> _Entry | None:
+        """The member's last value, where its parameter has not changed since."""
+        entry = self._members.get(layer, {}).get(adapter)
+        return None if entry is None or entry.version != _version(*layer.delta_source(adapter)) else entry
+
+    def attached(self, entry: _Entry) -> Tensor:
+        """E of an entry, with its gradient attached where its theta requires one."""
+        if not (torch.is_grad_enabled() and entry.parameter.requires_grad):
+            return entry.solution.deltas[entry.index]
+        if in_backward():
+            # Each checkpointed part runs its own backward; a node of its own runs in no other's.
+            return _Deltas.apply(entry.solution, [entry.index], entry.parameter)[0]
+        if entry.attached is None:
+            together = [e for e in self._entries() if e.solution is entry.solution and e.parameter.requires_grad]
+            values = _Deltas.apply(entry.solution, [e.index for e in together], *[e.parameter for e in together])
+            for e, value in zip(together, values, strict=True):
+                e.attached = value
+        return entry.attached
+
+    def _entries(self) -> list[_Entry]:
+        return [entry for entries in list(self._members.values()) for entry in entries.values()]
 
     def _alike(self, like: Tensor) -> list[tuple[dict, str, Tensor, Tensor | None]]:
         """(entries, adapter, theta, fold) of every member that one solve can serve with `like`; forgets deleted adapters."""
@@ -243,7 +336,9 @@ class DeltaGroup:
                     del entries[adapter]
                     continue
                 theta, fold = layer.delta_source(adapter)
-                if (theta.shape, theta.device, theta.dtype) == (like.shape, like.device, like.dtype):
+                # Of a sharded model only the parameters gathered at this moment are plain.
+                alike = (type(theta), theta.shape, theta.device, theta.dtype)
+                if alike == (type(like), like.shape, like.device, like.dtype):
                     found.append((entries, adapter, theta, fold))
         return found
 
@@ -251,7 +346,7 @@ class DeltaGroup:
     def _unchanged(members: list[tuple[dict, str, Tensor, Tensor | None]]) -> bool:
         """Whether every member's value still holds, by the numbers themselves; marks them unused then. Synchronises with the device,
         as generating a token does, so it is not for training."""
-        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+        if _capturing():
             return False
         pairs = [(entries[adapter], theta, fold) for entries, adapter, theta, fold in members]
         if any(e.fold is not fold or e.theta.dtype != t.dtype or e.theta.device != t.device for e, t, fold in pairs):
@@ -259,23 +354,25 @@ class DeltaGroup:
         if not torch.equal(torch.stack([e.theta for e, _, _ in pairs]), torch.stack([theta for _, theta, _ in pairs])):
             return False
         for e, theta, fold in pairs:
-            e.version, e.used = _version(theta, fold), False
+            e.parameter, e.version, e.attached = theta, _version(theta, fold), None
+            e.used.clear()
         return True
 
     def _compute(self, members: list[tuple[dict, str, Tensor, Tensor | None]]) -> None:
         # Values outlive an evaluation under inference mode, so they must not be inference tensors.
         with torch.inference_mode(False):
             thetas = torch.stack([theta.detach() for _, _, theta, _ in members])
-            deltas, saved = self._solve(thetas, [fold for *_, fold in members])
+            solution = self.solve(thetas, [fold for *_, fold in members])
         identity = self._identities(members)
         for i, (entries, adapter, theta, fold) in enumerate(members):
-            entries[adapter] = _Entry(deltas[i], saved[i], thetas[i], fold, _version(theta, fold), i in identity)
+            entries[adapter] = _Entry(solution, i, theta, thetas[i], fold)
+            entries[adapter].identity = i in identity
 
     @staticmethod
     def _identities(members: list[tuple[dict, str, Tensor, Tensor | None]]) -> set[int]:
         """Which members are exactly the identity. Looking synchronises with the device, so only what was never looked at, or was
         the identity and has seen no optimiser step since, is looked at: training pays once."""
-        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+        if _capturing():
             return set()
         held = [entries.get(adapter) for entries, adapter, _, _ in members]
         open_ = [i for i, e in enumerate(held) if e is None or (e.identity and e.version[-1] == _steps[0])]
@@ -284,19 +381,20 @@ class DeltaGroup:
         moved = torch.stack([members[i][2].detach().flatten() != 0 for i in open_]).any(1).tolist()
         return {i for i, m in zip(open_, moved, strict=True) if not m}
 
-    def is_identity(self, layer, adapter: str) -> bool:
-        """Whether the value last handed out is known to be exactly zero; never while compiling."""
-        return not torch.compiler.is_compiling() and self._members[layer][adapter].identity
-
     @torch.no_grad()
-    def _solve(self, thetas: Tensor, folds: list[Tensor | None]) -> tuple[Tensor, Tensor]:
+    def solve(self, thetas: Tensor, folds: list[Tensor | None]) -> _Solution:
+        """E of parameters (B, ...) of one rank, with their Gram roots."""
         with torch.autocast(thetas.device.type, enabled=False):
             delta, saved = self.transform.delta(thetas, rank_of(thetas[0]))
-            if any(fold is not None for fold in folds):
-                eye = torch.eye(delta.shape[-1], dtype=delta.dtype, device=delta.device)
-                c = torch.stack([eye if fold is None else fold.to(delta.dtype) for fold in folds])
-                delta = c @ delta @ c
-        return delta, saved
+            if all(fold is None for fold in folds):
+                return _Solution(self.transform, delta, saved, None)
+            eye = torch.eye(delta.shape[-1], dtype=delta.dtype, device=delta.device)
+            c = torch.stack([eye if fold is None else fold.to(delta.dtype) for fold in folds])
+            return _Solution(self.transform, c @ delta @ c, saved, c)
+
+
+def _capturing() -> bool:
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
 
 def rank_of(theta: Tensor) -> int:

@@ -46,6 +46,10 @@ class Linear(AdaptedLinear, LoftLayer):
                 )
         return self.adapted_forward(x, adapters, *args, **kwargs)
 
+    def runs_alone(self, adapter: str) -> bool:
+        active = [name for name in self.active_adapters if self.has_adapter(name)]
+        return active == [adapter] and not (self.disable_adapters or self.merged) and super().runs_alone(adapter)
+
     def ensure_support(self, name: str) -> bool:
         """Whether an adapter has its support. One that needs no data is chosen here, for a saved config that no checkpoint followed."""
         if self.loft_ready[name]:

@@ -13,6 +13,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper, get_pattern_key
 from torch import nn
 
 from ..layer import feature_sizes
+from ..siblings import Siblings
 from ..transform import DeltaGroup
 from .config import LoftConfig
 from .layer import Linear, LoftLayer
@@ -48,6 +49,7 @@ class LoftModel(BaseTuner):
             for parameter, requires_grad in trainable:
                 parameter.requires_grad_(requires_grad)
             raise
+        _introduce_siblings(model)
         if self._lowered:
             listed = ", ".join(
                 f"{key} ({wanted} -> {fitted})" for key, (wanted, fitted) in sorted(self._lowered.items())
@@ -164,6 +166,15 @@ def _choose_for_model(model: nn.Module, config: LoftConfig, adapter: str) -> Non
             "cannot be chosen; load the weights first, or use a support that loft_rs.calibrate chooses"
         )
     choose_supports(layers, config, adapter)
+
+
+def _introduce_siblings(model: nn.Module) -> None:
+    for parent in model.modules():
+        layers = [child for child in parent.children() if isinstance(child, Linear)]
+        if len(layers) > 1:
+            siblings = next((layer.siblings for layer in layers if layer.siblings), None) or Siblings()
+            for layer in layers:
+                layer.siblings = siblings
 
 
 def _withdraw(model: nn.Module, adapter: str) -> None:

@@ -1,0 +1,232 @@
+"""Layers that read one input run as one node: same results, same gradients, fewer products, and nothing breaks when the pattern does."""
+
+import copy
+
+import peft
+import pytest
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from loft_rs import LoftConfig, factor
+
+
+class Attention(nn.Module):
+    def __init__(self, width: int = 24):
+        super().__init__()
+        self.q, self.k, self.v, self.o = (nn.Linear(width, w) for w in (width, 12, 12, width))
+        self.detour = None
+
+    def forward(self, x):
+        q, k = self.q(x), self.k(x)
+        v = self.v(x if self.detour is None else self.detour(x))
+        return x + self.o(q * torch.cat([k, v], -1))
+
+
+class Model(nn.Module):
+    def __init__(self, checkpointing=None):
+        super().__init__()
+        self.blocks = nn.ModuleList(Attention() for _ in range(2))
+        self.checkpointing = checkpointing
+
+    def forward(self, x):
+        for block in self.blocks:
+            x = block(x) if self.checkpointing is None else checkpoint(block, x, use_reentrant=self.checkpointing)
+        return x
+
+
+def build(checkpointing=None, dtype=torch.float64, **options):
+    torch.manual_seed(0)
+    base = Model(checkpointing).to(dtype)
+    config = LoftConfig(r=6, target_modules=["q", "k", "v", "o"], support="random", init_weights=False, **options)
+    model = peft.get_peft_model(base, config)
+    for layer in model.modules():
+        if hasattr(layer, "placement"):
+            layer.placement = "add"
+    return model
+
+
+def blocks(model):
+    return model.base_model.model.blocks
+
+
+def passes(model, count=3, joint=True, x=None):
+    """Output and gradients of the last of `count` passes."""
+    for block in blocks(model):
+        if not joint:
+            for layer in (block.q, block.k, block.v, block.o):
+                layer.siblings = None
+    optimiser = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.0)
+    for _ in range(count):
+        optimiser.step()
+        model.zero_grad()
+        given = torch.randn(5, 24, generator=torch.Generator().manual_seed(1), dtype=torch.float64).requires_grad_()
+        y = model(given)
+        (y**2).sum().backward()
+    return y.detach(), given.grad, [p.grad.clone() for p in model.parameters() if p.requires_grad]
+
+
+def runs(monkeypatch):
+    """How many layers each call of the node serves."""
+    seen, original = [], factor.lay_down
+    monkeypatch.setattr(
+        factor, "lay_down", lambda x, joined, *rest: seen.append(len(joined.layers)) or original(x, joined, *rest)
+    )
+    return seen
+
+
+@pytest.mark.parametrize("checkpointing", [None, False, True])
+@pytest.mark.parametrize("side", ["input", "output"])
+def test_results_and_gradients_are_those_of_the_layers_alone(checkpointing, side):
+    together, alone = (passes(build(checkpointing, side=side), joint=joint) for joint in (True, False))
+    torch.testing.assert_close(together[0], alone[0])
+    torch.testing.assert_close(together[1], alone[1])
+    for a, b in zip(together[2], alone[2], strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_what_reads_one_input_runs_together_from_the_second_pass_on(monkeypatch):
+    seen = runs(monkeypatch)
+    model = build()
+    passes(model, 1)
+    assert seen == [1] * 8
+    seen.clear()
+    passes(model, 1)
+    assert seen == [3, 1] * 2
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_checkpointing_keeps_them_together(checkpointing, monkeypatch):
+    model = build(checkpointing)
+    passes(model, 2)
+    seen = runs(monkeypatch)
+    passes(model, 1)
+    assert set(seen) == {3, 1} and seen.count(3) == 4  # forward, and again in the backward pass
+
+
+def test_a_broken_pattern_is_unlearnt_and_never_wrong(monkeypatch):
+    model, alone = build(), build()
+    passes(model, 2)
+    for each in (model, alone):
+        for block in blocks(each):
+            block.detour = lambda x: 2 * x
+    expected = passes(alone, 1, joint=False)
+    for count in range(3):
+        seen = runs(monkeypatch)
+        got = passes(model, 1)
+        torch.testing.assert_close(got[0], expected[0])
+        torch.testing.assert_close(got[2], expected[2])
+        assert seen[0] == (3 if count == 0 else 2)
+        monkeypatch.undo()
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_what_is_learnt_or_unlearnt_waits_for_a_step(checkpointing):
+    # Two forward passes before their backward passes, and a pattern that changes between them.
+    model, alone = build(checkpointing), build(checkpointing)
+    for block in blocks(alone):
+        for layer in (block.q, block.k, block.v, block.o):
+            layer.siblings = None
+    for detour in (None, lambda x: 2 * x):
+        for each in (model, alone):
+            each.zero_grad()
+            for block in blocks(each):
+                block.detour = detour
+            x = torch.ones(5, 24, dtype=torch.float64, requires_grad=True)
+            losses = [each(x + i).square().sum() for i in range(3)]
+            for loss in losses:
+                loss.backward()
+        for a, b in zip(model.parameters(), alone.parameters(), strict=True):
+            torch.testing.assert_close(a.grad, b.grad)
+        passes(model, 1)  # a step
+
+
+def test_an_input_changed_in_place_is_another_input():
+    layer = blocks(build())[0]
+    x = torch.randn(5, 24, dtype=torch.float64)
+    for _ in range(2):
+        layer.q(x), layer.k(x)
+    with torch.no_grad():
+        layer.q(x)
+        x.mul_(2)
+        got = layer.k(x)
+        layer.k.siblings = None
+        torch.testing.assert_close(got, layer.k(x))
+
+
+def test_a_disabled_or_merged_follower_is_left_out():
+    model = build()
+    passes(model, 2)
+    block = blocks(model)[0]
+    x = torch.randn(5, 24, dtype=torch.float64)
+    rotated = block.k(x).detach()
+    block.k.enable_adapters(False)
+    block.q(x)
+    torch.testing.assert_close(block.k(x), block.k.base_layer(x))
+    block.k.enable_adapters(True)
+    block.k.merge()
+    block.q(x)
+    torch.testing.assert_close(block.k(x), rotated)
+
+
+def test_a_copy_learns_anew_and_shares_nothing():
+    model = build()
+    passes(model, 2)
+    twin = copy.deepcopy(model)
+    assert blocks(twin)[0].q.siblings is blocks(twin)[0].k.siblings
+    assert blocks(twin)[0].q.siblings is not blocks(model)[0].q.siblings
+    torch.testing.assert_close(passes(twin)[2], passes(model)[2])
+
+
+def test_one_result_without_a_gradient_leaves_the_others_theirs():
+    model = build()
+    passes(model, 2)
+    block = blocks(model)[0]
+    for joint in (True, False):
+        model.zero_grad()
+        if not joint:
+            for layer in (block.q, block.k, block.v):
+                layer.siblings = None
+        x = torch.ones(5, 24, dtype=torch.float64, requires_grad=True)
+        q, _, v = block.q(x), block.k(x), block.v(x)
+        (q.sum() + 2 * v.sum()).backward()
+        grads = [layer.loft_theta["default"].grad for layer in (block.q, block.k, block.v)]
+        assert grads[1] is None
+        if joint:
+            kept = x.grad, grads[0].clone(), grads[2].clone()
+    torch.testing.assert_close((x.grad, grads[0], grads[2]), kept)
+
+
+@pytest.mark.parametrize("placement", ["add", "rotate"])
+def test_a_whole_model_compiles_without_a_break_and_gives_the_eager_gradients(placement):
+    model = build(dtype=torch.float32)
+    for layer in model.modules():
+        if hasattr(layer, "placement"):
+            layer.placement = placement
+    x = torch.randn(5, 24, requires_grad=True)
+    expected = model(x)
+    expected.square().sum().backward()
+    grads, dx = [p.grad.clone() for p in model.parameters() if p.requires_grad], x.grad.clone()
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    for _ in range(2):
+        model.zero_grad()
+        x.grad = None
+        y = compiled(x)
+        y.square().sum().backward()
+        torch.testing.assert_close(y, expected)
+        torch.testing.assert_close(x.grad, dx)
+        torch.testing.assert_close([p.grad for p in model.parameters() if p.requires_grad], grads)
+
+
+def test_a_compiled_model_sees_a_step():
+    model = build(dtype=torch.float32)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    optimiser = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.1, fused=True)
+    x = torch.randn(5, 24)
+    before = compiled(x)
+    before.square().sum().backward()
+    optimiser.step()
+    after = compiled(x)
+    assert not torch.allclose(after, before)
+    torch.testing.assert_close(after, model(x))

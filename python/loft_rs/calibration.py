@@ -19,7 +19,7 @@ import warnings
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from itertools import islice
+from itertools import chain, islice
 from typing import Any
 
 import torch
@@ -32,7 +32,7 @@ from .sketch import LayerTap, Sketch, sketch_for
 from .support import Support, _is_int, blind_support
 from .tuner.config import CALIBRATED_SUPPORTS, DATA_FREE_SUPPORTS, LoftConfig
 from .tuner.layer import Linear
-from .tuner.model import adapted_layers, require_untrained
+from .tuner.model import adapted_layers, owners, require_untrained
 from .tuner.selection import choose_supports
 
 __all__ = ["CalibrationReport", "calibrate"]
@@ -104,8 +104,9 @@ def calibrate(
     started = time.perf_counter()
     ranks = Ranks(next(model.parameters()).device)
     with ranks.stage():
-        adapter, layers = adapted_layers(model, adapter_name)
-        require_untrained(layers, adapter, "calibrate")
+        adapter, adapted = adapted_layers(model, adapter_name)
+        require_untrained(adapted, adapter, "calibrate")
+        layers = owners(adapted, adapter)
         config = next(iter(layers.values())).loft_config[adapter]
         method, order = config.support, "natural" if config.order == "natural" else "input_pca"
         needs_gradient = method in ("skewgrad", "gradsvd")
@@ -116,10 +117,10 @@ def calibrate(
         batches = _batches(dataloader, train_step, max_batches)
         head = _head_parameters(model)
         head_steps = _head_steps(head_steps, head, needs_gradient)
-        run = _Runner(model, layers, batches, train_step, ranks, progress)
-        if method not in CALIBRATED_SUPPORTS and not all(layer.loft_ready[adapter] for layer in layers.values()):
+        run = _Runner(model, layers, adapter, batches, train_step, ranks, progress)
+        if method not in CALIBRATED_SUPPORTS and not all(layer.ready(adapter) for layer in layers.values()):
             choose_supports(layers, config, adapter)  # built to be loaded, and never was
-    with _calibrating(model, layers, head if head_steps else []):
+    with _calibrating(model, adapted, head if head_steps else []):
         if head_steps:
             run.warm_up(head, head_steps)
         sketches = {
@@ -142,7 +143,7 @@ def calibrate(
             ranks.copy_first(parameter.data)
         used = None if batches is None else ranks.total(len(batches))
     for name, layer in layers.items():
-        if not (sketches[name].silent and layer.loft_ready[adapter]):
+        if not (sketches[name].silent and layer.ready(adapter)):
             layer.set_basis(adapter, supports[name].basis, supports[name].energy)
     return CalibrationReport(method, order, passes, used, head_steps, time.perf_counter() - started, supports)
 
@@ -193,16 +194,16 @@ def _unreached(layers: Mapping[str, Linear], config: LoftConfig, adapter: str) -
         supports[name] = blind_support(
             layer.support_width(config.side), layer.rank(adapter), method="random", side=config.side, seed=config.seed
         )
-        if layer.loft_ready[adapter]:
-            held = layer.loft_support[adapter].double().cpu().numpy()
+        if layer.ready(adapter):
+            held = layer.support(adapter).double().cpu().numpy()
             supports[name] = replace(
                 supports[name],
                 basis=orthonormalize(held).astype("float32"),
-                energy=float(layer.loft_energy[adapter]),
+                energy=layer.energy(adapter),
                 method=config.support if config.support in DATA_FREE_SUPPORTS else "custom",
             )
     for what, ready in (("their supports are left as they were", True), ("a random support was put there", False)):
-        names = [name for name, layer in layers.items() if layer.loft_ready[adapter] is ready]
+        names = [name for name, layer in layers.items() if layer.ready(adapter) is ready]
         if names:
             warnings.warn(
                 f"no calibration batch gave a gradient or an activation to {', '.join(names)}: {what}; exclude these modules "
@@ -265,12 +266,14 @@ class _Runner:
         self,
         model: nn.Module,
         layers: Mapping[str, Linear],
+        adapter: str,
         batches: list | None,
         train_step: Callable[[], Any] | None,
         ranks: Ranks,
         progress: bool | None,
     ):
-        self.model, self.layers, self.batches, self.train_step = model, layers, batches, train_step
+        self.model, self.batches, self.train_step = model, batches, train_step
+        self.layers = {name: layer.tied(adapter) for name, layer in layers.items()}
         self.ranks, self.progress = ranks, progress
         self.loss_scale = 1.0 if batches is None else LOSS_SCALE
 
@@ -283,8 +286,9 @@ class _Runner:
         )
 
     def one_pass(self, sketches: Mapping[str, Sketch], *, backward: bool, label: str) -> None:
-        for name, layer in self.layers.items():
-            layer.tap = LayerTap(sketches[name]) if name in sketches else _base_alone
+        for name, tied in self.layers.items():
+            for part, layer in enumerate(tied):
+                layer.tap = LayerTap(sketches[name], part) if name in sketches else _base_alone
         with self.ranks.stage(), self.bar(1 if self.batches is None else len(self.batches), label) as bar:
             for batch in [None] if self.batches is None else self.batches:
                 before = sum(sketch.seen for sketch in sketches.values())
@@ -331,7 +335,7 @@ class _Runner:
 
     def warm_up(self, head: list[nn.Parameter], steps: int) -> None:
         """A few Adam steps on the head alone, in float32 or wider, on the gradient's mean over the processes."""
-        for layer in self.layers.values():
+        for layer in chain(*self.layers.values()):
             layer.tap = _base_alone
         for parameter in head:
             self.ranks.copy_first(parameter.data)

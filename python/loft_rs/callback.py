@@ -27,7 +27,7 @@ class LoftCalibrationCallback(TrainerCallback):
     def on_train_begin(self, args, state, control, model=None, train_dataloader=None, **kwargs):
         adapter, held = adapted_layers(model, self.options.get("adapter_name"))
         layers = held.values()
-        trained = any(bool(layer.loft_theta[adapter].detach().any()) for layer in layers)
-        chosen = all(layer.loft_config[adapter].needs_calibration and layer.loft_ready[adapter] for layer in layers)
+        trained = any(bool(layer.theta(adapter).detach().any()) for layer in layers)
+        chosen = all(layer.loft_config[adapter].needs_calibration and layer.ready(adapter) for layer in layers)
         if state.global_step == 0 and not trained and not chosen:
             self.report = calibrate(model, train_dataloader, **self.options)

@@ -20,7 +20,7 @@ from .transform import DeltaGroup
 if TYPE_CHECKING:
     from .layer import AdaptedLinear
 
-__all__ = ["LIVE", "add_low_rank", "delta", "products"]
+__all__ = ["LIVE", "add_low_rank", "delta", "image"]
 
 # Every adapted layer, for `_find`.
 LIVE: weakref.WeakSet[AdaptedLinear] = weakref.WeakSet()
@@ -36,7 +36,7 @@ def _find(tensor: Tensor, basis: Tensor) -> tuple[AdaptedLinear, str] | None:
     if layer is None or key not in _keys(layer, held[1]):
         _found.clear()
         for each in LIVE:
-            for adapter in each.loft_theta.keys():
+            for adapter in each.loft_side:
                 _found.update(dict.fromkeys(_keys(each, adapter), (weakref.ref(each), adapter)))
         held = _found.get(key)
         layer = held and held[0]()
@@ -46,8 +46,8 @@ def _find(tensor: Tensor, basis: Tensor) -> tuple[AdaptedLinear, str] | None:
 def _keys(layer: AdaptedLinear, adapter: str) -> list[tuple[int, int]]:
     if not layer.has_adapter(adapter):
         return []
-    weight, basis = layer.get_base_layer().weight, layer.loft_support[adapter]
-    own = [t for t in (layer.loft_theta[adapter], weight) if type(t) in (Tensor, torch.nn.Parameter)]
+    weight, basis = layer.get_base_layer().weight, layer.support(adapter)
+    own = [t for t in (layer.theta(adapter), weight) if type(t) in (Tensor, torch.nn.Parameter)]
     return [(t.data_ptr(), basis.data_ptr()) for t in own if t.numel()]
 
 
@@ -56,8 +56,8 @@ def _solution(theta: Tensor, basis: Tensor, transform: str, current: bool):
     found = _find(theta, basis)
     if found is not None:
         layer, adapter = found
-        group = layer.loft_group[adapter]
-        entry = group.entry(layer, adapter) if current else group.held(layer, adapter)
+        group, owner = layer.loft_group[adapter], layer.owner(adapter)
+        entry = group.entry(owner, adapter, layer) if current else group.held(owner, adapter)
         if entry is not None:
             return entry.solution, entry.index
     return DeltaGroup(transform).solve(theta.detach()[None], [gram_root(basis)]), 0
@@ -97,20 +97,19 @@ def _delta_gradient(ctx, g):
 delta.register_autograd(_delta_gradient, setup_context=_save_delta)
 
 
-def products(weight: Tensor, basis: Tensor, side: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """(left, right) of `AddLowRank` in `dtype`: (P, W0 P) on the input side, (W0^T P, P) on the output side."""
+def image(weight: Tensor, basis: Tensor, side: str, dtype: torch.dtype) -> Tensor:
+    """W0 P on the input side, W0^T P on the output side, in `dtype`."""
     work = torch.promote_types(weight.dtype, torch.float32)
-    p, w = basis.to(work), weight.to(work)
-    left, right = (p, w @ p) if side == "input" else (w.mT @ p, p)
-    return left.to(dtype), right.to(dtype)
+    return ((weight if side == "input" else weight.mT).to(work) @ basis.to(work)).to(dtype)
 
 
 def _inputs(weight: Tensor, bias: Tensor | None, basis: Tensor, side: str, dtype: torch.dtype) -> Joined:
     found = _find(weight, basis)
     if found is not None:
-        left, right = found[0].products(found[1], weight, dtype)
+        left, right = found[0].products(found[1], dtype)
     else:
-        left, right = products(weight, basis, side, dtype)
+        p, q = basis.to(dtype), image(weight, basis, side, dtype)
+        left, right = (p, q) if side == "input" else (q, p)
     return Joined.of((AddInputs(weight.to(dtype), None if bias is None else bias.to(dtype), left, right),))
 
 

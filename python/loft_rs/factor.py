@@ -170,12 +170,33 @@ def lay_down(
             continue
         y = x.new_empty(*x.shape[:-1], layer.weight.shape[0])
         flat = y.view(-1, y.shape[-1])
-        torch.mm(z[:, columns] @ e.mT, layer.right.mT, out=flat)
-        if layer.bias is not None:
-            flat += layer.bias
+        t = (z if len(joined.layers) == 1 else z[:, columns]) @ e.mT
+        if layer.bias is None:
+            torch.mm(t, layer.right.mT, out=flat)
+        else:
+            torch.addmm(layer.bias, t, layer.right.mT, out=flat)
         flat.addmm_(rows, layer.weight.mT)
         ys.append(y)
     return tuple(ys), z
+
+
+def _small_gradients(given, z, joined, casts, needs, d_deltas) -> Tensor | None:
+    """u (N x sum r), the blocks (dY_i right_i) E_i side by side; fills in dE_i. Layers with one transform share one block and one dE."""
+    u = (torch.empty_like(z) if len(given) == len(d_deltas) else torch.zeros_like(z)) if needs[0] else None
+    blocks: list[tuple[slice, int, Tensor]] = []
+    for i, rows in given:
+        right, columns = joined.layers[i].right, joined.columns[i]
+        same = next((gr for block, _, gr in blocks if block == columns), None)
+        if same is None:
+            blocks.append((columns, i, rows @ right))
+        else:
+            same.addmm_(rows, right)
+    for columns, i, gr in blocks:
+        if needs[1 + i]:
+            d_deltas[i] = _small_product(gr, z[:, columns])
+        if u is not None:
+            torch.mm(gr, casts[i], out=u[:, columns])
+    return u
 
 
 def lay_down_gradients(
@@ -190,18 +211,13 @@ def lay_down_gradients(
     given = [(i, g.reshape(-1, g.shape[-1])) for i, g in enumerate(grads) if g is not None]
     if not given:
         return None, d_deltas
-    u = torch.empty_like(z) if len(given) == len(grads) else torch.zeros_like(z)
-    laid: list[slice] = []
-    for i, rows in given:
-        gr, columns = rows @ joined.layers[i].right, joined.columns[i]
-        if needs[1 + i]:
-            d_deltas[i] = _small_product(gr, z[:, columns])
-        if columns in laid:
-            u[:, columns].addmm_(gr, casts[i])
-        else:
-            torch.mm(gr, casts[i], out=u[:, columns])
-            laid.append(columns)
-    if not needs[0]:
+    if len(grads) == 1:
+        gr = given[0][1] @ joined.layers[0].right
+        d_deltas[0] = _small_product(gr, z) if needs[1] else None
+        u = gr @ casts[0] if needs[0] else None
+    else:
+        u = _small_gradients(given, z, joined, casts, needs, d_deltas)
+    if u is None:
         return None, d_deltas
     dx = u @ joined.left.mT
     for i, rows in given:
@@ -236,5 +252,5 @@ class AddLowRank(torch.autograd.Function):
         needs = [ctx.needs_input_grad[0], *ctx.needs_input_grad[4:]]
         with no_autocast(z.device.type):
             dx, d_deltas = lay_down_gradients(grads, z, ctx.joined, ctx.casts, needs)
-        d_deltas = [d if d is None else d.to(dtype) for d, dtype in zip(d_deltas, ctx.dtypes, strict=True)]
+        d_deltas = [None if d is None else d.to(dtype) for d, dtype in zip(d_deltas, ctx.dtypes, strict=True)]
         return dx, None, None, None, *d_deltas

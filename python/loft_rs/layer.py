@@ -10,6 +10,7 @@ the low-rank term down and accumulates the base product on it. Each exists for b
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -74,13 +75,25 @@ def dense_weight(base: nn.Module) -> Tensor | None:
 
 def _fusible_weight(base: nn.Module) -> Tensor | None:
     """The dense W where y = x W^T + b is all that `base` does, and frozen: no hooks, no replaced forward, no gradient to W or b."""
-    hooked = base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or base._backward_pre_hooks
-    plain = is_conv1d(base) or type(base) in (nn.Linear, nn.modules.linear.NonDynamicallyQuantizableLinear)
-    if hooked or not plain or "forward" in vars(base):
+    if (
+        type(base) is not nn.Linear
+        and type(base) is not nn.modules.linear.NonDynamicallyQuantizableLinear
+        and not is_conv1d(base)
+    ):
         return None
-    weight = dense_weight(base)
-    trains = weight is None or base.weight.requires_grad or (base.bias is not None and base.bias.requires_grad)
-    return None if trains else weight
+    if base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or base._backward_pre_hooks:
+        return None
+    weight, bias = base._parameters.get("weight"), base._parameters.get("bias")
+    if (
+        type(weight) is not nn.Parameter
+        or not weight.dtype.is_floating_point
+        or weight.dim() != 2
+        or "forward" in vars(base)
+    ):
+        return None
+    if weight.requires_grad or (bias is not None and bias.requires_grad):
+        return None
+    return weight if type(base) is nn.Linear else dense_weight(base)
 
 
 def choose_placement(in_features: int, out_features: int, side: str, dtype: torch.dtype) -> str:
@@ -94,13 +107,13 @@ def choose_placement(in_features: int, out_features: int, side: str, dtype: torc
 
 
 def _key(tensor: Tensor) -> tuple:
-    return tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version, tensor.device, tensor.dtype
+    return id(tensor), tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version
 
 
 def add_low_rank(x: Tensor, joined: Joined, members: list[tuple[AdaptedLinear, str]]):
     """`AddLowRank` at the current values of its members, in the dtype of their products."""
     x = x.to(joined.left.dtype)
-    entries = [layer.loft_group[adapter].entry(layer, adapter) for layer, adapter in members]
+    entries = [layer.loft_group[adapter].entry(layer.owner(adapter), adapter, layer) for layer, adapter in members]
     deltas = [layer.loft_group[adapter].attached(e) for (layer, adapter), e in zip(members, entries, strict=True)]
     with no_autocast(x.device.type):
         casts = [entry.cast(x.dtype) for entry in entries]
@@ -127,7 +140,9 @@ class AdaptedLinear(nn.Module):
         self.loft_group: dict[str, DeltaGroup] = {}
         self.loft_side: dict[str, str] = {}
         self.loft_ready: dict[str, bool] = {}
-        self._derived: dict[tuple[str, str], tuple[tuple, Any]] = {}
+        # Layers with one support and one transform in common: all of them, the one that holds both first.
+        self.loft_tied: dict[str, list[AdaptedLinear]] = {}
+        self._derived: dict[tuple, tuple[tuple, Any, tuple]] = {}
         self._original: Tensor | None = None
         self.tap = None  # set by `calibrate` for the length of a pass
         self.placement: str | None = None  # None: by shape
@@ -180,31 +195,63 @@ class AdaptedLinear(nn.Module):
             self.loft_energy[adapter].fill_(energy)
         self.loft_ready[adapter] = True
 
+    def tie(self, adapter: str, others: list[AdaptedLinear]) -> None:
+        """Let `others`, which read the same input, use this layer's support and transform in place of their own."""
+        members = [self, *others]
+        for layer in others:
+            for held in (layer.loft_theta, layer.loft_support, layer.loft_energy, layer.loft_ready):
+                del held[adapter]
+        for layer in members:
+            layer.loft_tied[adapter] = members
+
+    def tied(self, adapter: str) -> list[AdaptedLinear]:
+        """The layers that share this one's support and transform, the one that holds them first; the layer alone if none does."""
+        return self.loft_tied.get(adapter) or [self]
+
+    def owner(self, adapter: str) -> AdaptedLinear:
+        """The layer that holds the adapter's tensors: this one, or the first of those it is tied to."""
+        return self.tied(adapter)[0]
+
+    def theta(self, adapter: str) -> nn.Parameter:
+        # Not through `__getattr__`, here and below, which at this rate costs as much as the products of a small model.
+        return self.owner(adapter)._modules["loft_theta"]._parameters[adapter]
+
+    def support(self, adapter: str) -> Tensor:
+        return self.owner(adapter)._modules["loft_support"]._buffers[adapter]
+
+    def energy(self, adapter: str) -> float:
+        return float(self.owner(adapter).loft_energy[adapter])
+
+    def ready(self, adapter: str) -> bool:
+        """Whether the adapter has a support."""
+        return self.owner(adapter).loft_ready[adapter]
+
     def rank(self, adapter: str) -> int:
-        return self.loft_support[adapter].shape[1]
+        return self.support(adapter).shape[1]
 
     def has_adapter(self, adapter: str) -> bool:
-        return adapter in self.loft_theta
+        return adapter in self.loft_side
 
     def factor(self, adapter: str) -> LowRank:
         """This adapter's R = I + P E P^T at its current parameters, differentiable in them."""
-        basis, group = self.loft_support[adapter], self.loft_group[adapter]
+        basis, group = self.support(adapter), self.loft_group[adapter]
         if torch.compiler.is_compiling():
-            return LowRank(basis, compiled.delta(self.loft_theta[adapter], basis, group.transform.name))
-        return LowRank(basis, group.value(self, adapter))
+            return LowRank(basis, compiled.delta(self.theta(adapter), basis, group.transform.name))
+        return LowRank(basis, group.value(self.owner(adapter), adapter, self))
 
     def delta_source(self, adapter: str) -> tuple[Tensor, Tensor | None]:
         """(theta, C): what `DeltaGroup` computes this adapter's E from."""
-        basis = self.loft_support[adapter]
-        return self.loft_theta[adapter], self._cached(("fold", adapter), (basis,), lambda: gram_root(basis))
+        basis = self.support(adapter)
+        return self.theta(adapter), self._cached(("fold", adapter), (basis,), lambda: gram_root(basis))
 
-    def _cached(self, slot: tuple[str, str], sources: tuple[Tensor | torch.dtype, ...], compute):
+    def _cached(self, slot: tuple, sources: tuple[Tensor, ...], compute: Callable[[], Any]):
         """compute(), kept for as long as its sources keep their memory and their version: an edit through `.data` goes unseen."""
-        key = tuple(_key(source) if isinstance(source, Tensor) else source for source in sources)
+        key = tuple([_key(source) for source in sources])
         held = self._derived.get(slot)
         if held is None or held[0] != key:
             with torch.no_grad(), torch.inference_mode(False), torch.autocast(self.loft_device.type, enabled=False):
-                held = self._derived[slot] = key, compute()
+                # The sources are held too, so that no other tensor can come to have their identity.
+                held = self._derived[slot] = key, compute(), sources
         return held[1]
 
     @property
@@ -251,54 +298,59 @@ class AdaptedLinear(nn.Module):
 
     def _fused_forward(self, x: Tensor, adapter: str) -> Tensor | None:
         """The `add` placement, or None where the base layer or the shape asks for `rotate`."""
-        dtype = self._added_dtype(adapter, x)
-        if dtype is None:
+        weight, dtype = self._added(adapter, x)
+        if weight is None:
             return None
         if torch.compiler.is_compiling():
-            basis, side, bias = self.loft_support[adapter], self.loft_side[adapter], self.base_layer.bias
-            weight = dense_weight(self.base_layer)
+            basis, side, bias = self.support(adapter), self.loft_side[adapter], self.base_layer.bias
             return compiled.add_low_rank(x.to(dtype), self.factor(adapter).delta, weight, bias, basis, side)[0]
-        inputs = self.add_inputs(adapter, dtype)
+        inputs = self._add_inputs(adapter, weight, dtype)
         if self.siblings is not None:
             return self.siblings.forward(self, adapter, x, inputs)
         return add_low_rank(x, Joined.of((inputs,)), [(self, adapter)])
 
-    def _added_dtype(self, adapter: str, x: Tensor) -> torch.dtype | None:
-        """The dtype of the products for an input like x, as nn.Linear's, where the `add` placement applies."""
+    def _added(self, adapter: str, x: Tensor) -> tuple[Tensor | None, torch.dtype]:
+        """(W, the dtype of the products for an input like x, as nn.Linear's), W None where the `add` placement does not apply."""
         weight = _fusible_weight(self.base_layer)
         if weight is None:
-            return None
+            return None, x.dtype
         kind, dtype = x.device.type, weight.dtype
         if torch.is_autocast_enabled(kind) and x.dtype != torch.float64:
             dtype = torch.get_autocast_dtype(kind)
         placement = self.placement or choose_placement(
             self.in_features, self.out_features, self.loft_side[adapter], dtype
         )
-        return None if placement == "rotate" else dtype
+        return None if placement == "rotate" else weight, dtype
 
-    def add_inputs(self, adapter: str, dtype: torch.dtype) -> AddInputs:
-        """What `AddLowRank` takes of this layer, in `dtype`."""
-        weight, bias = dense_weight(self.base_layer), self.base_layer.bias
-        left, right = self.products(adapter, weight, dtype)
-        return AddInputs(weight.to(dtype), None if bias is None else bias.to(dtype), left, right)
+    def _add_inputs(self, adapter: str, weight: Tensor, dtype: torch.dtype) -> AddInputs:
+        bias = self.base_layer.bias
+        left, right = self.products(adapter, dtype)
+        if weight.dtype != dtype:  # as nn.Linear under autocast
+            weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
+        return AddInputs(weight, bias, left, right)
 
-    def products(self, adapter: str, weight: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    def products(self, adapter: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """(left, right) of `AddLowRank`, kept until a tensor they come from changes."""
-        basis, side = self.loft_support[adapter], self.loft_side[adapter]
-        return self._cached(
-            ("products", adapter), (basis, weight, dtype), lambda: compiled.products(weight, basis, side, dtype)
+        base, basis, owner = self.base_layer, self.support(adapter), self.owner(adapter)
+        p = basis if basis.dtype == dtype else owner._cached(("P", adapter, dtype), (basis,), lambda: basis.to(dtype))
+        side = self.loft_side[adapter]
+        image = self._cached(
+            ("image", adapter, dtype),
+            (basis, base.weight),
+            lambda: compiled.image(dense_weight(base), basis, side, dtype),
         )
+        return (p, image) if side == "input" else (image, p)
 
     def joins(self, adapter: str, x: Tensor, inputs: AddInputs) -> AddInputs | None:
         """This layer's inputs where it may run along with a sibling that has `inputs`: `adapter` alone is active, dtypes agree."""
-        dtype = self._added_dtype(adapter, x) if self.runs_alone(adapter) else None
-        if dtype != inputs.left.dtype or self.base_layer.weight.device != inputs.left.device:
+        weight, dtype = self._added(adapter, x) if self.runs_alone(adapter) else (None, x.dtype)
+        if weight is None or dtype != inputs.left.dtype or weight.device != inputs.left.device:
             return None
-        return self.add_inputs(adapter, dtype)
+        return self._add_inputs(adapter, weight, dtype)
 
     def runs_alone(self, adapter: str) -> bool:
         """Whether `adapter`, and nothing else, is what a forward pass of this layer would apply now."""
-        return self.tap is None and self._original is None and self.loft_ready.get(adapter, False)
+        return self.tap is None and self._original is None and self.ready(adapter)
 
     # -- merge, LoRA form ------------------------------------------------------------------------------------------------
 

@@ -1,9 +1,9 @@
-"""Layers that read one input, such as the q, k and v projections: found in use, and run as one autograd node.
+"""Layers that read one input, such as the q, k and v projections: run as one autograd node.
 
-One node reads X once for all their z, adds up their dX inside the products, and costs one launch sequence. Nothing has to be named:
-of the layers under one parent, those that were called with the very X of the first are run along with it later on, and handed their
-own result when they are called. Whatever breaks the pattern only costs the saving. With gradients, what was learnt counts from the next
-optimiser step on: until then a checkpoint may compute a forward pass again, and has to find the same nodes.
+One node reads X once for all their z, adds up their dX inside the products, and costs one sequence of launches. The first of them that is
+called runs the others along, and they hand out their own result when they are called with the same X in their turn. Which layers belong
+together is told by their names (`SHARED_INPUT`), so that a model computes the same bits from its first pass on; one that turns out to
+read something else, as in cross attention, is left alone from then on.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import weakref
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .factor import AddInputs, Joined
 from .transform import in_backward, steps
@@ -20,36 +20,49 @@ from .transform import in_backward, steps
 if TYPE_CHECKING:
     from .layer import AdaptedLinear
 
-__all__ = ["Siblings"]
+__all__ = ["SHARED_INPUT", "Siblings", "named_groups"]
+
+# Children of one parent that read the same input, as transformers, diffusers and the original codes of models name them.
+SHARED_INPUT = (
+    ("q_proj", "k_proj", "v_proj"),
+    ("query", "key", "value"),
+    ("query_proj", "key_proj", "value_proj"),
+    ("q", "k", "v"),
+    ("q_lin", "k_lin", "v_lin"),
+    ("to_q", "to_k", "to_v"),
+    ("wq", "wk", "wv"),
+    ("gate_proj", "up_proj"),
+    ("wi_0", "wi_1"),
+    ("w1", "w3"),
+)
 
 
-class _Follower:
-    """A layer seen to read a leader's X, with the optimiser steps at which that was learnt and unlearnt. It is learnt once."""
-
-    def __init__(self, layer: AdaptedLinear) -> None:
-        self.layer = weakref.ref(layer)
-        self.since, self.until = steps(), None
-
-    def counts(self) -> bool:
-        if not torch.is_grad_enabled():
-            return self.until is None
-        return self.since < steps() and (self.until is None or self.until == steps())
+def named_groups(parent: nn.Module, kind: type, known: tuple[tuple[str, ...], ...] = SHARED_INPUT) -> list[list[str]]:
+    """Names of the children of type `kind` that read the same input, group by group."""
+    groups = []
+    for names in known:
+        present = [name for name in names if isinstance(getattr(parent, name, None), kind)]
+        if len({getattr(parent, name).in_features for name in present}) == 1 and len(present) > 1:
+            groups.append(present)
+    return groups
 
 
 class Siblings:
-    """The layers under one parent module. A copy of the model learns anew."""
+    """One group of layers."""
 
-    def __init__(self) -> None:
-        self._followers: weakref.WeakKeyDictionary[AdaptedLinear, list[_Follower]] = weakref.WeakKeyDictionary()
-        self._side_by_side: weakref.WeakKeyDictionary[AdaptedLinear, Joined] = weakref.WeakKeyDictionary()
-        self._leader: weakref.ref[AdaptedLinear] | None = None
+    def __init__(self, members: list[AdaptedLinear]) -> None:
+        self.members = members
+        # By the layer called first and another: the optimiser step at which they turned out to read different things.
+        self._apart: dict[tuple[int, int], int] = {}
+        self._side_by_side: dict[int, Joined] = {}
+        self._leader: AdaptedLinear | None = None
         self._x: weakref.ref[Tensor] | None = None
         self._key: tuple = ()
-        self._results: dict[AdaptedLinear, Tensor] = {}
+        self._results: dict[int, Tensor] = {}
         self._again = False
 
     def __reduce__(self):
-        return Siblings, ()
+        return Siblings, ([],), {"members": self.members}
 
     def forward(self, layer: AdaptedLinear, adapter: str, x: Tensor, inputs: AddInputs) -> Tensor:
         """The layer's output: from the run of the first of those that read this x, or as that first one."""
@@ -57,51 +70,45 @@ class Siblings:
 
         kind = x.device.type
         cast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
-        key = (adapter, 0 if x.is_inference() else x._version, torch.is_grad_enabled(), cast)
-        if self._x is not None and self._x() is x and self._key == key:
-            y = self._results.pop(layer, None)
-            if y is not None:
-                return y
-            self._follow(layer)
-            return add_low_rank(x, Joined.of((inputs,)), [(layer, adapter)])
+        again = in_backward()
+        key = (adapter, 0 if x.is_inference() else x._version, torch.is_grad_enabled(), cast, again)
+        if layer is not self._leader and self._x is not None and self._x() is x and self._key == key:
+            y = self._results.pop(id(layer), None)
+            return add_low_rank(x, Joined.of((inputs,)), [(layer, adapter)]) if y is None else y
         self._drop_unclaimed()
         members, parts = [layer], [inputs]
-        for other in [f.layer() for f in self._followers.get(layer, ()) if f.counts()]:
-            part = other and other.joins(adapter, x, inputs)
+        for other in self.members:
+            part = None if other is layer or self._separate(layer, other) else other.joins(adapter, x, inputs)
             if part is not None:
                 members.append(other)
                 parts.append(part)
         ys = add_low_rank(x, self._join(layer, tuple(parts)), [(member, adapter) for member in members])
-        self._leader, self._x, self._key, self._again = weakref.ref(layer), weakref.ref(x), key, in_backward()
         if len(members) == 1:
             return ys
-        self._results = dict(zip(members[1:], ys[1:], strict=True))
+        self._leader, self._x, self._key, self._again = layer, weakref.ref(x), key, again
+        self._results = {id(member): y for member, y in zip(members[1:], ys[1:], strict=True)}
         return ys[0]
 
-    def _follow(self, layer: AdaptedLinear) -> None:
-        leader = None if self._leader is None else self._leader()
-        if leader is None or layer is leader:
-            return
-        followers = self._followers.setdefault(leader, [])
-        if all(f.layer() is not layer for f in followers):
-            followers.append(_Follower(layer))
+    def _separate(self, layer: AdaptedLinear, other: AdaptedLinear) -> bool:
+        apart = self._apart.get((id(layer), id(other)))
+        # Until the next optimiser step a checkpoint may compute a forward pass again, and has to find the same nodes.
+        return apart is not None and (apart < steps() or not torch.is_grad_enabled())
+
+    def _drop_unclaimed(self) -> None:
+        # A checkpoint that computes again may stop early, which tells nothing.
+        if self._results and not self._again:
+            for other in self._results:
+                self._apart.setdefault((id(self._leader), other), steps())
+        self._results = {}
 
     def _join(self, layer: AdaptedLinear, parts: tuple[AddInputs, ...]) -> Joined:
         """`Joined.of`, its columns put side by side anew only where they are not those of the last time."""
-        held = self._side_by_side.get(layer)
+        held = self._side_by_side.get(id(layer))
         if held is not None and len(held.layers) == len(parts):
             if all(old.left is new.left for old, new in zip(held.layers, parts, strict=True)):
                 return held._replace(layers=parts)
         joined = Joined.of(parts)
         # Of the layers only `left` is kept: a weight may be autocast's copy, made for one pass.
         only_left = tuple(AddInputs(p.left, None, p.left, p.left) for p in parts)
-        self._side_by_side[layer] = joined._replace(layers=only_left)
+        self._side_by_side[id(layer)] = joined._replace(layers=only_left)
         return joined
-
-    def _drop_unclaimed(self) -> None:
-        """Runs along no more what was not asked for. A checkpoint that computes again may stop early, which tells nothing."""
-        if self._results and not self._again:
-            for follower in (f for followers in self._followers.values() for f in followers):
-                if follower.layer() in self._results:
-                    follower.until = steps() if follower.until is None else follower.until
-        self._results = {}

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -38,9 +39,9 @@ class _Tap(torch.autograd.Function):
     """The identity on `value`; its backward hands what was kept in the forward, and dL/dvalue, to a sketch."""
 
     @staticmethod
-    def forward(ctx, value: Tensor, kept: Tensor | None, anchor: Tensor, sketch: Sketch) -> Tensor:
+    def forward(ctx, value: Tensor, kept: Tensor | None, anchor: Tensor, sketch: Sketch, part: int) -> Tensor:
         ctx.save_for_backward(kept)
-        ctx.sketch = sketch
+        ctx.sketch, ctx.part = sketch, part
         # What follows the layer may change its output in place, which neither a view nor the output that was kept would survive.
         return value.view_as(value) if sketch.tap_input else value.clone()
 
@@ -48,8 +49,8 @@ class _Tap(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, gradient: Tensor):
         with torch.autocast(gradient.device.type, enabled=False):
-            ctx.sketch.collect(ctx.saved_tensors[0], gradient)
-        return gradient, None, None, None
+            ctx.sketch.collect(ctx.saved_tensors[0], gradient, ctx.part)
+        return gradient, None, None, None, None
 
 
 class LayerTap:
@@ -59,19 +60,19 @@ class LayerTap:
     checkpointing. Its anchor makes autograd reach the layers of a model in which nothing else requires a gradient.
     """
 
-    def __init__(self, sketch: Sketch):
-        self.sketch = sketch
+    def __init__(self, sketch: Sketch, part: int = 0):
+        self.sketch, self.part = sketch, part
 
     def __call__(self, layer: AdaptedLinear, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         sketch, watched = self.sketch, torch.is_grad_enabled()
         anchor = torch.zeros((), device=x.device, requires_grad=True)
         if sketch.tap_input:
             kept = self._keep(x, None)
-            return layer.base_layer(_Tap.apply(x, kept, anchor, sketch) if watched else x, *args, **kwargs)
+            return layer.base_layer(_Tap.apply(x, kept, anchor, sketch, self.part) if watched else x, *args, **kwargs)
         y = layer.base_layer(x, *args, **kwargs)
         bias = getattr(layer.get_base_layer(), "bias", None)
         kept = self._keep(x, y if bias is None else y.detach() - bias.detach())
-        return _Tap.apply(y, kept, anchor, sketch) if watched else y
+        return _Tap.apply(y, kept, anchor, sketch, self.part) if watched else y
 
     def _keep(self, x: Tensor, y0: Tensor | None) -> Tensor | None:
         with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
@@ -99,10 +100,14 @@ class Sketch:
     def __init__(self, layer: AdaptedLinear, adapter: str, seed: int, loss_scale: float = 1.0):
         self.side, self.rank = layer.loft_side[adapter], layer.rank(adapter)
         self.width = layer.support_width(self.side)
-        self.other = layer.support_width("output" if self.side == "input" else "input")
+        # Tied layers are one layer with all their outputs: S is the sum of theirs, G their stack.
+        heights = [each.support_width("output" if self.side == "input" else "input") for each in layer.tied(adapter)]
+        ends = list(accumulate(heights))
+        self.parts = [slice(end - height, end) for end, height in zip(ends, heights, strict=True)]
+        self.other = ends[-1]
         self.columns = min(self.rank + self.rank % 2 + OVERSAMPLING, self.width)
         self.device, self.seed, self.loss_scale = layer.loft_device, seed, loss_scale
-        self.dtype = torch.promote_types(layer.loft_support[adapter].dtype, torch.float32)
+        self.dtype = torch.promote_types(layer.support(adapter).dtype, torch.float32)
         self.seen = 0  # batches that reached this sketch, over all passes
         self.silent = False  # reached by none, or by zeros only
         self.finished = False
@@ -119,8 +124,8 @@ class Sketch:
         """Accumulate what the forward shows; return what the backward will need."""
         raise AssertionError("each kind of sketch says what it keeps")
 
-    def collect(self, kept: Tensor | None, gradient: Tensor) -> None:
-        """Accumulate what the backward shows. Forward-only sketches need nothing of it."""
+    def collect(self, kept: Tensor | None, gradient: Tensor, part: int) -> None:
+        """Accumulate what the backward shows. Forward-only sketches need nothing of it. part: which of the tied layers shows it."""
 
     def activations(self, x: Tensor, y0: Tensor | None) -> Tensor:
         return _rows(x if self.side == "input" else y0)
@@ -208,7 +213,7 @@ class SkewSketch(Sketch):
         self.plus("moment", _inner(aq, aq))
         return aq
 
-    def collect(self, kept: Tensor, gradient: Tensor) -> None:
+    def collect(self, kept: Tensor, gradient: Tensor, part: int) -> None:
         self.seen += 1
         b = _rows(gradient)
         if self.basis is None:
@@ -251,14 +256,14 @@ class GradientSketch(Sketch):
         self.plus("moment", _inner(aq, aq))
         return aq if self.side == "input" else _rows(x)
 
-    def collect(self, kept: Tensor, gradient: Tensor) -> None:
+    def collect(self, kept: Tensor, gradient: Tensor, part: int) -> None:
         self.seen += 1
-        dy = _rows(gradient)
+        dy, rows = _rows(gradient), self.parts[part]
         own, other = (kept, dy) if self.side == "input" else (dy, kept)
         if self.basis is None:
-            self.plus("sketch", _inner(own, _product(other, self.omega)))
+            self.plus("sketch", _inner(own, _product(other, self.omega[rows])))
         else:
-            self.plus("image", _inner(other, own if self.side == "input" else _product(own, self.basis)))
+            self.pending["image"][rows] += _inner(other, own if self.side == "input" else _product(own, self.basis))
 
     def solve(self) -> tuple[np.ndarray, np.ndarray, float, float]:
         image = self.numpy("image")
@@ -308,8 +313,8 @@ class MomentSketch(Sketch):
 
     def __init__(self, layer: AdaptedLinear, adapter: str, seed: int, loss_scale: float = 1.0):
         super().__init__(layer, adapter, seed, loss_scale)
-        self.basis = layer.loft_support[adapter].to(self.dtype)
-        self.energy = float(layer.loft_energy[adapter])
+        self.basis = layer.support(adapter).to(self.dtype)
+        self.energy = layer.energy(adapter)
 
     def begin_pass(self) -> None:
         self.pending = {"moment": self.zeros(self.rank, self.rank)}

@@ -39,6 +39,9 @@ class LoftConfig(PeftConfig):
         side (`str`): `input` (W0 R, default) or `output` (R W0).
         order (`str`): Order of the coordinates inside the support. `input_pca`: eigenvectors of sum z^T z, z = X P, descending;
             `natural`: as the support's method gives them; `auto` (default): `input_pca` wherever `calibrate` runs.
+        tied (`bool | list[list[str]]`): One support and one transform for layers that read the same input, a third of the parameters
+            and less time for q, k and v. True: those that are so named (`q_proj, k_proj, v_proj`; `gate_proj, up_proj`; and other
+            common names); or groups of names of one parent's modules, such as `[["q_proj", "k_proj"]]`. Input side only.
         seed (`int`): Seed of the support's random sketch, or of a `random` or `coordinate` support.
         rank_pattern (`dict[str, int]`): Ranks of single modules, by name, suffix or regular expression.
         modules_to_save (`list[str]`): Modules trained and saved whole, such as a fresh classification head.
@@ -56,6 +59,7 @@ class LoftConfig(PeftConfig):
     transform: str = field(default="cayley", metadata={"help": "cayley, exp or free."})
     side: str = field(default="input", metadata={"help": "input (W0 R) or output (R W0)."})
     order: str = field(default="auto", metadata={"help": "auto, natural or input_pca."})
+    tied: bool | list[list[str]] = field(default=False, metadata={"help": "One rotation for layers of one input."})
     seed: int = field(default=0, metadata={"help": "Seed of the support."})
     rank_pattern: dict[str, int] = field(default_factory=dict, metadata={"help": "Ranks of single modules."})
     modules_to_save: list[str] | None = field(default=None, metadata={"help": "Modules trained and saved whole."})
@@ -105,6 +109,18 @@ class LoftConfig(PeftConfig):
         ):
             if value not in choices:
                 raise ValueError(f"{name} must be one of {sorted(choices)}, got {value!r}")
+        if self.tied and self.side != "input":
+            raise ValueError("tied needs side='input': what layers of one input have in common is their input")
+        names = self.tied if isinstance(self.tied, (list, tuple)) else []
+        groups = all(isinstance(group, (list, tuple)) and len(group) > 1 for group in names)
+        if (
+            not isinstance(self.tied, (bool, list, tuple))
+            or not groups
+            or any(not isinstance(n, str) for g in names for n in g)
+        ):
+            raise ValueError(
+                f"tied must be True, False or a list of lists of two or more module names, got {self.tied!r}"
+            )
         if not isinstance(self.seed, int) or self.seed < 0:
             raise ValueError(f"seed must be an integer >= 0, got {self.seed!r}")
         methods = (*DATA_FREE_SUPPORTS, *CALIBRATED_SUPPORTS)

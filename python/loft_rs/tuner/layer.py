@@ -19,7 +19,15 @@ class LoftLayer(BaseTunerLayer):
     """Marks a module as LOFT's and names its adapter state for PEFT."""
 
     adapter_layer_names = ("loft_theta",)
-    other_param_names = ("loft_support", "loft_energy", "loft_group", "loft_side", "loft_ready", "loft_config")
+    other_param_names = (
+        "loft_support",
+        "loft_energy",
+        "loft_group",
+        "loft_side",
+        "loft_ready",
+        "loft_config",
+        "loft_tied",
+    )
 
 
 class Linear(AdaptedLinear, LoftLayer):
@@ -52,6 +60,8 @@ class Linear(AdaptedLinear, LoftLayer):
 
     def ensure_support(self, name: str) -> bool:
         """Whether an adapter has its support. One that needs no data is chosen here, for a saved config that no checkpoint followed."""
+        if self.owner(name) is not self:
+            return self.owner(name).ensure_support(name)
         if self.loft_ready[name]:
             return True
         self.refresh_ready()

@@ -13,13 +13,13 @@ from peft.utils.other import AuxiliaryTrainingWrapper, get_pattern_key
 from torch import nn
 
 from ..layer import feature_sizes
-from ..siblings import Siblings
+from ..siblings import SHARED_INPUT, Siblings, named_groups
 from ..transform import DeltaGroup
 from .config import LoftConfig
 from .layer import Linear, LoftLayer
 from .selection import choose_supports, load_named_supports, match_supports
 
-__all__ = ["LoftModel", "adapted_layers", "orthogonality_error", "require_supports", "require_untrained"]
+__all__ = ["LoftModel", "adapted_layers", "orthogonality_error", "owners", "require_supports", "require_untrained"]
 
 
 class LoftModel(BaseTuner):
@@ -42,6 +42,7 @@ class LoftModel(BaseTuner):
             if not any(m.has_adapter(adapter_name) for m in model.modules() if isinstance(m, Linear)):
                 # PEFT 0.20 lets a second adapter match nothing.
                 raise ValueError(f"Target modules {config.target_modules} not found in the base model")
+            _introduce_siblings(model, config, adapter_name)
             if not config.needs_calibration and not config.supports_from_checkpoint:
                 _choose_for_model(model, config, adapter_name)
         except BaseException:
@@ -49,7 +50,6 @@ class LoftModel(BaseTuner):
             for parameter, requires_grad in trainable:
                 parameter.requires_grad_(requires_grad)
             raise
-        _introduce_siblings(model)
         if self._lowered:
             listed = ", ".join(
                 f"{key} ({wanted} -> {fitted})" for key, (wanted, fitted) in sorted(self._lowered.items())
@@ -85,7 +85,8 @@ class LoftModel(BaseTuner):
 
     def _rank(self, config: LoftConfig, key: str, target: nn.Module) -> int:
         if self._file_ranks is not None:
-            rank = match_supports({k: v for k, v in self._file_ranks.items() if _same_module(k, key)}, [key])[key]
+            name = self._named_in_file(config, key)
+            rank = match_supports({k: v for k, v in self._file_ranks.items() if _same_module(k, name)}, [name])[name]
             if rank != config.r:
                 config.rank_pattern[key] = rank
             return rank
@@ -97,6 +98,13 @@ class LoftModel(BaseTuner):
         fitted = max(limit - limit % 2, 1)
         self._lowered[key] = (wanted, fitted)
         return fitted
+
+    def _named_in_file(self, config: LoftConfig, key: str) -> str:
+        """The module whose support in the file is this one's: of tied modules only the first has one there."""
+        parent, dot, child = key.rpartition(".")
+        names = [n for group in tied_names(config) if child in group for n in group]
+        keys = [key, *(f"{parent}{dot}{name}" for name in names)]
+        return next((k for k in keys if any(_same_module(held, k) for held in self._file_ranks)), key)
 
     def _group(self, transform: str) -> DeltaGroup:
         for module in self.model.modules():
@@ -159,22 +167,47 @@ def _ranks_in_file(config: LoftConfig) -> dict[str, int] | None:
 
 def _choose_for_model(model: nn.Module, config: LoftConfig, adapter: str) -> None:
     layers = {k: m for k, m in model.named_modules() if isinstance(m, Linear) and m.has_adapter(adapter)}
-    meta = [k for k, m in layers.items() if m.loft_support[adapter].is_meta]
+    meta = [k for k, m in layers.items() if m.support(adapter).is_meta]
     if meta:
         raise ValueError(
             f"the base weights of {meta[0]} and {len(meta) - 1} more modules are on the meta device, so support={config.support!r} "
             "cannot be chosen; load the weights first, or use a support that loft_rs.calibrate chooses"
         )
-    choose_supports(layers, config, adapter)
+    choose_supports(owners(layers, adapter), config, adapter)
 
 
-def _introduce_siblings(model: nn.Module) -> None:
+def tied_names(config: LoftConfig) -> tuple[tuple[str, ...], ...]:
+    """Groups of names of one parent's modules that the config ties."""
+    return SHARED_INPUT if config.tied is True else tuple(map(tuple, config.tied or ()))
+
+
+def _introduce_siblings(model: nn.Module, config: LoftConfig, adapter: str) -> None:
+    """Tell layers that read one input of each other, and tie them where the config asks for it."""
+    tied = tied_names(config)
+    found = set()
     for parent in model.modules():
-        layers = [child for child in parent.children() if isinstance(child, Linear)]
-        if len(layers) > 1:
-            siblings = next((layer.siblings for layer in layers if layer.siblings), None) or Siblings()
-            for layer in layers:
-                layer.siblings = siblings
+        for names in named_groups(parent, Linear, (*SHARED_INPUT, *tied)):
+            layers = [getattr(parent, name) for name in names]
+            if any(layer.siblings is None for layer in layers):
+                siblings = Siblings(layers)
+                for layer in layers:
+                    layer.siblings = siblings
+        for names in named_groups(parent, Linear, tied):
+            layers = [layer for layer in (getattr(parent, name) for name in names) if layer.has_adapter(adapter)]
+            if len(layers) > 1:
+                if any(adapter in layer.loft_tied for layer in layers):
+                    raise ValueError(f"tied names {names} in more than one group")
+                if len({layer.rank(adapter) for layer in layers}) > 1:
+                    raise ValueError(
+                        f"tied modules must have one rank, but {names} have {[x.rank(adapter) for x in layers]}"
+                    )
+                layers[0].tie(adapter, layers[1:])
+                found.add(tuple(names))
+    if config.tied and not found:
+        raise ValueError(
+            f"tied={config.tied!r} matches no two adapted modules of one parent with one input width; name them as in "
+            "tied=[['q_proj', 'k_proj', 'v_proj']], or leave tied out"
+        )
 
 
 def _withdraw(model: nn.Module, adapter: str) -> None:
@@ -185,7 +218,7 @@ def _withdraw(model: nn.Module, adapter: str) -> None:
             ):
                 if adapter in held:
                     del held[adapter]
-        if not layer.loft_theta:
+        if not layer.loft_side:
             parent, _, child = name.rpartition(".")
             setattr(model.get_submodule(parent), child, layer.base_layer)
     for name, wrapper in [(n, m) for n, m in model.named_modules() if isinstance(m, AuxiliaryTrainingWrapper)]:
@@ -223,6 +256,11 @@ def adapted_layers(model: nn.Module, adapter_name: str | None = None) -> tuple[s
     return adapter_name, layers
 
 
+def owners(layers: dict[str, Linear], adapter: str) -> dict[str, Linear]:
+    """Those of `layers` that hold their support and transform themselves: of tied ones the first."""
+    return {name: layer for name, layer in layers.items() if layer.owner(adapter) is layer}
+
+
 def require_supports(layers: dict[str, Linear], adapter: str, caller: str) -> None:
     """ValueError where an adapter has no support yet: it is the identity, which is not what anyone means to merge or export."""
     unset = [name for name, layer in layers.items() if not layer.ensure_support(adapter)]
@@ -235,7 +273,7 @@ def require_supports(layers: dict[str, Linear], adapter: str, caller: str) -> No
 
 def require_untrained(layers: dict[str, Linear], adapter: str, caller: str) -> None:
     """ValueError where a transform has left the identity: a new support would change the function it was trained for."""
-    moved = [name for name, layer in layers.items() if bool(layer.loft_theta[adapter].detach().any())]
+    moved = [name for name, layer in layers.items() if bool(layer.theta(adapter).detach().any())]
     if moved:
         raise ValueError(
             f"{caller} needs an untrained adapter, but {adapter!r} has trained transforms in {moved[0]} and {len(moved) - 1} more "
@@ -264,9 +302,7 @@ def check_state(model: nn.Module, state_dict: dict, prefix: str, *_: Any) -> Non
     for name, module in model.named_modules():
         if isinstance(module, Linear):
             module.refresh_ready()
-            waiting |= {
-                a for a, c in module.loft_config.items() if c.supports_from_checkpoint and not module.loft_ready[a]
-            }
+            waiting |= {a for a, c in module.loft_config.items() if c.supports_from_checkpoint and not module.ready(a)}
             for kind in ("loft_theta", "loft_support", "loft_energy"):
                 held = getattr(module, kind)
                 for adapter in held.keys():

@@ -21,7 +21,7 @@ def choose_supports(layers: Mapping[str, AdaptedLinear], config: LoftConfig, ada
     if config.support_file:
         supports = match_supports(load_named_supports(config.support_file), layers)
     elif config.support == "principal":
-        weights = {name: layer.dense_or_raise("support='principal'").detach() for name, layer in layers.items()}
+        weights = {name: _stacked(layer.tied(adapter)) for name, layer in layers.items()}
         ranks = {name: layer.rank(adapter) for name, layer in layers.items()}
         supports = select_support(None, ranks, weights=weights, method="principal", side=config.side, seed=config.seed)
     else:
@@ -32,6 +32,12 @@ def choose_supports(layers: Mapping[str, AdaptedLinear], config: LoftConfig, ada
         }
     for name, layer in layers.items():
         layer.set_basis(adapter, supports[name].basis, supports[name].energy)
+
+
+def _stacked(tied: list[AdaptedLinear]) -> torch.Tensor:
+    """The weight of a layer; of tied ones, which read the same input, all of theirs, one above the other."""
+    weights = [layer.dense_or_raise("support='principal'").detach() for layer in tied]
+    return weights[0] if len(weights) == 1 else torch.cat(weights)
 
 
 def load_named_supports(path: str) -> dict[str, Any]:
@@ -72,10 +78,11 @@ def set_support(model: torch.nn.Module, supports: Mapping[str, Any], adapter_nam
     suffixes. Every adapted module needs one, of the rank and the side the adapter was built with. ValueError lists what is missing,
     ambiguous or does not fit, before anything is changed.
     """
-    from .model import adapted_layers, require_untrained
+    from .model import adapted_layers, owners, require_untrained
 
     adapter, layers = adapted_layers(model, adapter_name)
     require_untrained(layers, adapter, "set_support")
+    layers = owners(layers, adapter)
     matched = match_supports(supports, layers)
     bases, problems = {}, []
     for name, support in matched.items():

@@ -1,4 +1,4 @@
-"""Where a LOFT step's extra time goes: kernels of a few steps of the 8B-shaped model, beside the frozen base's, against the card's ceilings.
+"""Where a LOFT step's extra time goes: kernels of a few steps of the 8B-shaped model, beside the frozen base's, against the card's.
 
 Each device kernel is charged to the operation that launched it (torch.profiler), and each operation to a group:
 
@@ -6,8 +6,8 @@ Each device kernel is charged to the operation that launched it (torch.profiler)
     adapter GEMM    one with such a side; the small batched products and solves of the transform as well
     attention, optimiser, adapter other (operations of LOFT's own that touch the rank, or its fused kernels), elementwise (the rest)
 
-The floor of a matrix product is the larger of its operations over the measured GEMM rate of its shape class and its bytes (every operand
-once, two bytes a number) over the measured copy rate. `--device cpu --tiny` tries the script: operators then, no kernels.
+The floor of a matrix product is the larger of its operations over the best measured GEMM rate and its bytes (every operand once, two
+bytes a number) over the measured copy rate. `--device cpu --tiny` tries the script: operators then, no kernels.
 """
 
 from __future__ import annotations
@@ -68,8 +68,8 @@ def floor_us(name: str, shapes: list[list[int]], tflop_s: float, copy_gb_s: floa
 class Breakdown:
     """Microseconds a step: by group, by kernel, and by operation and shape."""
 
-    def __init__(self, rank: int | None, steps: int):
-        self.rank, self.steps = rank, steps
+    def __init__(self, rank: int | None, steps: int, cuda: bool = True):
+        self.rank, self.steps, self.cuda = rank, steps, cuda
         self.groups: dict[str, float] = defaultdict(float)
         self.kernels: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])  # us, launches
         self.operations: dict[tuple[str, str], list[float]] = defaultdict(lambda: [0.0, 0.0])
@@ -86,7 +86,7 @@ class Breakdown:
                 self.kernels[event.name][0] += taken / self.steps
                 self.kernels[event.name][1] += 1 / self.steps
                 continue
-            taken = sum(kernel.duration for kernel in event.kernels)
+            taken = sum(kernel.duration for kernel in event.kernels) if self.cuda else event.self_cpu_time_total
             if not taken:
                 continue
             shapes = [list(shape) for shape in event.input_shapes or [] if isinstance(shape, (list, tuple))]
@@ -94,7 +94,8 @@ class Breakdown:
             held = self.operations[event.name, json.dumps([shape for shape in shapes if shape])]
             held[0] += taken / self.steps
             held[1] += len(event.kernels) / self.steps
-        self.groups["unattributed"] = device - sum(self.groups.values())
+        if self.cuda:
+            self.groups["unattributed"] = device - sum(self.groups.values())
 
     @property
     def total(self) -> float:
@@ -108,12 +109,12 @@ def profiled(workload: Workload, method: Method, card: Card, steps: int) -> tupl
         step.run()
     plain = median(card.times(step.run, 10))
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if card.cuda else [])]
-    with profile(activities=activities, record_shapes=True, acc_events=True) as profiler:
+    with profile(activities=activities, record_shapes=True) as profiler:
         for _ in range(steps):
             step.run()
         if card.cuda:
             torch.cuda.synchronize()
-    found = Breakdown(method.rank, steps)
+    found = Breakdown(method.rank, steps, card.cuda)
     found.add(profiler.events())
     return found, plain
 
@@ -142,9 +143,8 @@ def differences(ours: dict, base: dict, count: int) -> list[tuple[Any, float, fl
 
 
 def show(name: str, ours: Breakdown, base: Breakdown, limits: dict[str, Any], count: int) -> dict[str, Any]:
-    print(
-        f"\n## {name}: us a step of kernels, and beside the frozen base's\n\n| group | {name} | frozen base | difference |\n|---|---:|---:|---:|"
-    )
+    print(f"\n## {name}: us a step of kernels, and beside the frozen base's\n")
+    print(f"| group | {name} | frozen base | difference |\n|---|---:|---:|---:|")
     for group in GROUPS:
         a, b = ours.groups.get(group, 0.0), base.groups.get(group, 0.0)
         print(f"| {group} | {a:.0f} | {b:.0f} | {a - b:+.0f} |")

@@ -31,6 +31,7 @@ from typing import Any
 import numpy as np
 import peft
 import torch
+from common import describe
 from gpu_workloads import PRECISION, Card
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
@@ -265,9 +266,18 @@ def main() -> None:
             curves = []
             for run in range(arguments.runs):
                 key = {"method": f"{'LoRA' if name == 'lora' else f'LOFT {name}'} r{rank}", "run": run}
-                found = train(
-                    name, rank, rate * arguments.rate_scale, arguments, lambda key=key, **row: _write(file, key | row)
-                )
+                try:
+                    found = train(
+                        name,
+                        rank,
+                        rate * arguments.rate_scale,
+                        arguments,
+                        lambda key=key, **row: _write(file, key | row),
+                    )
+                except Exception as error:
+                    print(f"{key['method']}: {describe(error)}")
+                    _write(file, {"summary": True, **key, "error": describe(error)})
+                    break
                 curves.append((found.pop("losses"), found["weights_sha256"]))
                 found["same_losses_as_first"] = curves[0][0] == curves[-1][0] if run else None
                 found["same_weights_as_first"] = curves[0][1] == curves[-1][1] if run else None

@@ -8,15 +8,32 @@ import peft
 import pytest
 import torch
 from reference import basis_of, make_llama, token_batches
+from torch.utils.checkpoint import checkpoint
 
 import loft_rs
 from loft_rs import LoftConfig
 from loft_rs.nn import LoftLinear
+from loft_rs.transform import DeltaGroup
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
 # Norm-wise: float32 arithmetic over 256 terms; bf16 carries 2^-9 in each of z, E, dY Q and the output.
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
+
+
+# None, or `use_reentrant`.
+CHECKPOINTING = pytest.mark.parametrize("reentrant", [None, False, True], ids=["whole", "non-reentrant", "reentrant"])
+
+
+def rounding_bound(dtype, roundings: int, longest: int) -> float:
+    """A norm-wise bound on the relative error after `roundings` products in a row, each of at most `longest` terms.
+
+    A product adds half an eps of `dtype` for storing its result, and eps sqrt(longest) of float32, in which it is accumulated: sums of
+    independent roundings grow with the root of their number (Higham and Mary 2019), and so do those of one product after the other.
+    Factor 2: what the steps between them multiply an error by.
+    """
+    stored, accumulated = torch.finfo(dtype).eps / 2, torch.finfo(torch.float32).eps * longest**0.5
+    return 2 * roundings**0.5 * (stored + accumulated)
 
 
 def on_gpu(layer, dtype):
@@ -49,6 +66,98 @@ def test_output_and_gradients_against_float64_on_the_cpu(dtype, side, placement,
         pairs.append([t.detach().double().cpu() for t in (y, value.grad, module.loft_theta["default"].grad)])
     for wanted, got in zip(*pairs, strict=True):
         assert torch.linalg.norm(got - wanted) <= TOLERANCE[dtype] * torch.linalg.norm(wanted)
+
+
+class Block(torch.nn.Module):
+    """Two adapted layers of one group with an activation between them, run under checkpointing or not."""
+
+    def __init__(self, dtype, placement, side, transform):
+        super().__init__()
+        torch.manual_seed(0)
+        group = DeltaGroup(transform)
+        self.layers = torch.nn.ModuleList()
+        for n, m in ((128, 192), (192, 128)):
+            layer = LoftLinear(
+                torch.nn.Linear(n, m).to(dtype).double(), basis_of(n if side == "input" else m, 16, n), transform, side
+            )
+            layer.loft_group["default"], layer.placement = group, placement
+            with torch.no_grad():
+                layer.loft_theta["default"].normal_(std=0.1)
+            self.layers.append(layer)
+        self.reentrant = None
+
+    def body(self, x):
+        first, second = self.layers
+        return second(torch.nn.functional.gelu(first(x)))
+
+    def forward(self, x):
+        return self.body(x) if self.reentrant is None else checkpoint(self.body, x, use_reentrant=self.reentrant)
+
+    def on(self, device, dtype):
+        twin = copy.deepcopy(self).to(device)
+        group = DeltaGroup(twin.layers[0].loft_group["default"].transform.name)
+        for layer in twin.layers:
+            layer.base_layer.to(dtype)
+            layer.loft_support["default"] = layer.loft_support["default"].to(dtype)
+            layer.loft_theta["default"].data = layer.loft_theta["default"].data.float()
+            layer.loft_group["default"] = group
+        return twin
+
+    def gradients(self, x, weight):
+        """Of the input and of each theta, after two steps' worth of backward: the second finds the values of the first in use."""
+        for scale in (1.0, 0.5):
+            self(x).backward(scale * weight)
+        return [x.grad, *(layer.loft_theta["default"].grad for layer in self.layers)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("side", ["input", "output"])
+@pytest.mark.parametrize("placement", ["rotate", "add"])
+@pytest.mark.parametrize("transform", ["cayley", "exp", "free"])
+@CHECKPOINTING
+def test_gradients_of_a_block_against_float64_on_the_cpu(dtype, side, placement, transform, reentrant):
+    block = Block(dtype, placement, side, transform)
+    twin = block.on("cuda", dtype)
+    # P in the twin's precision, W and X too: what is compared is the arithmetic.
+    for layer, other in zip(block.layers, twin.layers, strict=True):
+        layer.loft_support["default"] = other.loft_support["default"].double().cpu()
+        layer.loft_theta["default"].data = other.loft_theta["default"].data.double().cpu()
+    twin.reentrant = reentrant
+    x, weight = torch.randn(96, 128).to(dtype), torch.randn(96, 128).to(dtype)
+    wanted = block.gradients(x.double().requires_grad_(), weight.double())
+    got = twin.gradients(x.cuda().requires_grad_(), weight.cuda())
+    # Forward, a layer: z, z E, Y; the activation; backward: dY Q, (dY Q) E, dX or dE, each twice; the accumulation of two gradients.
+    bound = rounding_bound(dtype, 2 * (3 + 3) + 2 + 1, 192)
+    for a, b in zip(wanted, got, strict=True):
+        assert torch.linalg.norm(b.double().cpu() - a) <= bound * torch.linalg.norm(a)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("side", ["input", "output"])
+@CHECKPOINTING
+def test_gradients_of_a_peft_model_against_float64_on_the_cpu(dtype, side, reentrant):
+    config = LoftConfig(r=8, target_modules="all-linear", support="random", side=side, init_weights=False)
+    base = make_llama(attn_implementation="eager").to(dtype)
+    reference = peft.get_peft_model(copy.deepcopy(base).double(), copy.deepcopy(config)).train()
+    model = peft.get_peft_model(base.cuda(), config).train()
+    for layer, other in zip(_loft_layers(reference), _loft_layers(model), strict=True):
+        layer.loft_support["default"] = other.loft_support["default"].double().cpu()
+        layer.loft_theta["default"].data = other.loft_theta["default"].data.double().cpu()
+    if reentrant is not None:
+        model.enable_input_require_grads()
+        model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    batch = token_batches(1)[0]
+    gradients = []
+    for each, device in ((reference, "cpu"), (model, "cuda")):
+        each(**{key: value.to(device) for key, value in batch.items()}).loss.backward()
+        gradients.append(torch.cat([layer.loft_theta["default"].grad.double().cpu() for layer in _loft_layers(each)]))
+    # A gradient passes two blocks forward and back: about 6 products a linear of the 4 in a row, and 12 other operations, a block.
+    bound = rounding_bound(dtype, 2 * (6 * 4 + 12), 80)
+    assert torch.linalg.norm(gradients[1] - gradients[0]) <= bound * torch.linalg.norm(gradients[0])
+
+
+def _loft_layers(model):
+    return [module for module in model.modules() if isinstance(module, loft_rs.layer.AdaptedLinear)]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -126,7 +126,7 @@ def saved_by(layer, x):
     with torch.autograd.graph.saved_tensors_hooks(lambda t: held.append(t) or t, lambda t: t):
         y = layer(x)
     owned = {t.data_ptr() for t in (*layer.parameters(), *layer.buffers())}
-    for _, value in layer._derived.values():
+    for _, value, _ in layer._derived.values():
         owned |= {t.data_ptr() for t in (value if isinstance(value, tuple) else [value]) if t is not None}
     return y, [t for t in held if t.data_ptr() not in owned]
 

@@ -143,6 +143,7 @@ class AdaptedLinear(nn.Module):
         # Layers with one support and one transform in common: all of them, the one that holds both first.
         self.loft_tied: dict[str, list[AdaptedLinear]] = {}
         self._derived: dict[tuple, tuple[tuple, Any, tuple]] = {}
+        self._prepared: dict[tuple, tuple[tuple, AddInputs, tuple]] = {}
         self._original: Tensor | None = None
         self.tap = None  # set by `calibrate` for the length of a pass
         self.placement: str | None = None  # None: by shape
@@ -298,15 +299,20 @@ class AdaptedLinear(nn.Module):
 
     def _fused_forward(self, x: Tensor, adapter: str) -> Tensor | None:
         """The `add` placement, or None where the base layer or the shape asks for `rotate`."""
-        weight, dtype = self._added(adapter, x)
-        if weight is None:
-            return None
         if torch.compiler.is_compiling():
+            weight, dtype = self._added(adapter, x)
+            if weight is None:
+                return None
             basis, side, bias = self.support(adapter), self.loft_side[adapter], self.base_layer.bias
             return compiled.add_low_rank(x.to(dtype), self.factor(adapter).delta, weight, bias, basis, side)[0]
-        inputs = self._add_inputs(adapter, weight, dtype)
-        if self.siblings is not None:
-            return self.siblings.forward(self, adapter, x, inputs)
+        siblings = self.siblings
+        if siblings is not None and (y := siblings.take(self, adapter, x)) is not None:
+            return y
+        inputs = self.add_inputs(adapter, x)
+        if inputs is None:
+            return None
+        if siblings is not None:
+            return siblings.lead(self, adapter, x, inputs)
         return add_low_rank(x, Joined.of((inputs,)), [(self, adapter)])
 
     def _added(self, adapter: str, x: Tensor) -> tuple[Tensor | None, torch.dtype]:
@@ -322,31 +328,36 @@ class AdaptedLinear(nn.Module):
         )
         return None if placement == "rotate" else weight, dtype
 
-    def _add_inputs(self, adapter: str, weight: Tensor, dtype: torch.dtype) -> AddInputs:
-        bias = self.base_layer.bias
-        left, right = self.products(adapter, dtype)
-        if weight.dtype != dtype:  # as nn.Linear under autocast
-            weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
-        return AddInputs(weight, bias, left, right)
+    def add_inputs(self, adapter: str, x: Tensor) -> AddInputs | None:
+        """What `AddLowRank` takes of this layer for an input like x; None where the `add` placement does not apply."""
+        weight, dtype = self._added(adapter, x)
+        if weight is None:
+            return None
+        base = self._modules["base_layer"]
+        basis, bias, frozen = self.support(adapter), base._parameters["bias"], base._parameters["weight"]
+        held = self._prepared.get((adapter, dtype))
+        key = (_key(basis), _key(frozen), id(bias))
+        if held is None or held[0] != key:
+            left, right = self.products(adapter, dtype)
+            if weight.dtype != dtype:  # as nn.Linear under autocast: a copy for this pass only
+                return AddInputs(weight.to(dtype), None if bias is None else bias.to(dtype), left, right)
+            held = self._prepared[adapter, dtype] = key, AddInputs(weight, bias, left, right), (basis, frozen, bias)
+        return held[1]
 
     def products(self, adapter: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """(left, right) of `AddLowRank`, kept until a tensor they come from changes."""
         base, basis, owner = self.base_layer, self.support(adapter), self.owner(adapter)
         p = basis if basis.dtype == dtype else owner._cached(("P", adapter, dtype), (basis,), lambda: basis.to(dtype))
-        side = self.loft_side[adapter]
-        image = self._cached(
-            ("image", adapter, dtype),
-            (basis, base.weight),
-            lambda: compiled.image(dense_weight(base), basis, side, dtype),
-        )
+        side, slot = self.loft_side[adapter], ("image", adapter, dtype)
+        image = self._cached(slot, (basis, base.weight), lambda: compiled.image(dense_weight(base), basis, side, dtype))
         return (p, image) if side == "input" else (image, p)
 
     def joins(self, adapter: str, x: Tensor, inputs: AddInputs) -> AddInputs | None:
         """This layer's inputs where it may run along with a sibling that has `inputs`: `adapter` alone is active, dtypes agree."""
-        weight, dtype = self._added(adapter, x) if self.runs_alone(adapter) else (None, x.dtype)
-        if weight is None or dtype != inputs.left.dtype or weight.device != inputs.left.device:
+        own = self.add_inputs(adapter, x) if self.runs_alone(adapter) else None
+        if own is None or own.left.dtype != inputs.left.dtype or own.left.device != inputs.left.device:
             return None
-        return self._add_inputs(adapter, weight, dtype)
+        return own
 
     def runs_alone(self, adapter: str) -> bool:
         """Whether `adapter`, and nothing else, is what a forward pass of this layer would apply now."""
@@ -410,6 +421,7 @@ class AdaptedLinear(nn.Module):
     def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
         super()._load_from_state_dict(state_dict, prefix, *args)
         self._derived.clear()
+        self._prepared.clear()
 
     def refresh_ready(self) -> None:
         """Read from the supports themselves which adapters have one (an unset support is all zero). Needed where a loader fills the

@@ -47,6 +47,13 @@ def named_groups(parent: nn.Module, kind: type, known: tuple[tuple[str, ...], ..
     return groups
 
 
+def _key(adapter: str, x: Tensor) -> tuple:
+    """What else than x itself the results depend on; last, whether a backward pass computes them again."""
+    kind = x.device.type
+    cast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+    return adapter, 0 if x.is_inference() else x._version, torch.is_grad_enabled(), cast, in_backward()
+
+
 class Siblings:
     """One group of layers."""
 
@@ -59,22 +66,23 @@ class Siblings:
         self._x: weakref.ref[Tensor] | None = None
         self._key: tuple = ()
         self._results: dict[int, Tensor] = {}
-        self._again = False
 
     def __reduce__(self):
         return Siblings, ([],), {"members": self.members}
 
-    def forward(self, layer: AdaptedLinear, adapter: str, x: Tensor, inputs: AddInputs) -> Tensor:
-        """The layer's output: from the run of the first of those that read this x, or as that first one."""
+    def take(self, layer: AdaptedLinear, adapter: str, x: Tensor) -> Tensor | None:
+        """The layer's output, where it was computed along with that of another for this x."""
+        if not self._results or self._x() is not x or self._key != _key(adapter, x):
+            return None
+        return self._results.pop(id(layer), None)
+
+    def lead(self, layer: AdaptedLinear, adapter: str, x: Tensor, inputs: AddInputs) -> Tensor:
+        """The layer's output, and for `take` those of the others that read this x; its own alone where another has led for x."""
         from .layer import add_low_rank
 
-        kind = x.device.type
-        cast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
-        again = in_backward()
-        key = (adapter, 0 if x.is_inference() else x._version, torch.is_grad_enabled(), cast, again)
+        key = _key(adapter, x)
         if layer is not self._leader and self._x is not None and self._x() is x and self._key == key:
-            y = self._results.pop(id(layer), None)
-            return add_low_rank(x, Joined.of((inputs,)), [(layer, adapter)]) if y is None else y
+            return add_low_rank(x, Joined.of((inputs,)), [(layer, adapter)])
         self._drop_unclaimed()
         members, parts = [layer], [inputs]
         for other in self.members:
@@ -85,7 +93,7 @@ class Siblings:
         ys = add_low_rank(x, self._join(layer, tuple(parts)), [(member, adapter) for member in members])
         if len(members) == 1:
             return ys
-        self._leader, self._x, self._key, self._again = layer, weakref.ref(x), key, again
+        self._leader, self._x, self._key = layer, weakref.ref(x), key
         self._results = {id(member): y for member, y in zip(members[1:], ys[1:], strict=True)}
         return ys[0]
 
@@ -96,7 +104,7 @@ class Siblings:
 
     def _drop_unclaimed(self) -> None:
         # A checkpoint that computes again may stop early, which tells nothing.
-        if self._results and not self._again:
+        if self._results and not self._key[-1]:
             for other in self._results:
                 self._apart.setdefault((id(self._leader), other), steps())
         self._results = {}

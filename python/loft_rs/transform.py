@@ -298,6 +298,7 @@ class DeltaGroup:
         else:
             fresh = entry.version == _version(theta, fold)
             if not fresh or (user in entry.used and not in_backward()):
+                entry.parameter, entry.fold = theta, fold
                 members = self._alike(theta)
                 if torch.is_grad_enabled() or not self._unchanged(members):
                     self._compute(members)
@@ -328,18 +329,17 @@ class DeltaGroup:
         return [entry for entries in list(self._members.values()) for entry in entries.values()]
 
     def _alike(self, like: Tensor) -> list[tuple[dict, str, Tensor, Tensor | None]]:
-        """(entries, adapter, theta, fold) of every member that one solve can serve with `like`; forgets deleted adapters."""
+        """(entries, adapter, theta, fold) of every member that one solve can serve with `like`, as they last were: whose parameter or
+        C has been replaced is solved anew when it is asked for. Forgets deleted adapters."""
         found = []
+        # Of a sharded model only the parameters gathered at this moment are plain.
+        kind = (type(like), like.shape, like.device, like.dtype)
         for layer, entries in list(self._members.items()):
-            for adapter in list(entries):
+            for adapter, e in list(entries.items()):
                 if not layer.has_adapter(adapter):
                     del entries[adapter]
-                    continue
-                theta, fold = layer.delta_source(adapter)
-                # Of a sharded model only the parameters gathered at this moment are plain.
-                alike = (type(theta), theta.shape, theta.device, theta.dtype)
-                if alike == (type(like), like.shape, like.device, like.dtype):
-                    found.append((entries, adapter, theta, fold))
+                elif (type(e.parameter), e.parameter.shape, e.parameter.device, e.parameter.dtype) == kind:
+                    found.append((entries, adapter, e.parameter, e.fold))
         return found
 
     @staticmethod
@@ -349,7 +349,9 @@ class DeltaGroup:
         if _capturing():
             return False
         pairs = [(entries[adapter], theta, fold) for entries, adapter, theta, fold in members]
-        if any(e.fold is not fold or e.theta.dtype != t.dtype or e.theta.device != t.device for e, t, fold in pairs):
+        if any(
+            e.version[3] != id(fold) or e.theta.dtype != t.dtype or e.theta.device != t.device for e, t, fold in pairs
+        ):
             return False
         if not torch.equal(torch.stack([e.theta for e, _, _ in pairs]), torch.stack([theta for _, theta, _ in pairs])):
             return False

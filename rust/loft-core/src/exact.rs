@@ -8,7 +8,7 @@ use faer::Mat;
 
 use crate::control::{Control, abandonable};
 use crate::error::Result;
-use crate::krylov::{Truncated, fix_signs};
+use crate::krylov::{Truncated, Work, fix_signs};
 use crate::orth::orthonormalize;
 use crate::panel::{Panel, cross, times};
 use crate::par::Par;
@@ -44,7 +44,7 @@ pub fn exact_svd<T: Real>(
         next: values.get(rank).copied(),
         values: values[..rank].to_vec(),
         residuals: miss.norms(),
-        passes: 1,
+        work: Work::DENSE,
     })
 }
 

@@ -62,8 +62,35 @@ pub struct Truncated<T> {
     pub next: Option<f64>,
     /// `||A^T u_i - sigma_i v_i||`.
     pub residuals: Vec<f64>,
+    /// What that took.
+    pub work: Work,
+}
+
+/// Products with the data.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Work {
     /// Passes over the data.
     pub passes: usize,
+    /// Columns multiplied, summed over the passes.
+    pub columns: usize,
+}
+
+impl Work {
+    /// Reading all of the data for something else than a product with a few columns.
+    pub(crate) const DENSE: Self = Self { passes: 1, columns: 0 };
+
+    /// `passes` of `columns` each.
+    pub(crate) fn of(passes: usize, columns: usize) -> Self {
+        Self { passes, columns: passes * columns }
+    }
+}
+
+impl std::ops::Add for Work {
+    type Output = Self;
+
+    fn add(self, other: Self) -> Self {
+        Self { passes: self.passes + other.passes, columns: self.columns + other.columns }
+    }
 }
 
 /// Block size of a Krylov space, and how many blocks it gets without a `tol`.
@@ -206,8 +233,8 @@ pub fn truncated_svd<T: Real>(
                         (right, ritz)
                     }
                 };
-                let passes = 2 * step + usize::from(images.is_some());
-                return finish(op, found, params.left, passes, par).map(Some);
+                let work = Work::of(2 * step + usize::from(images.is_some()), depth.block);
+                return finish(op, found, params.left, work, par).map(Some);
             }
             Verdict::Dense => return Ok(None),
             Verdict::Deeper => {}
@@ -365,7 +392,7 @@ fn finish<T: Real>(
     op: &impl Operator<T>,
     (mut right, mut ritz): (Panel<T>, Ritz),
     want_left: bool,
-    passes: usize,
+    mut work: Work,
     par: Par,
 ) -> Result<Truncated<T>> {
     let next = ritz.next();
@@ -382,12 +409,12 @@ fn finish<T: Real>(
         let mut turned = times(q.mat(), round::<T>(x.as_ref()).as_ref(), par);
         polish(&mut turned, par);
         left = Some(turned);
+        work = work + Work::of(1, ritz.rank);
     }
     fix_signs(&mut right, left.as_mut());
-    let passes = passes + usize::from(want_left);
     // More depth does not mend this, so it is no part of the estimate that stops the search.
     let residuals = ritz.residuals(ROUNDING * T::EPS * ritz.values[0].powi(2));
-    Ok(Truncated { left, right, values: ritz.values, next: Some(next), residuals, passes })
+    Ok(Truncated { left, right, values: ritz.values, next: Some(next), residuals, work })
 }
 
 /// Makes the largest entry of each right vector positive (the first of equals) and turns the left with it.
@@ -486,7 +513,7 @@ mod tests {
                     values: f.values,
                     next: f.next,
                     residuals: f.residuals,
-                    passes: f.passes,
+                    work: f.work,
                 }
             }] {
                 assert!(orthogonality_error(&found.right) <= 50.0 * f64::from(f32::EPSILON));

@@ -6,6 +6,8 @@
 //!
 //! `A^T A X`, `A A^T X` and matrix-free `S X` go through `sandwich`, which reads a matrix once for both of its products.
 
+use std::ops::Range;
+
 use faer::linalg::matmul::matmul;
 use faer::{Accum, MatMut, MatRef};
 
@@ -68,6 +70,18 @@ impl<'a> Dense<'a> {
     /// What is left of the scale after that.
     fn factor(&self) -> f64 {
         pow2(self.copied_at() - self.exponent)
+    }
+
+    /// Some rows but for `factor`, where they lie or copied.
+    fn rows<'b, T: Real>(&self, rows: Range<usize>, room: &'b mut Vec<T>, par: Par) -> MatRef<'b, T>
+    where
+        'a: 'b,
+    {
+        if let Some(whole) = self.view.direct::<T>().filter(|_| self.copied_at() == 0) {
+            return whole.subrows(rows.start, rows.len());
+        }
+        *room = self.view.part(rows.clone()).copied(self.copied_at(), par);
+        MatRef::from_row_major_slice(room, rows.len(), self.view.cols())
     }
 
     fn product<T: Real>(&self, view: View<'_>, x: &Panel<T>, par: Par) -> Panel<T> {
@@ -255,19 +269,25 @@ pub struct SkewDense<T> {
 }
 
 impl<T: Real> SkewDense<T> {
-    /// Forms `(W^T G - G^T W) / 2` from row-major `W` and `G`: 2 m n^2 operations.
+    /// Forms `(W^T G - G^T W) / 2`, a block of rows at a time: 2 m n^2 operations.
     ///
     /// # Errors
     /// What `control` returns.
-    pub fn form(weight: &Panel<T>, grad: &Panel<T>, control: &dyn Control, par: Par) -> Result<Self> {
-        let mut product = Panel::zeros(weight.cols, grad.cols);
-        let operations = 2.0 * (weight.rows * grad.cols * BLOCK) as f64;
-        let rows = BLOCK * ((BETWEEN_CHECKS / operations) as usize).clamp(2, weight.cols.max(2));
-        for start in (0..weight.cols).step_by(rows) {
+    pub fn form(weight: Dense<'_>, grad: Dense<'_>, control: &dyn Control, par: Par) -> Result<Self> {
+        let (m, n) = (weight.view.rows(), weight.view.cols());
+        let mut product = Panel::zeros(n, n);
+        // Fewer rows than these would have the product wait for the memory.
+        let rows = ((BETWEEN_CHECKS / (2.0 * (n * n) as f64)) as usize).clamp(128, 1024);
+        let factor = T::of(weight.factor() * grad.factor());
+        for start in (0..m).step_by(rows) {
             control.check()?;
-            let some = weight.mat().transpose().subrows(start, rows.min(weight.cols - start));
-            let part = times(some, grad.mat(), par);
-            product.data[start * grad.cols..][..part.data.len()].copy_from_slice(&part.data);
+            let some = start..(start + rows).min(m);
+            let [mut left, mut right] = [Vec::<T>::new(), Vec::new()];
+            let (w, g) = (weight.rows(some.clone(), &mut left, par), grad.rows(some, &mut right, par));
+            product.each_block(par, |first, block| {
+                let w = w.transpose().subrows(first, block.nrows());
+                matmul(block, Accum::Add, w, g, factor, faer::Par::Seq);
+            });
         }
         let mut matrix = Panel::zeros(product.rows, product.cols);
         let half = T::of(0.5);

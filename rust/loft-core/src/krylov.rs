@@ -19,7 +19,7 @@
 //! so that a small eigenproblem in the span of P and one product `A^T V_{q+1}` give the same certificates.
 //!
 //! Numbered differences from RandLAPACK's ABRIK (block Golub-Kahan):
-//! 1. one basis is kept, not two, since `A^T A V_j` costs one reading of A;
+//! 1. one basis is kept, not two, since `A^T A V_j` costs one reading of a row-major A;
 //! 2. blocks are of 24 or 48 columns whatever the rank: a deep space of small blocks captures more per product;
 //! 3. blocks that lose rank are completed;
 //! 4. it stops when the energy that the residuals allow to be missing is below `tol` of that captured, and at once when
@@ -195,7 +195,8 @@ pub fn truncated_svd<T: Real>(
     par: Par,
 ) -> Result<Option<Truncated<T>>> {
     let (m, n) = (op.rows(), op.cols());
-    let Some(depth) = Depth::new(rank, n.min(m), 1.65, 1.9) else { return Ok(None) };
+    // The product with A^T at the end of a wide A is half a step.
+    let Some(depth) = Depth::new(rank, n.min(m), 1.65, if n > m { 1.4 } else { 1.9 }) else { return Ok(None) };
     // A^T V, where that is V's space.
     let mut images = (n > m).then(|| Basis::new(n, depth.columns()));
     // A product with A^T A is only right to about eps ||A||^2, whatever its size.
@@ -204,9 +205,9 @@ pub fn truncated_svd<T: Real>(
         control.check()?;
         let product = |x: &Panel<T>| match &mut images {
             Some(images) => {
-                let (outer, inner) = op.outer(x, par);
+                let inner = op.adjoint(x, par);
                 images.push(&inner);
-                outer
+                op.apply(&inner, par)
             }
             None => op.normal(x, par),
         };
@@ -371,9 +372,10 @@ fn other_side<T: Real>(
     (0..count).for_each(|j| inside[(j, j)] += ritz.values[j].powi(2));
     let (squares, turn) = small::eigen(&inside)?;
     let weighted = Mat::from_fn(ritz.vectors.nrows(), count, |i, j| ritz.vectors[(i, j)] * inverse(j));
-    let right = weighted * turn.subcols(0, ritz.rank);
+    let right = weighted * &turn;
+    // With the vector after the last, whose part of what leaves is no residual: the turn has taken it in.
     let mut right = times(images.mat(), round::<T>(right.as_ref()).as_ref(), par);
-    let orthonormal = cholesky_step(&mut right, par).is_some_and(|r| (0..ritz.rank).all(|j| r[(j, j)] > 0.7));
+    let orthonormal = cholesky_step(&mut right, par).is_some_and(|r| (0..count).all(|j| r[(j, j)] > 0.7));
     if !orthonormal {
         right = orthonormalize(right, par);
     }
@@ -385,6 +387,7 @@ fn other_side<T: Real>(
     let (squares, axes) = small::eigen(&leaving.gram(par))?;
     let root = Mat::from_fn(squares.len(), squares.len(), |i, j| squares[i].max(0.0).sqrt() * axes[(j, i)]);
     let coupled = root * outside * turn;
+    let right = Panel::from_mat(right.mat().subcols(0, ritz.rank));
     Ok((right, Ritz { values, coupled, ..ritz }))
 }
 
@@ -483,19 +486,29 @@ mod tests {
 
     #[test]
     fn tol_is_kept_and_residuals_are_true() {
-        let a = unit(with_spectrum(600, 500, 5, |i| i.powf(-0.3)));
-        let exact = singular_values(&a);
-        for tol in [1e-3, 1e-6] {
-            let found = solve(&a, 12, Params { tol: Some(tol), seed: 2, left: true });
+        for (m, n, tol) in [(600, 500, 1e-3), (600, 500, 1e-6), (500, 600, 1e-3), (500, 600, 1e-6)] {
+            let a = unit(with_spectrum(m, n, 5, |i| i.powf(-0.3)));
+            let exact = singular_values(&a);
             let best: f64 = exact[..12].iter().map(|x| x * x).sum();
-            let kept: f64 = found.values.iter().map(|x| x * x).sum();
-            assert!(1.0 - kept / best < tol, "{tol}: {:e}", 1.0 - kept / best);
-            assert!((captured(&a, &found.right.cast()) - kept).abs() < 1e-6 * kept);
-            let back = a.mat().transpose() * found.left.as_ref().unwrap().mat();
-            for j in 0..12 {
-                let miss =
-                    (0..500).map(|i| (back[(i, j)] - found.values[j] * found.right.at(i, j)).powi(2)).sum::<f64>();
-                assert!((miss.sqrt() - found.residuals[j]).abs() < 1e-12);
+            for left in [true, false] {
+                let found = solve(&a, 12, Params { tol: Some(tol), seed: 2, left });
+                let kept: f64 = found.values.iter().map(|x| x * x).sum();
+                assert!(1.0 - kept / best < tol, "{tol}: {:e}", 1.0 - kept / best);
+                assert!(found.next.unwrap() <= exact[12] * (1.0 + 1e-9));
+                assert!((captured(&a, &found.right.cast()) - kept).abs() < 1e-6 * kept);
+                let images = a.mat() * found.right.mat();
+                let back = a.mat().transpose() * &images;
+                for j in 0..12 {
+                    let sigma = found.values[j];
+                    assert!((images.col(j).norm_l2() - sigma).abs() < 1e-12);
+                    let miss = |i: usize| back[(i, j)] / sigma - sigma * found.right.at(i, j);
+                    let miss = (0..n).map(|i| miss(i).powi(2)).sum::<f64>().sqrt();
+                    assert!((miss - found.residuals[j]).abs() < 1e-12, "{m}x{n}: {miss:e} {:e}", found.residuals[j]);
+                    if let Some(left) = &found.left {
+                        let apart = |i: usize| images[(i, j)] - sigma * left.at(i, j);
+                        assert!((0..m).all(|i| apart(i).abs() < 1e-12));
+                    }
+                }
             }
         }
     }

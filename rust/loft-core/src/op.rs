@@ -4,7 +4,8 @@
 //! Stacked: `[A; B] X`. Operators work at unit scale: an input is applied as `2^-e A` with `e` from its
 //! scan, so that products of 1e-30 or 1e30 entries neither under- nor overflow.
 //!
-//! `A^T A X`, `A A^T X` and matrix-free `S X` go through `sandwich`, which reads a matrix once for both of its products.
+//! `A^T A X` and matrix-free `S X` go through `sandwich`, which reads a row-major matrix once for both of its products. A strip of
+//! columns, which `A A^T X` would need, lies in short pieces: to read it once took longer than two products (measured).
 
 use std::ops::Range;
 
@@ -31,11 +32,6 @@ pub trait Operator<T: Real>: Sync {
     /// `A^T A X` for a `cols x k` panel.
     fn normal(&self, x: &Panel<T>, par: Par) -> Panel<T> {
         self.adjoint(&self.apply(x, par), par)
-    }
-    /// `(A A^T X, A^T X)` for a `rows x k` panel.
-    fn outer(&self, x: &Panel<T>, par: Par) -> (Panel<T>, Panel<T>) {
-        let inner = self.adjoint(x, par);
-        (self.apply(&inner, par), inner)
     }
 }
 
@@ -123,7 +119,7 @@ fn tiled<T: Real>(view: View<'_>, start: usize, mut block: MatMut<'_, T>, x: &Pa
     let mut room = Vec::<T>::new();
     for from in (0..view.cols()).step_by(DEPTH) {
         let depth = DEPTH.min(view.cols() - from);
-        let tile = view.stored_tile(start..start + rows, from..from + depth, 0, &mut room);
+        let tile = view.stored_tile(start..start + rows, from..from + depth, &mut room);
         matmul(block.as_mut(), Accum::Add, tile, x.mat().subrows(from, depth), T::of(1.0), faer::Par::Seq);
     }
 }
@@ -146,13 +142,10 @@ impl<T: Real> Operator<T> for Dense<'_> {
     }
 
     fn normal(&self, x: &Panel<T>, par: Par) -> Panel<T> {
-        sandwich(&[*self], &[(0, 0, 1.0)], x, par).0
-    }
-
-    fn outer(&self, x: &Panel<T>, par: Par) -> (Panel<T>, Panel<T>) {
-        let turned = Self { view: self.view.transpose(), ..*self };
-        let (outer, mut inner) = sandwich(&[turned], &[(0, 0, 1.0)], x, par);
-        (outer, inner.swap_remove(0))
+        if self.view.by_column() {
+            return self.adjoint(&self.apply(x, par), par);
+        }
+        sandwich(&[*self], &[(0, 0, 1.0)], x, par)
     }
 }
 
@@ -162,69 +155,58 @@ const ROWS: usize = 64;
 /// Partial sums of a sandwich, whatever the thread count.
 const GROUPS: usize = 8;
 
-/// `sum f A_l^T (A_r X)` over the terms `(l, r, f)`, for matrices of one shape, and the inner products `A_r X` of each
-/// term; every matrix is read once.
-fn sandwich<'a, T: Real>(
-    mats: &[Dense<'a>],
-    terms: &[(usize, usize, f64)],
-    x: &Panel<T>,
-    par: Par,
-) -> (Panel<T>, Vec<Panel<T>>) {
+/// `sum f A_l^T (A_r X)` over the terms `(l, r, f)`, for row-major matrices of one shape: each is read once.
+fn sandwich<T: Real>(mats: &[Dense<'_>], terms: &[(usize, usize, f64)], x: &Panel<T>, par: Par) -> Panel<T> {
     let (m, n, cols) = (mats[0].view.rows(), mats[0].view.cols(), x.cols);
     let group = m.div_ceil(GROUPS).next_multiple_of(ROWS);
-    // Where the first product can read the matrix itself, its arithmetic hides the memory's latency from the copy. The
-    // kernel broadcasts along rows, so that these must be contiguous.
-    let rows_of = |mat: &Dense<'a>| mat.view.direct::<T>().filter(|a| mat.copied_at() == 0 && a.col_stride() == 1);
-    let whole: Option<Vec<_>> = mats.iter().map(rows_of).collect();
-    let parts = par.map_with(
-        m.div_ceil(group),
-        || vec![Vec::new(); mats.len()],
-        |rooms, g| {
-            let mut sum = Panel::<T>::zeros(n, cols);
-            let end = ((g + 1) * group).min(m);
-            let mut images = vec![Panel::<T>::zeros(end - g * group, cols); terms.len()];
-            for start in (g * group..end).step_by(ROWS) {
-                let strip = start..(start + ROWS).min(end);
-                let place = (start - g * group) * cols..(strip.end - g * group) * cols;
-                let first = |strips: &[MatRef<'_, T>], images: &mut [Panel<T>]| {
-                    for ((_, right, _), image) in terms.iter().zip(images) {
-                        let image = MatMut::from_row_major_slice_mut(&mut image.data[place.clone()], strip.len(), cols);
-                        let factor = T::of(mats[*right].factor());
-                        matmul(image, Accum::Replace, strips[*right], x.mat(), factor, faer::Par::Seq);
-                    }
-                };
-                if let Some(whole) = &whole {
-                    let strips: Vec<_> = whole.iter().map(|a| a.subrows(start, strip.len())).collect();
-                    first(&strips, &mut images);
+    // No power of two, so that neighbouring rows do not evict each other from the cache.
+    let stride = n.next_multiple_of(8) + 8;
+    // Where the first product can read the matrix itself, its arithmetic hides the memory's latency from the copy.
+    let whole: Option<Vec<_>> =
+        mats.iter().map(|mat| mat.view.direct::<T>().filter(|_| mat.copied_at() == 0)).collect();
+    let room = || (vec![vec![T::default(); ROWS * stride]; mats.len()], vec![Panel::zeros(ROWS, cols); terms.len()]);
+    let parts = par.map_with(m.div_ceil(group), room, |(rooms, images), g| {
+        let mut sum = Panel::<T>::zeros(n, cols);
+        let end = ((g + 1) * group).min(m);
+        for start in (g * group..end).step_by(ROWS) {
+            let rows = ROWS.min(end - start);
+            let copy = |rooms: &mut [Vec<T>]| {
+                for (mat, room) in mats.iter().zip(rooms) {
+                    mat.view.scaled_rows(start..start + rows, mat.copied_at(), stride, room);
                 }
-                let copies: Vec<_> = mats
-                    .iter()
-                    .zip(rooms.iter_mut())
-                    .map(|(mat, room)| mat.view.stored_tile(strip.clone(), 0..n, mat.copied_at(), room))
-                    .collect();
-                if whole.is_none() {
-                    first(&copies, &mut images);
-                }
-                for ((left, _, factor), image) in terms.iter().zip(&images) {
-                    let image = MatRef::from_row_major_slice(&image.data[place.clone()], strip.len(), cols);
-                    let sum = MatMut::from_row_major_slice_mut(&mut sum.data, n, cols);
-                    let factor = T::of(factor * mats[*left].factor());
-                    matmul(sum, Accum::Add, copies[*left].transpose(), image, factor, faer::Par::Seq);
-                }
+            };
+            if whole.is_none() {
+                copy(rooms);
             }
-            (sum, images)
-        },
-    );
-    let mut total = Panel::zeros(n, cols);
-    par.chunks(&mut total.data, BLOCK * cols, |block, chunk| {
-        for (part, _) in &parts {
-            let start = block * BLOCK * cols;
+            for ((_, right, _), image) in terms.iter().zip(images.iter_mut()) {
+                let a = whole.as_ref().map_or_else(
+                    || MatRef::from_row_major_slice_with_stride(&rooms[*right][..rows * stride], rows, n, stride),
+                    |whole| whole[*right].subrows(start, rows),
+                );
+                let image = MatMut::from_row_major_slice_mut(&mut image.data[..rows * cols], rows, cols);
+                matmul(image, Accum::Replace, a, x.mat(), T::of(mats[*right].factor()), faer::Par::Seq);
+            }
+            if whole.is_some() {
+                copy(rooms);
+            }
+            for ((left, _, factor), image) in terms.iter().zip(images.iter()) {
+                let a = MatRef::from_row_major_slice_with_stride(&rooms[*left][..rows * stride], rows, n, stride);
+                let image = MatRef::from_row_major_slice(&image.data[..rows * cols], rows, cols);
+                let sum = MatMut::from_row_major_slice_mut(&mut sum.data, n, cols);
+                let factor = T::of(factor * mats[*left].factor());
+                matmul(sum, Accum::Add, a.transpose(), image, factor, faer::Par::Seq);
+            }
+        }
+        sum
+    });
+    let mut total = Panel::zeros(n, x.cols);
+    par.chunks(&mut total.data, BLOCK * x.cols, |block, chunk| {
+        for part in &parts {
+            let start = block * BLOCK * x.cols;
             chunk.iter_mut().zip(&part.data[start..]).for_each(|(total, part)| *total += *part);
         }
     });
-    let inner = |term: usize| parts.iter().flat_map(|(_, images)| images[term].data.iter().copied()).collect();
-    let inner = (0..terms.len()).map(|term| Panel::from_rows(m, cols, inner(term))).collect();
-    (total, inner)
+    total
 }
 
 /// `S = (W^T G - G^T W) / 2`, never formed: 8 m n operations a column.
@@ -251,7 +233,14 @@ impl<T: Real> Operator<T> for SkewProduct<'_> {
     }
 
     fn apply(&self, x: &Panel<T>, par: Par) -> Panel<T> {
-        sandwich(&[self.weight, self.grad], &[(0, 1, 0.5), (1, 0, -0.5)], x, par).0
+        if !self.weight.view.by_column() && !self.grad.view.by_column() {
+            return sandwich(&[self.weight, self.grad], &[(0, 1, 0.5), (1, 0, -0.5)], x, par);
+        }
+        let mut out = self.weight.adjoint(&self.grad.apply(x, par), par);
+        let other: Panel<T> = self.grad.adjoint(&self.weight.apply(x, par), par);
+        let half = T::of(0.5);
+        out.data.iter_mut().zip(&other.data).for_each(|(a, b)| *a = (*a - *b) * half);
+        out
     }
 
     fn adjoint(&self, y: &Panel<T>, par: Par) -> Panel<T> {

@@ -149,25 +149,28 @@ impl<'a> View<'a> {
         }
     }
 
-    /// A tile times `2^-exponent`, copied into `room` in the order in which it is stored, so that nothing is transposed on
-    /// the way.
+    /// A tile copied into `room` in the order in which it is stored, so that nothing is transposed on the way.
     pub(crate) fn stored_tile<'b, T: Real>(
         &self,
         rows: Range<usize>,
         cols: Range<usize>,
-        exponent: i32,
         room: &'b mut Vec<T>,
     ) -> MatRef<'b, T> {
         if self.by_column() {
-            return self.transpose().stored_tile(cols, rows, exponent, room).transpose();
+            return self.transpose().stored_tile(cols, rows, room).transpose();
         }
         let (height, width) = (rows.len(), cols.len());
         // A stride that is no power of two, so that neighbouring rows do not evict each other from the cache.
         let stride = width.next_multiple_of(8) + 8;
         room.resize(height * stride, T::default());
         self.rows_into(rows, cols, stride, room);
-        scale(room, exponent);
         MatRef::from_row_major_slice_with_stride(&*room, height, width, stride)
+    }
+
+    /// Whole rows times `2^-exponent`, `stride` entries apart.
+    pub(crate) fn scaled_rows<T: Real>(&self, rows: Range<usize>, exponent: i32, stride: usize, out: &mut [T]) {
+        self.rows_into(rows, 0..self.cols, stride, out);
+        scale(out, exponent);
     }
 
     fn rows_into<T: Real>(&self, rows: Range<usize>, cols: Range<usize>, stride: usize, out: &mut [T]) {

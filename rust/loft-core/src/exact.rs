@@ -42,8 +42,9 @@ pub fn exact_svd<T: Real>(
         left: want_left.then(|| left.cast()),
         right: right.cast(),
         next: values.get(rank).copied(),
+        // The vectors are handed out rounded.
+        residuals: miss.norms().into_iter().map(|miss| miss.hypot(T::EPS * values[0])).collect(),
         values: values[..rank].to_vec(),
-        residuals: miss.norms(),
         work: Work::DENSE,
     })
 }

@@ -336,11 +336,13 @@ fn assemble<T: Real>(mut basis: Panel<T>, ritz: &Ritz, square: (f64, f64), work:
     fix_rotations(&mut basis);
     polish(&mut basis, par);
     let whole = rank / 2;
+    let largest = ritz.planes.strengths.first().copied().unwrap_or(0.0);
     SkewSubspace {
         basis,
         strengths: ritz.planes.strengths[..whole].to_vec(),
         next: ritz.planes.strengths.get(whole).copied(),
-        residuals: ritz.residuals.clone(),
+        // The basis is handed out rounded.
+        residuals: ritz.residuals.iter().map(|miss| miss.hypot(T::EPS * largest)).collect(),
         square,
         work,
     }

@@ -9,7 +9,7 @@
 //! `||A P||_F^2` is `sum sigma_i^2` exactly (up to rounding), and the residual of a triplet is
 //! `||A^T u - sigma v|| = ||R_q y_last|| / sigma`, with `y_last` the rows of y that belong to the last block.
 //!
-//! Where A is wide the space is that of `A A^T`, in the shorter `R^m`, and the blocks `Z_j = A^T V_j` are kept. With
+//! Where A is wide and the rank high the space is that of `A A^T`, in the shorter `R^m`, and the blocks `Z_j = A^T V_j` are kept. With
 //! `U = V Y`, `P = A^T U Sigma^{-1} = Z Y Sigma^{-1}` and `D = R_q Y_last Sigma^{-1}`
 //!
 //! ```text
@@ -115,6 +115,10 @@ const ROUNDING: f64 = 32.0;
 /// The same for a space that has not its usual depth yet.
 const EARLY: f64 = 1e-5;
 
+/// From this rank on a wide matrix is solved in R^m. Below it the panels in R^n are small, and cost less than the product at
+/// the end and the second reading of A (measured at 4096x14336: +20 % at rank 16, +8 % at 64, -12 % at 352).
+const SHORT_PAYS: usize = 128;
+
 /// Up to this dimension a dense decomposition takes well under a second.
 const DENSE: usize = 1024;
 
@@ -195,12 +199,12 @@ pub fn truncated_svd<T: Real>(
     par: Par,
 ) -> Result<Option<Truncated<T>>> {
     let (m, n) = (op.rows(), op.cols());
-    // The product with A^T at the end of a wide A is half a step.
-    let Some(depth) = Depth::new(rank, n.min(m), 1.65, if n > m { 1.4 } else { 1.9 }) else { return Ok(None) };
-    // A^T V, where that is V's space.
-    let mut images = (n > m).then(|| Basis::new(n, depth.columns()));
+    let Some(depth) = Depth::new(rank, n.min(m), 1.65, 1.9) else { return Ok(None) };
+    let short = n > m && rank >= SHORT_PAYS;
+    // A^T V, where V lies in R^m.
+    let mut images = short.then(|| Basis::new(n, depth.columns()));
     // A product with A^T A is only right to about eps ||A||^2, whatever its size.
-    let mut space = Space::start(n.min(m), depth, params.seed, Some(4.0 * T::EPS * square), par);
+    let mut space = Space::start(if short { m } else { n }, depth, params.seed, Some(4.0 * T::EPS * square), par);
     for step in 1.. {
         control.check()?;
         let product = |x: &Panel<T>| match &mut images {
@@ -486,24 +490,29 @@ mod tests {
 
     #[test]
     fn tol_is_kept_and_residuals_are_true() {
-        for (m, n, tol) in [(600, 500, 1e-3), (600, 500, 1e-6), (500, 600, 1e-3), (500, 600, 1e-6)] {
-            let a = unit(with_spectrum(m, n, 5, |i| i.powf(-0.3)));
+        for (m, n, rank, power, tol) in [
+            (600, 500, 12, 0.3, 1e-3),
+            (500, 600, 12, 0.3, 1e-6),
+            (800, 700, SHORT_PAYS, 1.0, 1e-4),
+            (700, 800, SHORT_PAYS, 1.0, 1e-4),
+        ] {
+            let a = unit(with_spectrum(m, n, 5, |i| i.powf(-power)));
             let exact = singular_values(&a);
-            let best: f64 = exact[..12].iter().map(|x| x * x).sum();
+            let best: f64 = exact[..rank].iter().map(|x| x * x).sum();
             for left in [true, false] {
-                let found = solve(&a, 12, Params { tol: Some(tol), seed: 2, left });
+                let found = solve(&a, rank, Params { tol: Some(tol), seed: 2, left });
                 let kept: f64 = found.values.iter().map(|x| x * x).sum();
                 assert!(1.0 - kept / best < tol, "{tol}: {:e}", 1.0 - kept / best);
-                assert!(found.next.unwrap() <= exact[12] * (1.0 + 1e-9));
+                assert!(found.next.unwrap() <= exact[rank] * (1.0 + 1e-9));
                 assert!((captured(&a, &found.right.cast()) - kept).abs() < 1e-6 * kept);
                 let images = a.mat() * found.right.mat();
                 let back = a.mat().transpose() * &images;
-                for j in 0..12 {
+                for j in 0..rank {
                     let sigma = found.values[j];
                     assert!((images.col(j).norm_l2() - sigma).abs() < 1e-12);
                     let miss = |i: usize| back[(i, j)] / sigma - sigma * found.right.at(i, j);
                     let miss = (0..n).map(|i| miss(i).powi(2)).sum::<f64>().sqrt();
-                    assert!((miss - found.residuals[j]).abs() < 1e-12, "{m}x{n}: {miss:e} {:e}", found.residuals[j]);
+                    assert!((miss - found.residuals[j]).abs() < 3e-12, "{m}x{n}: {miss:e} {:e}", found.residuals[j]);
                     if let Some(left) = &found.left {
                         let apart = |i: usize| images[(i, j)] - sigma * left.at(i, j);
                         assert!((0..m).all(|i| apart(i).abs() < 1e-12));
@@ -516,8 +525,10 @@ mod tests {
     #[test]
     fn low_rank_is_found_exactly() {
         // Breakdown in the first blocks: what is left after rank 5 is rounding, and must be completed.
-        for (rank, true_rank) in [(5, 5), (9, 5), (12, 1)] {
-            let a = unit(with_spectrum(300, 260, 7, |i| if i <= f64::from(true_rank) { 1.0 / i } else { 0.0 }));
+        for (m, n, rank, true_rank) in
+            [(300, 260, 5, 5), (300, 260, 9, 5), (300, 260, 12, 1), (500, 600, SHORT_PAYS, 5)]
+        {
+            let a = unit(with_spectrum(m, n, 7, |i| if i <= f64::from(true_rank) { 1.0 / i } else { 0.0 }));
             for found in [solve(&a, rank, PARAMS), {
                 let f = solve(&a.cast::<f32>(), rank, PARAMS);
                 Truncated {

@@ -251,6 +251,10 @@ impl<T: Real> Operator<T> for SkewProduct<'_> {
 /// Operations that a stop may have to wait for.
 const BETWEEN_CHECKS: f64 = 2e10;
 
+/// Rows of W and G that are multiplied at a time: with fewer the product, which is read and written for each, would wait for
+/// the memory.
+const DEEP: usize = 1024;
+
 /// A skew matrix that was formed: 2 n^2 operations a column.
 #[derive(Debug, Clone)]
 pub struct SkewDense<T> {
@@ -265,18 +269,21 @@ impl<T: Real> SkewDense<T> {
     pub fn form(weight: Dense<'_>, grad: Dense<'_>, control: &dyn Control, par: Par) -> Result<Self> {
         let (m, n) = (weight.view.rows(), weight.view.cols());
         let mut product = Panel::zeros(n, n);
-        // Fewer rows than these would have the product wait for the memory.
-        let rows = ((BETWEEN_CHECKS / (2.0 * (n * n) as f64)) as usize).clamp(128, 1024);
         let factor = T::of(weight.factor() * grad.factor());
-        for start in (0..m).step_by(rows) {
-            control.check()?;
-            let some = start..(start + rows).min(m);
+        let part = BLOCK * ((BETWEEN_CHECKS / (2.0 * (DEEP * n * BLOCK) as f64)) as usize).max(2);
+        for start in (0..m).step_by(DEEP) {
+            let some = start..(start + DEEP).min(m);
             let [mut left, mut right] = [Vec::<T>::new(), Vec::new()];
             let (w, g) = (weight.rows(some.clone(), &mut left, par), grad.rows(some, &mut right, par));
-            product.each_block(par, |first, block| {
-                let w = w.transpose().subrows(first, block.nrows());
-                matmul(block, Accum::Add, w, g, factor, faer::Par::Seq);
-            });
+            for (p, rows) in product.data.chunks_mut(part * n).enumerate() {
+                control.check()?;
+                par.chunks(rows, BLOCK * n, |block, chunk| {
+                    let rows = chunk.len() / n;
+                    let w = w.transpose().subrows(p * part + block * BLOCK, rows);
+                    let chunk = MatMut::from_row_major_slice_mut(chunk, rows, n);
+                    matmul(chunk, Accum::Add, w, g, factor, faer::Par::Seq);
+                });
+            }
         }
         let mut matrix = Panel::zeros(product.rows, product.cols);
         let half = T::of(0.5);

@@ -86,6 +86,15 @@ def test_select_reads_bfloat16(tmp_path):
     )
 
 
+def test_select_says_where_the_last_directions_are_not_identifiable(tmp_path, capsys):
+    grads = {"flat": np.eye(12, dtype=np.float32), "decaying": np.diag(0.5 ** np.arange(12)).astype(np.float32)}
+    save_file(grads, tmp_path / "g.safetensors")
+    assert (
+        main(["select", str(tmp_path / "g.safetensors"), "--rank", "4", "--out", str(tmp_path / "s.safetensors")]) == 0
+    )
+    assert "not identifiable in 1 of them: flat\n" in capsys.readouterr().out
+
+
 def test_select_failures_are_one_sentence_and_write_nothing(gradients, capsys):
     folder, grads, weights = gradients
     file, out = folder / "grads.safetensors", folder / "s.safetensors"

@@ -15,7 +15,7 @@ from hypothesis.extra.numpy import array_shapes
 from safetensors.numpy import load_file, save_file
 
 import loft_rs
-from loft_rs import Support, load_supports, save_supports, select_support
+from loft_rs import Support, linalg, load_supports, save_supports, select_support
 from loft_rs._io import whole_directory
 from loft_rs.support import METHODS
 
@@ -126,7 +126,8 @@ def same(one: Support, other: Support, timing: bool = True) -> bool:
     arrays = all(
         getattr(one, key).tobytes() == getattr(other, key).tobytes() for key in ("basis", "values", "residuals")
     )
-    scalars = ["energy", "energy_stderr", "gap", "passes", "method", "side", "seed", "order"] + ["seconds"] * timing
+    scalars = ["energy", "energy_stderr", "gap", "passes", "columns", "method", "side", "seed", "order"]
+    scalars += ["seconds"] * timing
     return arrays and all(repr(getattr(one, key)) == repr(getattr(other, key)) for key in scalars)
 
 
@@ -461,3 +462,31 @@ def test_non_finite_error_is_the_packages_own():
     for method in ("gradsvd", "random"):
         with pytest.raises(loft_rs.NonFiniteError):
             select_support(poisoned, 2, method=method)
+
+
+def with_values(sigma, n, seed=0):
+    chance = np.random.default_rng(seed)
+    u, v = (np.linalg.qr(chance.standard_normal((k, len(sigma))))[0] for k in (len(sigma), n))
+    return (u * sigma @ v.T).astype(np.float32)
+
+
+@pytest.mark.parametrize("shape", [(40, 60), (600, 700)])
+def test_last_directions_are_identifiable_where_the_gap_exceeds_the_residual(shape):
+    steps = np.arange(1.0, shape[0] + 1)
+    decaying = select_support(with_values(0.5**steps, shape[1]), 4)
+    assert decaying.identifiable and decaying.gap * decaying.values[-1] > decaying.residuals[-1]
+    assert not select_support(with_values(np.ones_like(steps), shape[1]), 4).identifiable
+    # Equal to rounding, if not exactly: a gap of 1e-7 is nothing that float32 resolves.
+    assert not select_support(with_values(1 - 1e-7 * steps / shape[0], shape[1]), 4).identifiable
+
+
+def test_at_full_rank_there_is_nothing_to_confuse():
+    assert select_support(with_values(np.ones(6), 9), 6).identifiable
+
+
+def test_columns_are_those_of_the_products():
+    deep = select_support(with_values(np.arange(1.0, 601) ** -0.5, 700), 16)
+    assert deep.columns == 24 * deep.passes
+    assert linalg.randomized_svd(with_values(np.ones(6), 9), 6).columns == 0
+    found = linalg.randomized_svd(with_values(np.arange(1.0, 601) ** -0.5, 600), 16)
+    assert found.columns == 24 * (found.passes - 1) + 16

@@ -35,6 +35,7 @@ class _Selection(TypedDict):
     residuals: NDArray[np.float64]
     gap: float
     passes: int
+    columns: int
     seconds: float
 
 @type_check_only
@@ -43,6 +44,7 @@ class _SvdInfo(TypedDict):
     residuals: NDArray[np.float64]
     gap: float
     passes: int
+    columns: int
     seconds: float
 
 class NonFiniteError(ValueError): ...

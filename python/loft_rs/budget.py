@@ -22,7 +22,8 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from .support import Support, _check_names, _is_int, _of, cut_support
+from ._checks import check_names, is_int, of
+from .support import Support, cut_support
 
 T = TypeVar("T")
 
@@ -58,7 +59,7 @@ class Budget:
     def __post_init__(self) -> None:
         if self.transform not in tuple(PARAMETERS):
             raise ValueError(f"transform must be one of {', '.join(PARAMETERS)}, not {self.transform!r}")
-        if not _is_int(self.params):
+        if not is_int(self.params):
             raise TypeError(f"params must be an integer, not {type(self.params).__name__}")
         if self.params < self.parameters(2):
             raise ValueError(
@@ -85,9 +86,9 @@ class Budget:
             if limit < 2:
                 low = cap = 0
             if low > limit:
-                raise ValueError(f"floor{_of(name)} is {low}, but its rank can be {limit} at most")
+                raise ValueError(f"floor{of(name)} is {low}, but its rank can be {limit} at most")
             if low > cap:
-                raise ValueError(f"floor{_of(name)} is {low}, above its cap of {cap}")
+                raise ValueError(f"floor{of(name)} is {low}, above its cap of {cap}")
             ends[name] = low, min(cap, limit)
         if all(high < 2 for _, high in ends.values()):
             raise ValueError("cap leaves no layer a rank of 2: there is nothing to share the parameters among")
@@ -101,12 +102,12 @@ class Budget:
 
 def _check_even(argument: str, value: Any) -> None:
     for name, each in value.items() if isinstance(value, Mapping) else [("", value)]:
-        of = f" of {name!r}" if isinstance(value, Mapping) else ""
-        if not _is_int(each):
-            raise TypeError(f"{argument}{of} must be an integer, not {type(each).__name__}")
+        place = f" of {name!r}" if isinstance(value, Mapping) else ""
+        if not is_int(each):
+            raise TypeError(f"{argument}{place} must be an integer, not {type(each).__name__}")
         if each < 0 or each % 2:
             kind = "an odd rank gains nothing over the even one below it" if each % 2 else "no rank is negative"
-            raise ValueError(f"{argument}{of} must be an even number from 0, not {each}: {kind}")
+            raise ValueError(f"{argument}{place} must be an even number from 0, not {each}: {kind}")
 
 
 def _by_name(argument: str, value: Any, layers: Mapping) -> dict[str, Any]:
@@ -114,7 +115,7 @@ def _by_name(argument: str, value: Any, layers: Mapping) -> dict[str, Any]:
         return dict.fromkeys(layers, value)
     if "" in layers:
         raise TypeError(f"{argument} may be a mapping only where grads or weights are one")
-    _check_names(argument, value, "the matrices", layers)
+    check_names(argument, value, "the matrices", layers)
     return dict(value)
 
 
@@ -166,9 +167,9 @@ def _squares(name: str, values: Any) -> np.ndarray:
     try:
         squares = np.asarray(values, dtype=np.float64)
     except (TypeError, ValueError):
-        raise TypeError(f"spectra{_of(name)} must be numbers, not {type(values).__name__}") from None
+        raise TypeError(f"spectra{of(name)} must be numbers, not {type(values).__name__}") from None
     if squares.ndim != 1 or not np.isfinite(squares).all() or (squares < 0).any() or (np.diff(squares) > 0).any():
-        raise ValueError(f"spectra{_of(name)} must be one row of squares: finite, not negative, in descending order")
+        raise ValueError(f"spectra{of(name)} must be one row of squares: finite, not negative, in descending order")
     return squares
 
 
@@ -273,8 +274,12 @@ def shared_supports(
     while trial:
         for name, support in solve(trial, _counted(progress, calls)).items():
             before = found.get(name)
-            passes, seconds = (before.passes, before.seconds) if before else (0, 0.0)
-            found[name] = replace(support, passes=passes + support.passes, seconds=seconds + support.seconds)
+            if before:
+                spent = ("passes", "columns", "seconds")
+                support = replace(
+                    support, **{field: getattr(before, field) + getattr(support, field) for field in spent}
+                )
+            found[name] = support
         calls += len(trial)
         ranks = share_ranks(_spectra(found, allowed), budget)
         trial = {

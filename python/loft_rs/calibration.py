@@ -25,11 +25,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ._checks import is_int
 from .layer import AdaptedLinear
 from .linalg import NonFiniteError, orthonormalize
 from .ranks import Ranks
 from .sketch import LayerTap, Sketch, sketch_for
-from .support import Support, _is_int, blind_support
+from .support import Support, blind_support
 from .tuner.config import CALIBRATED_SUPPORTS, DATA_FREE_SUPPORTS, LoftConfig
 from .tuner.layer import Linear
 from .tuner.model import adapted_layers, owners, require_untrained
@@ -154,7 +155,7 @@ def _batches(
     """The batches that every pass uses, checked; None where there is a train_step."""
     if (dataloader is None) == (train_step is None):
         raise ValueError("give exactly one of dataloader and train_step")
-    if not _is_int(max_batches) or max_batches < 1:
+    if not is_int(max_batches) or max_batches < 1:
         raise ValueError(f"max_batches must be an integer of at least 1, got {max_batches!r}")
     if dataloader is None:
         if not callable(train_step):
@@ -180,7 +181,7 @@ def _batches(
 def _head_steps(steps: int | None, head: list[nn.Parameter], needs_gradient: bool) -> int:
     if steps is None:
         return HEAD_STEPS if needs_gradient and head else 0
-    if not _is_int(steps) or steps < 0:
+    if not is_int(steps) or steps < 0:
         raise ValueError(f"head_steps must be None or an integer of at least 0, got {steps!r}")
     if steps and not head:
         raise ValueError("head_steps needs modules_to_save in the LoftConfig: there is no head to warm up")

@@ -217,6 +217,9 @@ def _select(options: argparse.Namespace) -> None:
     assert isinstance(supports, dict)  # a mapping was given
     for name, support in supports.items():
         print(f"{name}  {support!r}")
+    vague = [name for name, support in supports.items() if not support.identifiable]
+    if vague:
+        print(f"the last directions are not identifiable in {len(vague)} of them: {', '.join(vague)}")
     if isinstance(supports, Allocation):
         print(f"{supports.params} of {options.params} parameters are given out")
     print(f"{len(supports)} supports are in {options.out}")

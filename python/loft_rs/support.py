@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ._checks import check_names, is_int, of
 from .factored import Factored, padded
 from .linalg import NonFiniteError, as_matrix, row_blocks
 
@@ -57,6 +58,8 @@ class Support:
     residuals: (r,) Ritz residual norms, rounding included; nan where no such problem was solved
     gap: (sigma_r - sigma_{r+1}) / sigma_r; nan where there is no sigma_{r+1}
     passes: passes over the data
+    columns: columns multiplied with the data, summed over the passes: 2 m n operations each (4 m n for skewgrad, which reads W0
+        and G); 0 where no product was made, or with a dense decomposition
     """
 
     basis: np.ndarray
@@ -71,6 +74,18 @@ class Support:
     side: str
     seed: int
     order: str = "natural"
+    columns: int = 0
+
+    @property
+    def identifiable(self) -> bool:
+        """Whether the last direction is told from the next: gap sigma_r > residual_r, or rank = min(m, n).
+
+        False where the gap is 0 or no larger than what the residual (rounding included) can resolve, and for the odd last column
+        of skewgrad: another seed may then choose other last directions that capture as much. Where the residual is nan the gap
+        alone decides, and a nan gap leaves nothing to confuse.
+        """
+        last = self.values[-1]
+        return math.isnan(self.gap) or not (self.gap == 0 or self.gap * last <= self.residuals[-1])
 
     @property
     def rank(self) -> int:
@@ -161,16 +176,12 @@ def _check_options(method: Any, side: Any, tol: Any, seed: Any, threads: Any, pr
         raise ValueError(f"side must be 'input' or 'output', not {side!r}")
     if tol is not None and not (isinstance(tol, numbers.Real) and 0 < float(tol) < 1):
         raise ValueError(f"tol must be a number between 0 and 1, or None, not {tol!r}")
-    if not _is_int(seed) or not 0 <= seed < 2**64:
+    if not is_int(seed) or not 0 <= seed < 2**64:
         raise ValueError(f"seed must be an integer from 0 to 2**64 - 1, not {seed!r}")
-    if threads is not None and (not _is_int(threads) or threads < 1):
+    if threads is not None and (not is_int(threads) or threads < 1):
         raise ValueError(f"threads must be an integer from 1 to 1024, or None, not {threads!r}")
     if progress is not None and not callable(progress):
         raise TypeError(f"progress must be callable, not {type(progress).__name__}")
-
-
-def _is_int(value: Any) -> bool:
-    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
 
 
 def _layers(grads: Any, weights: Any, method: str) -> tuple[bool, dict[str, tuple[Any, Any]]]:
@@ -192,7 +203,7 @@ def _layers(grads: Any, weights: Any, method: str) -> tuple[bool, dict[str, tupl
         if none is not None:
             raise TypeError(f"{argument}[{none!r}] must be a matrix, not None")
     if len(given) == 2:
-        _check_names("weights", weights, "grads", grads)
+        check_names("weights", weights, "grads", grads)
     names = given[0][1]
     return False, {name: (grads and grads[name], weights and weights[name]) for name in names}
 
@@ -219,33 +230,18 @@ _NEEDS = {
 }
 
 
-def _check_names(argument: str, mapping: Mapping, reference: str, names: Mapping) -> None:
-    missing, extra = [name for name in names if name not in mapping], [name for name in mapping if name not in names]
-    if missing or extra:
-        parts = [
-            f"{what} {', '.join(map(repr, some))}"
-            for what, some in (("lacks", missing), ("has the unknown", extra))
-            if some
-        ]
-        raise ValueError(f"{argument} must have the names of {reference}; it {' and '.join(parts)}")
-
-
 def _ranks(rank: Any, single: bool, layers: Mapping) -> dict[str, int]:
     if isinstance(rank, Mapping):
         if single:
             raise TypeError("rank may be a mapping only where grads or weights are one")
-        _check_names("rank", rank, "the matrices", layers)
+        check_names("rank", rank, "the matrices", layers)
     ranks = dict(rank) if isinstance(rank, Mapping) else dict.fromkeys(layers, rank)
     for name, each in ranks.items():
-        if not _is_int(each):
-            raise TypeError(f"rank{_of(name)} must be an integer, not {type(each).__name__}")
+        if not is_int(each):
+            raise TypeError(f"rank{of(name)} must be an integer, not {type(each).__name__}")
         if each < 1:
-            raise ValueError(f"rank{_of(name)} must be at least 1, not {each}")
+            raise ValueError(f"rank{of(name)} must be at least 1, not {each}")
     return {name: int(ranks[name]) for name in layers}
-
-
-def _of(name: str) -> str:
-    return f" of {name!r}" if name else ""
 
 
 def _matrices(name: str, grad: Any, weight: Any) -> tuple[Any, Any]:
@@ -265,11 +261,11 @@ def _common_shape(name: str, grad: Any, weight: Any) -> tuple[int, int]:
     shapes = {_shape(matrix) for matrix in (grad, weight) if matrix is not None}
     if len(shapes) > 1:
         raise ValueError(
-            f"grads{_of(name)} is {_shape(grad)} and weights{_of(name)} is {_shape(weight)}: the shapes must be equal"
+            f"grads{of(name)} is {_shape(grad)} and weights{of(name)} is {_shape(weight)}: the shapes must be equal"
         )
     (shape,) = shapes
     if 0 in shape:
-        raise ValueError(f"the matrix{_of(name)} is empty: its shape is {shape}")
+        raise ValueError(f"the matrix{of(name)} is empty: its shape is {shape}")
     return shape
 
 
@@ -277,7 +273,7 @@ def _check_ranks(ranks: Mapping[str, int], shapes: Mapping[str, tuple[int, int]]
     for name, rank in ranks.items():
         m, n = shapes[name]
         if rank > min(m, n):
-            raise ValueError(f"rank{_of(name)} is {rank}, but a {m} x {n} matrix allows at most {min(m, n)}")
+            raise ValueError(f"rank{of(name)} is {rank}, but a {m} x {n} matrix allows at most {min(m, n)}")
 
 
 def _select_blind(jobs: list, method: str, side: str, seed: int, progress: Callable | None) -> list[Support]:
@@ -330,7 +326,7 @@ def _scale(name: str, argument: str, matrix: Any) -> float:
     largest = 0.0
     for _, rows in row_blocks(matrix):
         if not np.isfinite(rows).all():
-            raise NonFiniteError(f"{argument}{_of(name)} has a NaN or an infinite entry")
+            raise NonFiniteError(f"{argument}{of(name)} has a NaN or an infinite entry")
         largest = max(largest, float(np.abs(rows).max()))
     return math.ldexp(1.0, math.frexp(largest)[1] - 1) if largest else 0.0
 
@@ -384,12 +380,12 @@ def save_supports(path: str | os.PathLike, supports: Support | Mapping[str, Supp
     facts: dict[str, dict[str, Any]] = {}
     for name, support in sorted(named.items()):
         if not isinstance(support, Support):
-            raise TypeError(f"supports{_of(name)} must be a Support, not {type(support).__name__}")
+            raise TypeError(f"supports{of(name)} must be a Support, not {type(support).__name__}")
         arrays = {key: np.ascontiguousarray(getattr(support, key), dtype=kind) for key, kind in _ARRAYS.items()}
         scalars = {
             each.name: _plain(getattr(support, each.name)) for each in fields(Support) if each.name not in _ARRAYS
         }
-        _validate(f"supports{_of(name)}", arrays, scalars)
+        _validate(f"supports{of(name)}", arrays, scalars)
         tensors |= {f"{name}.{key}": array for key, array in arrays.items()}
         facts[name] = scalars
     header = json.dumps({"version": FORMAT_VERSION, "supports": facts}, sort_keys=True)
@@ -421,7 +417,7 @@ def load_supports(path: str | os.PathLike) -> Support | dict[str, Support]:
     supports = {}
     for name, scalars in facts.items():
         arrays: dict[str, Any] = {key: np.array(tensors[f"{name}.{key}"]) for key in _ARRAYS}
-        _validate(f"{path}: the support{_of(name)}", arrays, scalars)
+        _validate(f"{path}: the support{of(name)}", arrays, scalars)
         known: dict[str, Any] = {key: math.nan if value is None else value for key, value in scalars.items()}
         supports[name] = Support(**arrays, **known)
     return supports[""] if set(supports) == {""} else supports
@@ -455,6 +451,7 @@ _ALLOWED: dict[str, Callable[[Any], bool]] = {
     "side": lambda value: value in SIDES,
     "seed": lambda value: type(value) is int and 0 <= value < 2**64,
     "order": lambda value: value in ORDERS,
+    "columns": lambda value: type(value) is int and value >= 0,
 }
 
 

@@ -127,7 +127,7 @@ impl Case {
         assert!(found.residuals.iter().all(|x| *x >= 0.0), "residuals {:?}", found.residuals);
         assert!(found.energy_stderr >= 0.0 && found.energy_stderr.is_finite());
         assert!(found.gap.is_nan() || (0.0..=1.0).contains(&found.gap), "gap {}", found.gap);
-        assert!(found.passes > 0);
+        assert!(found.work.passes > 0);
     }
 
     /// How much of the optimum may be missing where the space is small.

@@ -57,7 +57,7 @@ impl Case {
         let triplets = &found.triplets;
         check_orthonormal("the right basis", &triplets.right, a.cols, self.rank);
         check_values(&triplets.values, self.rank, a.exponent < 1000);
-        assert!(triplets.residuals.len() == self.rank && triplets.passes > 0);
+        assert!(triplets.residuals.len() == self.rank && triplets.work.passes > 0);
         assert!(found.gap.is_nan() || (0.0..=1.0).contains(&found.gap), "gap {}", found.gap);
         let right = Unit::from(&triplets.right);
         let image = a.times(&right);

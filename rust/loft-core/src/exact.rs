@@ -8,7 +8,7 @@ use faer::Mat;
 
 use crate::control::{Control, abandonable};
 use crate::error::Result;
-use crate::krylov::{Truncated, fix_signs};
+use crate::krylov::{Truncated, Work, fix_signs};
 use crate::orth::orthonormalize;
 use crate::panel::{Panel, cross, times};
 use crate::par::Par;
@@ -42,9 +42,10 @@ pub fn exact_svd<T: Real>(
         left: want_left.then(|| left.cast()),
         right: right.cast(),
         next: values.get(rank).copied(),
+        // The vectors are handed out rounded.
+        residuals: miss.norms().into_iter().map(|miss| miss.hypot(T::EPS * values[0])).collect(),
         values: values[..rank].to_vec(),
-        residuals: miss.norms(),
-        passes: 1,
+        work: Work::DENSE,
     })
 }
 

@@ -4,7 +4,10 @@
 //! Stacked: `[A; B] X`. Operators work at unit scale: an input is applied as `2^-e A` with `e` from its
 //! scan, so that products of 1e-30 or 1e30 entries neither under- nor overflow.
 //!
-//! `A^T A X` and matrix-free `S X` go through `sandwich`, which reads a row-major matrix once for both of its products.
+//! `A^T A X` and matrix-free `S X` go through `sandwich`, which reads a row-major matrix once for both of its products. A strip of
+//! columns, which `A A^T X` would need, lies in short pieces: to read it once took longer than two products (measured).
+
+use std::ops::Range;
 
 use faer::linalg::matmul::matmul;
 use faer::{Accum, MatMut, MatRef};
@@ -63,6 +66,18 @@ impl<'a> Dense<'a> {
     /// What is left of the scale after that.
     fn factor(&self) -> f64 {
         pow2(self.copied_at() - self.exponent)
+    }
+
+    /// Some rows but for `factor`, where they lie or copied.
+    fn rows<'b, T: Real>(&self, rows: Range<usize>, room: &'b mut Vec<T>, par: Par) -> MatRef<'b, T>
+    where
+        'a: 'b,
+    {
+        if let Some(whole) = self.view.direct::<T>().filter(|_| self.copied_at() == 0) {
+            return whole.subrows(rows.start, rows.len());
+        }
+        *room = self.view.part(rows.clone()).copied(self.copied_at(), par);
+        MatRef::from_row_major_slice(room, rows.len(), self.view.cols())
     }
 
     fn product<T: Real>(&self, view: View<'_>, x: &Panel<T>, par: Par) -> Panel<T> {
@@ -236,6 +251,10 @@ impl<T: Real> Operator<T> for SkewProduct<'_> {
 /// Operations that a stop may have to wait for.
 const BETWEEN_CHECKS: f64 = 2e10;
 
+/// Rows of W and G that are multiplied at a time: with fewer the product, which is read and written for each, would wait for
+/// the memory.
+const DEEP: usize = 1024;
+
 /// A skew matrix that was formed: 2 n^2 operations a column.
 #[derive(Debug, Clone)]
 pub struct SkewDense<T> {
@@ -243,19 +262,28 @@ pub struct SkewDense<T> {
 }
 
 impl<T: Real> SkewDense<T> {
-    /// Forms `(W^T G - G^T W) / 2` from row-major `W` and `G`: 2 m n^2 operations.
+    /// Forms `(W^T G - G^T W) / 2`, a block of rows at a time: 2 m n^2 operations.
     ///
     /// # Errors
     /// What `control` returns.
-    pub fn form(weight: &Panel<T>, grad: &Panel<T>, control: &dyn Control, par: Par) -> Result<Self> {
-        let mut product = Panel::zeros(weight.cols, grad.cols);
-        let operations = 2.0 * (weight.rows * grad.cols * BLOCK) as f64;
-        let rows = BLOCK * ((BETWEEN_CHECKS / operations) as usize).clamp(2, weight.cols.max(2));
-        for start in (0..weight.cols).step_by(rows) {
-            control.check()?;
-            let some = weight.mat().transpose().subrows(start, rows.min(weight.cols - start));
-            let part = times(some, grad.mat(), par);
-            product.data[start * grad.cols..][..part.data.len()].copy_from_slice(&part.data);
+    pub fn form(weight: Dense<'_>, grad: Dense<'_>, control: &dyn Control, par: Par) -> Result<Self> {
+        let (m, n) = (weight.view.rows(), weight.view.cols());
+        let mut product = Panel::zeros(n, n);
+        let factor = T::of(weight.factor() * grad.factor());
+        let part = BLOCK * ((BETWEEN_CHECKS / (2.0 * (DEEP * n * BLOCK) as f64)) as usize).max(2);
+        for start in (0..m).step_by(DEEP) {
+            let some = start..(start + DEEP).min(m);
+            let [mut left, mut right] = [Vec::<T>::new(), Vec::new()];
+            let (w, g) = (weight.rows(some.clone(), &mut left, par), grad.rows(some, &mut right, par));
+            for (p, rows) in product.data.chunks_mut(part * n).enumerate() {
+                control.check()?;
+                par.chunks(rows, BLOCK * n, |block, chunk| {
+                    let rows = chunk.len() / n;
+                    let w = w.transpose().subrows(p * part + block * BLOCK, rows);
+                    let chunk = MatMut::from_row_major_slice_mut(chunk, rows, n);
+                    matmul(chunk, Accum::Add, w, g, factor, faer::Par::Seq);
+                });
+            }
         }
         let mut matrix = Panel::zeros(product.rows, product.cols);
         let half = T::of(0.5);

@@ -8,12 +8,12 @@
 //! the other with their products spread over the threads; by operations, and with the same bits either way.
 //! `energy` is `sum_{i<=r} sigma_i^2 / ||A||_F^2`, for skewgrad `||P^T S P||_F^2 / ||S||_F^2`.
 
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Mutex, PoisonError};
 use std::time::Instant;
 
 use crate::control::Control;
 use crate::error::{Error, Result, invalid};
-use crate::krylov::{Params, Truncated};
+use crate::krylov::{Params, Truncated, Work};
 use crate::panel::Panel;
 use crate::par::Par;
 use crate::scalar::Real;
@@ -82,8 +82,8 @@ pub struct Selection {
     pub residuals: Vec<f64>,
     /// `(sigma_r - sigma_{r+1}) / sigma_r`; 0 where sigma_r is rounding, NaN where there is no next.
     pub gap: f64,
-    /// Passes over the data.
-    pub passes: usize,
+    /// Passes over the data, and columns multiplied in them.
+    pub work: Work,
     /// Wall-clock time of this layer.
     pub seconds: f64,
 }
@@ -106,13 +106,16 @@ pub fn select(jobs: &[Job<'_>], options: Options, control: &dyn Control, par: Pa
     check_tol(options.tol)?;
     jobs.iter().try_for_each(|job| check_shapes(job, options.method))?;
     let checked = check_entries(jobs, options, par)?;
-    let done = AtomicUsize::new(0);
+    // Counted and told in one step, so that the counts arrive in order.
+    let done = Mutex::new(0);
     let run = |i: usize, par: Par| {
         control.check()?;
         let start = Instant::now();
         let mut selection = solve(&jobs[i], &checked[i], options, control, par)?;
         selection.seconds = start.elapsed().as_secs_f64();
-        control.layer_done(&jobs[i].name, done.fetch_add(1, Ordering::SeqCst) + 1, jobs.len())?;
+        let mut done = done.lock().unwrap_or_else(PoisonError::into_inner);
+        *done += 1;
+        control.layer_done(&jobs[i].name, *done, jobs.len())?;
         Ok(selection)
     };
     let (small, large): (Vec<usize>, Vec<usize>) =
@@ -184,7 +187,7 @@ fn solve(job: &Job<'_>, checked: &Checked<'_>, options: Options, control: &dyn C
         (Some(weight), Some(grad)) => {
             let exponent = weight.1.exponent + grad.1.exponent;
             let product = (weight.1.square * grad.1.square).sqrt();
-            let (w, g) = ((weight.0, weight.1.exponent), (grad.0, grad.1.exponent));
+            let (w, g) = ((weight.0, weight.1.exponent), *grad);
             if double {
                 planes(skew_subspace::<f64>(w, g, job.rank, params, control, par)?, exponent, product, &job.name)
             } else {
@@ -215,7 +218,7 @@ fn vectors<T: Real>(found: Truncated<T>, scan: Scan) -> Selection {
         energy_stderr: 0.0,
         residuals,
         gap,
-        passes: found.passes,
+        work: found.work,
         seconds: 0.0,
     }
 }
@@ -240,7 +243,7 @@ fn planes<T: Real>(found: SkewSubspace<T>, exponent: i32, product: f64, name: &s
         energy_stderr: energy * error / square,
         residuals,
         gap,
-        passes: found.passes,
+        work: found.work,
         seconds: 0.0,
     })
 }
@@ -334,6 +337,25 @@ mod tests {
                 assert!(pool.install(|| run(method, Par::Rayon)) == alone, "{method} with {threads} threads");
             }
         }
+    }
+
+    #[test]
+    fn progress_arrives_in_order() {
+        /// Slow to write down the first count, so that a second one could overtake it.
+        struct Slow(Mutex<Vec<usize>>);
+        impl Control for Slow {
+            fn layer_done(&self, _: &str, done: usize, _: usize) -> Result<()> {
+                std::thread::sleep(std::time::Duration::from_millis(if done % 2 == 1 { 20 } else { 0 }));
+                self.0.lock().unwrap().push(done);
+                Ok(())
+            }
+        }
+        let a = gaussian_panel::<f32>(6, 5, 1);
+        let jobs: Vec<_> = (0..8).map(|i| job(&i.to_string(), Some(view(&a)), None, 2)).collect();
+        let seen = Slow(Mutex::default());
+        let pool = rayon::ThreadPoolBuilder::new().num_threads(4).build().unwrap();
+        pool.install(|| select(&jobs, options(Method::GradSvd, Side::Input), &seen, Par::Rayon)).unwrap();
+        assert_eq!(*seen.0.lock().unwrap(), (1..=8).collect::<Vec<_>>());
     }
 
     #[test]

@@ -19,7 +19,7 @@ use faer::Mat;
 
 use crate::control::{Control, abandonable};
 use crate::error::{Result, invalid};
-use crate::krylov::{Depth, Params, Space, Verdict, missing};
+use crate::krylov::{Depth, Params, Space, Verdict, Work, missing};
 use crate::op::{Dense, Operator, SkewDense, SkewProduct};
 use crate::orth::{orthonormalize_with_r, polish};
 use crate::panel::{Basis, Panel, cross, times};
@@ -28,7 +28,7 @@ use crate::planes::{Planes, fix_rotations, split};
 use crate::rng::{Stream, gaussians};
 use crate::scalar::{Real, pow2};
 use crate::select::Side;
-use crate::view::{Dtype, View};
+use crate::view::{Dtype, Scan, View};
 
 const PROBES: usize = 16;
 
@@ -45,8 +45,8 @@ pub struct SkewSubspace<T> {
     pub residuals: Vec<f64>,
     /// `||S||_F^2` and the standard error of that, zero if exact.
     pub square: (f64, f64),
-    /// Passes over the data.
-    pub passes: usize,
+    /// What that took; a pass reads W or G or both.
+    pub work: Work,
 }
 
 /// A matrix and the exponent of its largest entry.
@@ -58,53 +58,59 @@ pub type Scaled<'a> = (View<'a>, i32);
 /// What `control` returns, and non-convergence of a small SVD.
 pub fn skew_subspace<T: Real>(
     weight: Scaled<'_>,
-    grad: Scaled<'_>,
+    grad: (View<'_>, Scan),
     rank: usize,
     params: Params,
     control: &dyn Control,
     par: Par,
 ) -> Result<SkewSubspace<T>> {
     control.check()?;
-    if let Some([weight, grad]) = fewer_rows::<T>(weight, grad, rank, params.seed, par) {
+    let (fewer, spent) = fewer_rows::<T>(weight, grad, rank, params.seed, par);
+    let found = if let Some([weight, grad]) = fewer {
         let [weight, grad] = [&weight, &grad].map(|a| (View::row_major(&a.data, a.rows, a.cols).transpose(), 0));
-        let found = subspace::<T>(weight, grad, rank, params, control, par)?;
-        return Ok(SkewSubspace { passes: found.passes + 2, ..found });
-    }
-    subspace(weight, grad, rank, params, control, par)
+        subspace::<T>(weight, grad, rank, params, control, par)?
+    } else {
+        subspace(weight, (grad.0, grad.1.exponent), rank, params, control, par)?
+    };
+    Ok(SkewSubspace { work: spent + found.work, ..found })
 }
 
 /// Below this size the solvers themselves take no longer than the search for a low rank.
 const SEARCHED: usize = 512;
 
-/// `W^T Q` and `G^T Q` where `G = Q Q^T G` to rounding with a `Q` of few columns.
+/// `W^T Q` and `G^T Q` where `G = Q Q^T G` to rounding with a `Q` of few columns, and what the search took.
 fn fewer_rows<T: Real>(
     weight: Scaled<'_>,
-    grad: Scaled<'_>,
+    grad: (View<'_>, Scan),
     rank: usize,
     seed: u64,
     par: Par,
-) -> Option<[Panel<T>; 2]> {
+) -> (Option<[Panel<T>; 2]>, Work) {
     let (m, n) = (grad.0.rows(), grad.0.cols());
     // Planes come in pairs, so a gradient of half the rank already fills the support.
     let samples = (rank / 2).next_multiple_of(8) + 8;
     if m.min(n) < SEARCHED.max(4 * samples) || matches!(grad.0.dtype(), Dtype::Bf16 | Dtype::F16) {
-        return None;
+        return (None, Work::default());
     }
-    let [w, g] = [weight, grad].map(|(view, exponent)| Dense::new(view, exponent));
+    let (w, g) = (Dense::new(weight.0, weight.1), Dense::new(grad.0, grad.1.exponent));
     let sample = g.apply(&gaussians::<T>(seed, Stream::Sample, n, samples, 0, par), par);
+    let work = Work::of(1, samples);
     let (q, r) = orthonormalize_with_r(sample, par);
     let floor = 64.0 * T::EPS * r[(0, 0)].abs();
     let found = (0..samples).take_while(|j| r[(*j, *j)] > floor).count();
     if found == 0 || found + 4 > samples {
-        return None;
+        return (None, work);
     }
     // Enough rows for the rank; those past the rank of G are zero in Q^T G and change nothing.
     let q = Panel::from_mat(q.mat().subcols(0, found.max(rank.div_ceil(2))));
     let inside: Panel<T> = g.adjoint(&q, par);
-    let square = |a: &Panel<T>| a.norms().iter().map(|x| x * x).sum::<f64>();
+    let work = work + Work::of(1, q.cols);
+    let square: f64 = inside.norms().iter().map(|x| x * x).sum();
     // What the samples may have missed must be rounding of the whole.
-    let scan = grad.0.scan("grads", par).ok()?;
-    (square(&inside) >= (1.0 - 8.0 * T::EPS) * scan.square).then(|| [w.adjoint(&q, par), inside])
+    if square < (1.0 - 8.0 * T::EPS) * grad.1.square {
+        return (None, work);
+    }
+    (Some([w.adjoint(&q, par), inside]), work + Work::of(1, q.cols))
 }
 
 fn subspace<T: Real>(
@@ -121,23 +127,26 @@ fn subspace<T: Real>(
     if 2 * m <= n && 2 * m <= k {
         return row_space(weight, grad, rank, control, par);
     }
-    let formed = || {
-        let [w, g] = [weight, grad].map(|(view, e)| Panel::from_rows(m, n, view.copied::<T>(e, par)));
-        SkewDense::form(&w, &g, control, par)
-    };
+    let (w, g) = (Dense::new(weight.0, weight.1), Dense::new(grad.0, grad.1));
+    let formed = || SkewDense::form(w, g, control, par);
     let Some(depth) = depth else { return dense(&formed()?, rank, control, par) };
     if m * n + n * k < 4 * m * k {
         let op = formed()?;
         control.check()?;
-        let found = lanczos(&op, rank, depth, params, Some(op.square()), control, par)?;
-        return found.map_or_else(|| dense(&op, rank, control, par), |found| Ok(SkewSubspace { passes: 1, ..found }));
+        // A formed S is all that reads the data.
+        return match lanczos(&op, rank, depth, params, Some(op.square()), control, par)? {
+            Ok(found) => Ok(SkewSubspace { work: Work::DENSE, ..found }),
+            Err(_) => dense(&op, rank, control, par),
+        };
     }
-    let op = SkewProduct::new(Dense::new(weight.0, weight.1), Dense::new(grad.0, grad.1));
-    let found = lanczos::<T>(&op, rank, depth, params, None, control, par)?;
-    found.map_or_else(
-        || dense(&formed()?, rank, control, par),
-        |found| Ok(SkewSubspace { passes: 2 * found.passes, ..found }),
-    )
+    let twice = |work: Work| work + work;
+    match lanczos::<T>(&SkewProduct::new(w, g), rank, depth, params, None, control, par)? {
+        Ok(found) => Ok(SkewSubspace { work: twice(found.work), ..found }),
+        Err(spent) => {
+            let found = dense(&formed()?, rank, control, par)?;
+            Ok(SkewSubspace { work: twice(spent) + found.work, ..found })
+        }
+    }
 }
 
 /// Dense `Skew(W^T G)` (input side) or `Skew(G W^T)` (output side), at the scale of the inputs.
@@ -168,12 +177,12 @@ pub fn skew_project<T: Real>(
         // Skew(G W^T) = (G W^T - W G^T) / 2: with the transposes in the roles of the input side, up to their order.
         Side::Output => (weight.transpose(), grad.transpose()),
     };
-    let unit = |view: View<'_>, e| Panel::from_rows(view.rows(), view.cols(), view.copied::<T>(e, par));
+    let (weight, grad) = (Dense::new(weight, exponents[0]), Dense::new(grad, exponents[1]));
     let (first, second) = match side {
-        Side::Input => (unit(weight, exponents[0]), unit(grad, exponents[1])),
-        Side::Output => (unit(grad, exponents[1]), unit(weight, exponents[0])),
+        Side::Input => (weight, grad),
+        Side::Output => (grad, weight),
     };
-    let mut matrix = SkewDense::form(&first, &second, control, par)?.matrix;
+    let mut matrix = SkewDense::<T>::form(first, second, control, par)?.matrix;
     // In two factors and in f64: the scale may lie outside the range of T where the entries do not.
     let exponent = exponents[0] + exponents[1];
     let (half, rest) = (pow2(exponent / 2), pow2(exponent - exponent / 2));
@@ -186,7 +195,7 @@ fn dense<T: Real>(op: &SkewDense<T>, rank: usize, control: &dyn Control, par: Pa
     let k = Mat::from_fn(small.nrows(), small.ncols(), |i, j| small[(i, j)].f64());
     let ritz = abandonable(control, move || Ritz::whole(k, rank))??;
     let basis = Panel::from_mat(ritz.planes.vectors.as_ref());
-    Ok(assemble(basis, &ritz, (op.square(), 0.0), 1, par))
+    Ok(assemble(basis, &ritz, (op.square(), 0.0), Work::DENSE, par))
 }
 
 fn row_space<T: Real>(
@@ -205,10 +214,10 @@ fn row_space<T: Real>(
     let k = Mat::from_fn(2 * m, 2 * m, |i, j| (product[(i, j)] - product[(j, i)]) / 2.0);
     let ritz = abandonable(control, move || Ritz::whole(k, rank))??;
     let basis = times(q.mat(), ritz.planes.vectors.as_ref(), par).cast();
-    Ok(assemble(basis, &ritz, (ritz.k.squared_norm_l2(), 0.0), 1, par))
+    Ok(assemble(basis, &ritz, (ritz.k.squared_norm_l2(), 0.0), Work::DENSE, par))
 }
 
-/// `None` if the Krylov space would come near the whole space.
+/// What was spent, if the Krylov space came near the whole space.
 fn lanczos<T: Real>(
     op: &impl Operator<T>,
     rank: usize,
@@ -217,7 +226,7 @@ fn lanczos<T: Real>(
     square: Option<f64>,
     control: &dyn Control,
     par: Par,
-) -> Result<Option<SkewSubspace<T>>> {
+) -> Result<std::result::Result<SkewSubspace<T>, Work>> {
     let n = op.cols();
     let mut space = Space::start(n, depth, params.seed, None, par);
     for step in 1.. {
@@ -239,12 +248,12 @@ fn lanczos<T: Real>(
         match depth.verdict(step, n, missing, ritz.energy(), params.tol) {
             Verdict::Done => {
                 control.check()?;
-                let estimate = || (estimate_square(op, &space.basis, &ritz, params.seed, par), 1);
-                let (square, extra) = square.map_or_else(estimate, |square| ((square, 0.0), 0));
+                let estimate = || (estimate_square(op, &space.basis, &ritz, params.seed, par), Work::of(1, PROBES));
+                let (square, extra) = square.map_or_else(estimate, |square| ((square, 0.0), Work::default()));
                 let lifted = space.lift(&ritz.planes.vectors, par);
-                return Ok(Some(assemble(lifted, &ritz, square, step + extra, par)));
+                return Ok(Ok(assemble(lifted, &ritz, square, Work::of(step, depth.block) + extra, par)));
             }
-            Verdict::Dense => return Ok(None),
+            Verdict::Dense => return Ok(Err(Work::of(step, depth.block))),
             Verdict::Deeper => {}
         }
     }
@@ -322,18 +331,20 @@ fn estimate_square<T: Real>(op: &impl Operator<T>, basis: &Basis<T>, ritz: &Ritz
     (known + mean, (spread / PROBES as f64).sqrt())
 }
 
-fn assemble<T: Real>(mut basis: Panel<T>, ritz: &Ritz, square: (f64, f64), passes: usize, par: Par) -> SkewSubspace<T> {
+fn assemble<T: Real>(mut basis: Panel<T>, ritz: &Ritz, square: (f64, f64), work: Work, par: Par) -> SkewSubspace<T> {
     let rank = basis.cols;
     fix_rotations(&mut basis);
     polish(&mut basis, par);
     let whole = rank / 2;
+    let largest = ritz.planes.strengths.first().copied().unwrap_or(0.0);
     SkewSubspace {
         basis,
         strengths: ritz.planes.strengths[..whole].to_vec(),
         next: ritz.planes.strengths.get(whole).copied(),
-        residuals: ritz.residuals.clone(),
+        // The basis is handed out rounded.
+        residuals: ritz.residuals.iter().map(|miss| miss.hypot(T::EPS * largest)).collect(),
         square,
-        passes,
+        work,
     }
 }
 
@@ -349,10 +360,11 @@ mod tests {
     fn solve<T: Real>(w: &Panel<T>, g: &Panel<T>, rank: usize, params: Params) -> SkewSubspace<T> {
         let [w, g] = [w, g].map(|a| {
             let view = View::row_major(&a.data, a.rows, a.cols);
-            assert_eq!(view.scan("a", Par::Seq).unwrap().exponent, 0, "the tests here are at unit scale");
-            (view, 0)
+            let scan = view.scan("a", Par::Seq).unwrap();
+            assert_eq!(scan.exponent, 0, "the tests here are at unit scale");
+            (view, scan)
         });
-        skew_subspace(w, g, rank, params, &Free, Par::Seq).unwrap()
+        skew_subspace((w.0, 0), g, rank, params, &Free, Par::Seq).unwrap()
     }
 
     fn unit(a: Panel<f64>) -> Panel<f64> {
@@ -376,7 +388,7 @@ mod tests {
                 next: f.next,
                 residuals: f.residuals,
                 square: f.square,
-                passes: f.passes,
+                work: f.work,
             }
         }];
         for found in found {
@@ -436,7 +448,7 @@ mod tests {
             let s = skew_of(&w, &g);
             let best: f64 = 2.0 * split(&s, rank).unwrap().strengths[..rank / 2].iter().map(|x| x * x).sum::<f64>();
             let (narrow, wide) = (solve(&w.cast::<f32>(), &g.cast::<f32>(), rank, PARAMS), solve(&w, &g, rank, PARAMS));
-            assert_eq!((narrow.passes, wide.passes), (3, 3), "seen as what it is");
+            assert_eq!((narrow.work.passes, wide.work.passes), (4, 4), "seen as what it is");
             for (basis, eps) in [(narrow.basis, 1e-5), (wide.basis.cast(), 1e-6)] {
                 assert!(orthogonality_error(&basis) <= 50.0 * f64::from(f32::EPSILON));
                 assert!(captured_skew(&s, &basis) > (1.0 - eps) * best);

@@ -105,6 +105,12 @@ impl<'a> View<'a> {
         Self { rows: self.cols, cols: self.rows, row_stride: self.col_stride, col_stride: self.row_stride, ..self }
     }
 
+    /// Some of the rows.
+    pub(crate) fn part(self, rows: Range<usize>) -> Self {
+        debug_assert!(rows.end <= self.rows);
+        Self { ptr: self.at(rows.start, 0), rows: rows.len(), ..self }
+    }
+
     /// The matrix itself, where the kernels can read it without a copy: the same type, aligned, one
     /// unit stride.
     pub(crate) fn direct<T: Real>(&self) -> Option<MatRef<'a, T>> {

@@ -55,7 +55,8 @@ fn selection_dict<'py>(py: Python<'py>, selection: Selection) -> PyResult<Bound<
     dict.set_item("energy_stderr", selection.energy_stderr)?;
     dict.set_item("residuals", PyArray1::from_vec(py, selection.residuals))?;
     dict.set_item("gap", selection.gap)?;
-    dict.set_item("passes", selection.passes)?;
+    dict.set_item("passes", selection.work.passes)?;
+    dict.set_item("columns", selection.work.columns)?;
     dict.set_item("seconds", selection.seconds)?;
     Ok(dict)
 }
@@ -125,7 +126,8 @@ fn svd<'py, T: Real + Element>(
     info.set_item("energy", found.energy)?;
     info.set_item("residuals", PyArray1::from_vec(py, triplets.residuals))?;
     info.set_item("gap", found.gap)?;
-    info.set_item("passes", triplets.passes)?;
+    info.set_item("passes", triplets.work.passes)?;
+    info.set_item("columns", triplets.work.columns)?;
     info.set_item("seconds", found.seconds)?;
     let Some(left) = triplets.left else {
         return Err(PyValueError::new_err("the left vectors were not computed"));

@@ -2,7 +2,7 @@
 
 Each device kernel is charged to the operation that launched it (torch.profiler), and each operation to a group:
 
-    base GEMM       a matrix product none of whose operands has a side of length r
+    base GEMM       a matrix product none of whose operands has a side of r, 2 r or 3 r (layers of one input share a product)
     adapter GEMM    one with such a side; the small batched products and solves of the transform as well
     attention, optimiser, adapter other (operations of LOFT's own that touch the rank, or its fused kernels), elementwise (the rest)
 
@@ -40,11 +40,13 @@ SHAPES = ((4096, 4096), (4096, 1024), (4096, 14336), (14336, 4096))  # (in, out)
 GROUPS = ("base GEMM", "adapter GEMM", "adapter other", "attention", "elementwise", "optimiser", "unattributed")
 
 
-def group_of(name: str, shapes: list[list[int]], rank: int | None) -> str:
+def group_of(name: str, shapes: list[list[int]], rank: int) -> str:
     """The group of one operation, from its name and its operands' shapes."""
     lowered = name.lower()
     matrices = [shape for shape in shapes if len(shape) >= 2]
-    ranked = rank is not None and any(rank in shape[-2:] for shape in matrices)
+    # Only r itself in what has a batch, and nothing with heads, whose halves are as wide as a rank may be.
+    sides = {side for shape in matrices if len(shape) == 2 for side in shape}
+    ranked = any(rank * count in sides for count in (1, 2, 3)) or any(rank in s[-2:] for s in matrices if len(s) == 3)
     if "adam" in lowered or "_foreach" in lowered or "optimizer" in lowered:
         return "optimiser"
     if "attention" in lowered or "flash" in lowered:
@@ -57,10 +59,9 @@ def group_of(name: str, shapes: list[list[int]], rank: int | None) -> str:
 
 def floor_us(name: str, shapes: list[list[int]], tflop_s: float, copy_gb_s: float) -> float | None:
     """The least time of a matrix product of two-byte numbers on this card, in microseconds; None for anything else."""
-    matrices = [shape for shape in shapes if len(shape) == 2]
-    if name not in ("aten::mm", "aten::addmm", "aten::addmm_") or len(matrices) < 2:
+    if name not in ("aten::mm", "aten::addmm", "aten::addmm_"):
         return None
-    (m, k), (_, n) = matrices[-2:]
+    (m, k), (_, n) = shapes[:2] if name == "aten::mm" else shapes[1:3]  # an `out` comes last
     moved = 2 * (m * k + k * n + m * n * (2 if name != "aten::mm" else 1))
     return max(2 * m * k * n / (1e6 * tflop_s), moved / (1e3 * copy_gb_s))
 
@@ -68,7 +69,7 @@ def floor_us(name: str, shapes: list[list[int]], tflop_s: float, copy_gb_s: floa
 class Breakdown:
     """Microseconds a step: by group, by kernel, and by operation and shape."""
 
-    def __init__(self, rank: int | None, steps: int, cuda: bool = True):
+    def __init__(self, rank: int, steps: int, cuda: bool = True):
         self.rank, self.steps, self.cuda = rank, steps, cuda
         self.groups: dict[str, float] = defaultdict(float)
         self.kernels: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])  # us, launches
@@ -102,7 +103,7 @@ class Breakdown:
         return sum(each for each, _ in self.kernels.values())
 
 
-def profiled(workload: Workload, method: Method, card: Card, steps: int) -> tuple[Breakdown, float]:
+def profiled(workload: Workload, method: Method, rank: int, card: Card, steps: int) -> tuple[Breakdown, float]:
     """(breakdown, milliseconds of an unprofiled step)."""
     step = Step(workload, method)
     for _ in range(4):
@@ -114,7 +115,7 @@ def profiled(workload: Workload, method: Method, card: Card, steps: int) -> tupl
             step.run()
         if card.cuda:
             torch.cuda.synchronize()
-    found = Breakdown(method.rank, steps, card.cuda)
+    found = Breakdown(rank, steps, card.cuda)
     found.add(profiler.events())
     return found, plain
 
@@ -195,7 +196,7 @@ def main() -> None:
     machine, limits = card.describe(), ceilings(card, tokens, arguments.rank, arguments.tiny)
     print(f"{machine['device']}, torch {machine['torch']}; copy {limits['copy_gb_s']:.0f} GB/s read and written")
     print("".join(f"  {shape}: {rate:.0f} TFLOP/s\n" for shape, rate in limits["gemm_tflop_s"].items()), end="")
-    base, base_ms = profiled(workload, BASE, card, arguments.steps)
+    base, base_ms = profiled(workload, BASE, arguments.rank, card, arguments.steps)
     result: dict[str, Any] = {
         "machine": machine,
         "ceilings": limits,
@@ -205,7 +206,7 @@ def main() -> None:
     }
     for method in lofts(arguments.rank):
         card.clear()
-        ours, ms = profiled(workload, method, card, arguments.steps)
+        ours, ms = profiled(workload, method, arguments.rank, card, arguments.steps)
         print(f"\nunprofiled step: {ms:.2f} ms, frozen base {base_ms:.2f} ms")
         result["methods"][method.name] = {"ms": ms, **show(method.name, ours, base, limits, arguments.count)}
         part = arguments.out.with_name(arguments.out.name + ".part")

@@ -218,3 +218,16 @@ def test_group_copies_empty():
 def test_unknown_transform_is_named():
     with pytest.raises(ValueError, match=r"transform must be one of \['cayley', 'exp', 'free'\], got 'caley'"):
         get_transform("caley")
+
+
+def test_a_value_replaced_before_its_gradient_is_attached_keeps_it():
+    group = DeltaGroup("cayley")
+    members = [Member(torch.nn.Parameter(theta_of_norm(8, 0.5, i))) for i in range(2)]
+    for member in members:
+        group.value(member, "a")
+    first = group.entry(members[0], "a")
+    members[1].theta["a"] = torch.nn.Parameter(theta_of_norm(8, 0.5, 7))  # as a loader replaces a parameter
+    group.value(members[1], "a")
+    group.value(members[0], "a")
+    group.attached(first).sum().backward()
+    assert members[0].theta["a"].grad is not None

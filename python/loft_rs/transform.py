@@ -319,7 +319,10 @@ class DeltaGroup:
             # Each checkpointed part runs its own backward; a node of its own runs in no other's.
             return _Deltas.apply(entry.solution, [entry.index], entry.parameter)[0]
         if entry.attached is None:
-            together = [e for e in self._entries() if e.solution is entry.solution and e.parameter.requires_grad]
+            # An entry may have been replaced since, by a solve that another layer of the same node needed: it is then alone.
+            together = [e for e in self._entries() if e.solution is entry.solution and e.parameter.requires_grad] or [
+                entry
+            ]
             values = _Deltas.apply(entry.solution, [e.index for e in together], *[e.parameter for e in together])
             for e, value in zip(together, values, strict=True):
                 e.attached = value

@@ -185,7 +185,8 @@ class _Solution:
         """dL/dtheta of the members `indices` from their dL/dE."""
         g, saved, folds = torch.stack(grads), self.saved, self.folds
         if len(indices) < len(saved):
-            saved, folds = saved[indices], None if folds is None else folds[indices]
+            # Not by a list of indices, which would wait for its own copy to the device.
+            saved, folds = (None if t is None else torch.stack([t[i] for i in indices]) for t in (saved, folds))
         with torch.autocast(g.device.type, enabled=False):
             if folds is not None:
                 g = folds @ g.to(folds.dtype) @ folds

@@ -336,13 +336,15 @@ class DeltaGroup:
         """(entries, adapter, theta, fold) of every member that one solve can serve with `like`, as they last were: whose parameter or
         C has been replaced is solved anew when it is asked for. Forgets deleted adapters."""
         found = []
-        # Of a sharded model only the parameters gathered at this moment are plain.
         kind = (type(like), like.shape, like.device, like.dtype)
         for layer, entries in list(self._members.items()):
             for adapter, e in list(entries.items()):
                 if not layer.has_adapter(adapter):
                     del entries[adapter]
-                elif (type(e.parameter), e.parameter.shape, e.parameter.device, e.parameter.dtype) == kind:
+                elif (type(e.parameter), e.parameter.shape, e.parameter.device, e.parameter.dtype) != kind:
+                    continue
+                # A sharded model frees the memory of what is not gathered at this moment.
+                elif e.parameter.data_ptr() or not e.parameter.numel():
                     found.append((entries, adapter, e.parameter, e.fold))
         return found
 

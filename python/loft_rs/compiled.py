@@ -65,6 +65,7 @@ def _solution(theta: Tensor, basis: Tensor, transform: str, current: bool):
 
 @torch.library.custom_op("loft_rs::delta", mutates_args=())
 def delta(theta: Tensor, basis: Tensor, transform: str) -> Tensor:
+    """E = C (T - I) C (r x r), float32 or wider, of the generator theta and P (n x r)."""
     solution, index = _solution(theta, basis, transform, True)
     return solution.deltas[index].clone()
 
@@ -117,6 +118,7 @@ def _inputs(weight: Tensor, bias: Tensor | None, basis: Tensor, side: str, dtype
 def add_low_rank(
     x: Tensor, e: Tensor, weight: Tensor, bias: Tensor | None, basis: Tensor, side: str
 ) -> tuple[Tensor, Tensor]:
+    """(Y, z) of `AddLowRank` for one layer, in x's dtype: Y (..., m), z (N x r)."""
     with no_autocast(x.device.type):
         (y,), z = lay_down(x, _inputs(weight, bias, basis, side, x.dtype), [e.to(x.dtype)], [False])
     return y, z

@@ -143,7 +143,6 @@ class AdaptedLinear(nn.Module):
         # Layers with one support and one transform in common: all of them, the one that holds both first.
         self.loft_tied: dict[str, list[AdaptedLinear]] = {}
         self._derived: dict[tuple, tuple[tuple, Any, tuple]] = {}
-        self._prepared: dict[tuple, tuple[tuple, AddInputs, tuple]] = {}
         self._original: Tensor | None = None
         self.tap = None  # set by `calibrate` for the length of a pass
         self.placement: str | None = None  # None: by shape
@@ -214,10 +213,12 @@ class AdaptedLinear(nn.Module):
         return self.tied(adapter)[0]
 
     def theta(self, adapter: str) -> nn.Parameter:
+        """The trained parameter of the transform, float32: r(r - 1)/2 entries, or (r, r) for `free`."""
         # Not through `__getattr__`, here and below, which at this rate costs as much as the products of a small model.
         return self.owner(adapter)._modules["loft_theta"]._parameters[adapter]
 
     def support(self, adapter: str) -> Tensor:
+        """P (n x r), all zero until it is set."""
         return self.owner(adapter)._modules["loft_support"]._buffers[adapter]
 
     def energy(self, adapter: str) -> float:
@@ -335,14 +336,12 @@ class AdaptedLinear(nn.Module):
             return None
         base = self._modules["base_layer"]
         basis, bias, frozen = self.support(adapter), base._parameters["bias"], base._parameters["weight"]
-        held = self._prepared.get((adapter, dtype))
-        key = (_key(basis), _key(frozen), id(bias))
-        if held is None or held[0] != key:
-            left, right = self.products(adapter, dtype)
-            if weight.dtype != dtype:  # as nn.Linear under autocast: a copy for this pass only
-                return AddInputs(weight.to(dtype), None if bias is None else bias.to(dtype), left, right)
-            held = self._prepared[adapter, dtype] = key, AddInputs(weight, bias, left, right), (basis, frozen, bias)
-        return held[1]
+        if weight.dtype != dtype:  # as nn.Linear under autocast: a copy for this pass only
+            bias = None if bias is None else bias.to(dtype)
+            return AddInputs(weight.to(dtype), bias, *self.products(adapter, dtype))
+        sources = (basis, frozen) if bias is None else (basis, frozen, bias)
+        slot = ("inputs", adapter, dtype)
+        return self._cached(slot, sources, lambda: AddInputs(weight, bias, *self.products(adapter, dtype)))
 
     def products(self, adapter: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """(left, right) of `AddLowRank`, kept until a tensor they come from changes."""
@@ -421,7 +420,6 @@ class AdaptedLinear(nn.Module):
     def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
         super()._load_from_state_dict(state_dict, prefix, *args)
         self._derived.clear()
-        self._prepared.clear()
 
     def refresh_ready(self) -> None:
         """Read from the supports themselves which adapters have one (an unset support is all zero). Needed where a loader fills the

@@ -91,8 +91,6 @@ class Linear(AdaptedLinear, LoftLayer):
         super().delete_adapter(adapter_name)
         for slot in [s for s in self._derived if s[1] == adapter_name]:
             del self._derived[slot]
-        for slot in [s for s in self._prepared if s[0] == adapter_name]:
-            del self._prepared[slot]
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         # The device only: trained parameters stay float32, and P keeps the dtype it was given.

@@ -13,7 +13,14 @@ def exact_transform(name: str, theta: torch.Tensor, r: int) -> torch.Tensor:
     eye = torch.eye(r, dtype=theta.dtype)
     if name == "free":
         return eye + theta
+    name, _, magnitudes = name.partition("+")
+    if magnitudes:
+        inner = exact_transform(name, theta[: -2 * r], r)
+        return torch.diag(1 + theta[-r:]) @ inner @ torch.diag(1 + theta[-2 * r : -r])
     a = skew(theta, r)
+    name, _, terms = name.partition(":")
+    if terms:
+        return (eye - a) @ sum(torch.linalg.matrix_power(-a, k) for k in range(int(terms) + 1))
     return torch.linalg.solve(eye + a, eye - a, left=False) if name == "cayley" else torch.linalg.matrix_exp(a)
 
 

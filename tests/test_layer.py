@@ -416,7 +416,9 @@ def test_other_bad_arguments_are_named():
     assert LoftLinear(torch.nn.Linear(20, 20), support).loft_side["default"] == "output"
     with pytest.raises(ValueError, match="side is 'input', but the support was chosen for the output side"):
         LoftLinear(torch.nn.Linear(20, 20), support, side="input")
-    with pytest.raises(ValueError, match="rank must be between 1 and min"):
+    with pytest.raises(
+        ValueError, match="rank 14 does not fit this layer of 20 by 12 features: the nearest that does is 12"
+    ):
         LoftLinear(torch.nn.Linear(20, 12), basis_of(20, 14))
 
 

@@ -2,6 +2,7 @@
 
 input side   W0 R - W0 = (W0 P E) P^T        A = P^T (r x n),  B = W0 P E (m x r)
 output side  R W0 - W0 = P E (P^T W0)        A = P^T W0,       B = P E
+HRA          P the trained vectors, in the same way. OFT and BOFT have full rank: `merge`, or the nearest LoRA of a given rank.
 """
 
 from __future__ import annotations
@@ -42,13 +43,18 @@ def export_lora(
     *,
     dtype: torch.dtype = torch.float32,
     drop_modules_to_save: bool = False,
-) -> None:
+    approximate_rank: int | None = None,
+) -> dict[str, float]:
     """Write a LOFT adapter as a PEFT LoRA adapter folder: exact, no SVD, loadable without loft_rs.
 
     One rank for all layers (smaller ones are padded with zeros, since servers ignore `rank_pattern`), `lora_alpha == r`, scale 1.
     path: the folder to write, whole or not at all; in an existing one the two files are replaced. dtype: of the stored factors.
+    approximate_rank: for an adapter of full rank (OFT, BOFT), the best LoRA of this rank, by a truncated SVD of its change of each weight;
+    a warning names the largest error.
+    Returns module name -> ||(W - W0) - B A||_F / ||W - W0||_F, 0.0 where the LoRA is exact.
     ValueError where the adapter has no support yet, where `path` holds a LOFT adapter, and where the adapter has `modules_to_save` or
-    `trainable_token_indices`, which a LoRA server cannot load, unless `drop_modules_to_save`.
+    `trainable_token_indices`, which a LoRA server cannot load, unless `drop_modules_to_save`; for a full-rank adapter without
+    `approximate_rank`.
     """
     from peft import LoraConfig
 
@@ -65,10 +71,29 @@ def export_lora(
                 f"the adapter also trains {kind}={trained if isinstance(trained, dict) else sorted(trained)}, which a LoRA server "
                 "cannot load; pass drop_modules_to_save=True to export without them"
             )
-    rank = max(layer.rank(adapter) for layer in layers.values())
-    tensors = {}
+    if approximate_rank is not None and (not isinstance(approximate_rank, int) or approximate_rank < 1):
+        raise ValueError(f"approximate_rank must be a positive integer or None, got {approximate_rank!r}")
+    full = [name for name, layer in layers.items() if layer.full_rank(adapter)]
+    if full and approximate_rank is None:
+        layers[full[0]].lora_factors(adapter)  # raises
+    if approximate_rank is not None and not full:
+        raise ValueError("approximate_rank is for OFT and BOFT adapters; this one has an exact LoRA form: leave it out")
+    factors, errors = {}, dict.fromkeys(layers, 0.0)
     for name, layer in layers.items():
-        a, b = layer.lora_factors(adapter)
+        if name in full:
+            *factors[name], errors[name] = _nearest_lora(layer, adapter, approximate_rank)
+        else:
+            factors[name] = layer.lora_factors(adapter)
+    if full:
+        worst = max(errors, key=errors.get)
+        warnings.warn(
+            f"the LoRA of rank {approximate_rank} is approximate: relative error up to {errors[worst]:.2g}, in {worst}; merging is exact",
+            stacklevel=2,
+        )
+    rank = max(a.shape[0] for a, _ in factors.values())
+    tensors = {}
+    for name in layers:
+        a, b = factors[name]
         a, b = nn.functional.pad(a, (0, 0, 0, rank - a.shape[0])), nn.functional.pad(b, (0, rank - b.shape[1]))
         for kind, value in (("lora_A", a), ("lora_B", b)):
             tensors[f"base_model.model.{name}.{kind}.weight"] = value.to("cpu", dtype).contiguous()
@@ -89,6 +114,19 @@ def export_lora(
         save_file(tensors, os.path.join(folder, "adapter_model.safetensors"), metadata={"format": "pt"})
         lora.target_modules = sorted(lora.target_modules)  # a set has no order, and the file should have one
         lora.save_pretrained(folder)
+    return errors
+
+
+@torch.no_grad()
+def _nearest_lora(layer: Linear, adapter: str, rank: int) -> tuple[Tensor, Tensor, float]:
+    """(A (k x n), B (m x k), relative error) of the best LoRA of rank k = min(rank, n, m), by the exact SVD."""
+    original = layer.original_weight("the LoRA form")
+    turned = layer.rotated_weight([adapter], original)
+    change = turned - original.to(turned.dtype)
+    u, s, vh = torch.linalg.svd(change, full_matrices=False)
+    squared = s.double().square()
+    error = float((squared[rank:].sum() / squared.sum().clamp_min(torch.finfo(torch.float64).tiny)).sqrt())
+    return vh[:rank], u[:, :rank] * s[:rank], error
 
 
 def check_target(path: str | os.PathLike) -> None:

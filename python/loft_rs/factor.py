@@ -1,14 +1,18 @@
-"""Factors: what one adapter does to a weight, R = I + P E P^T with E = C D C (arXiv 2605.11872).
+"""Factors: what one adapter does to a weight, W = W0 R (arXiv 2605.11872).
 
-`LowRank` is the one kind with a low-rank form: an orthonormal basis P and a small matrix D = T - I. A P that was ever rounded to
-half precision is not orthonormal to better than 1e-3; the Gram root C = (P^T P)^{-1/2} folded into E makes R orthogonal again to
-the rounding of E, with no second copy of P.
+`LowRank`, R = I + P E P^T with E = C D C, has an orthonormal basis P and a small matrix D = T - I. A P that was ever rounded to half
+precision is not orthonormal to better than 1e-3; the Gram root C = (P^T P)^{-1/2} folded into E makes R orthogonal again to the
+rounding of E, with no second copy of P. `householder` makes one whose basis is trained.
+`Blocks` is a product of rotations of disjoint blocks of coordinates, of full rank.
 
-The two `autograd.Function`s save z = X P (N x r) and never X:
+What the `autograd.Function`s do, and keep for the backward pass:
 
-    RotateActivations   Y = X R^T                      works before (input side) or after (output side) any base layer
-    AddLowRank          Y = X W^T + b + (X L) E^T Rt^T  the adapter's term first, the base product accumulated on it; for one layer or
-                                                        for several that read the same X
+    RotateActivations   Y = X R^T                       z = X P (N x r), and X only where P is trained
+    RotateBlocks        Y = X ... F_1^T F_0^T           X (N x n), once for all factors
+    AddLowRank          Y = X W^T + b + (X L) E^T Rt^T  z alone; the adapter's term first, the base product accumulated on it; for one
+                                                        layer or for several that read the same X
+
+The first two work before (input side) or after (output side) any base layer.
 """
 
 from __future__ import annotations
@@ -24,10 +28,13 @@ from .inspection import ORTHONORMAL
 __all__ = [
     "AddInputs",
     "AddLowRank",
+    "Blocks",
     "Joined",
     "LowRank",
     "RotateActivations",
+    "RotateBlocks",
     "gram_root",
+    "householder",
     "lay_down",
     "lay_down_gradients",
     "no_autocast",
@@ -61,7 +68,7 @@ class LowRank(NamedTuple):
         return self.basis.shape[1]
 
     def apply(self, x: Tensor) -> Tensor:
-        """X R^T for rows X (..., n): what the input of W = W0 R sees. Differentiable in X and E; saves z = X P only."""
+        """X R^T for rows X (..., n): what the input of W = W0 R sees. Differentiable in X, E and P."""
         return RotateActivations.apply(x, self.delta, self.basis)
 
     def adjoint(self, x: Tensor) -> Tensor:
@@ -77,6 +84,57 @@ class LowRank(NamedTuple):
         return float(torch.linalg.matrix_norm(k.mT @ k - torch.eye(self.rank, dtype=e.dtype, device=e.device), 2))
 
 
+def householder(u: Tensor, *, reflection: bool = False) -> LowRank:
+    """R = H_0 H_1 ... H_{r-1} with H_i = I - 2 u_i u_i^T / |u_i|^2 (HRA, arXiv 2405.17484), for U (n x r); differentiable.
+
+    With the columns of U scaled to norm 1, R = I - U S^{-1} U^T, S = I/2 + striu(U^T U). Columns that are equal in pairs give I. The basis
+    returned is (u_0 + u_1, u_0 - u_1, u_2 + u_3, ...) / sqrt 2: where pairs have moved a little, their difference survives half precision,
+    and the difference of two nearly equal z would not.
+    reflection: R = I - 2 Q Q^T instead, Q an orthonormal basis of U's columns, which must be independent (HRA's `apply_GS`).
+    """
+    r, kept = u.shape[1], u.dtype
+    # In float64: the triangular solve would lose float32's last digits, and with them the orthogonality.
+    u = u.to(torch.float32 if u.device.type == "mps" else torch.float64)
+    eye = torch.eye(r, dtype=u.dtype, device=u.device)
+    if reflection:
+        return LowRank(torch.linalg.qr(u)[0].to(kept), -2 * eye.to(kept))
+    unit = u / u.norm(dim=0)
+    e = torch.linalg.solve_triangular(eye / 2 + (unit.mT @ unit).triu(1), -eye, upper=True)
+    pairs = eye.clone()
+    half, first, second = 0.5**0.5, torch.arange(0, r - 1, 2), torch.arange(1, r, 2)
+    pairs[first, first], pairs[second, second] = half, -half
+    pairs[first, second] = pairs[second, first] = half
+    return LowRank((unit @ pairs).to(kept), (pairs @ e @ pairs).to(kept))
+
+
+class Blocks(NamedTuple):
+    """R = F_0 F_1 ..., each F_i a rotation I + D of every one of n/b disjoint blocks of b coordinates.
+
+    `delta`: D (m, n/b, b, b), or (m, 1, b, b) where the blocks of a factor share one. `permutations` (m, n), int64: the coordinates of the
+    first block of F_i, of its second, and so on; None: blocks of neighbours.
+    """
+
+    delta: Tensor
+    permutations: Tensor | None = None
+
+    def apply(self, x: Tensor) -> Tensor:
+        """X R^T for rows X (..., n). Differentiable in X and D."""
+        return RotateBlocks.apply(x, self.delta, self.permutations)
+
+    def adjoint(self, x: Tensor) -> Tensor:
+        """X R for rows X (..., n): the transpose of `apply`."""
+        permutations = None if self.permutations is None else self.permutations.flip(0)
+        return RotateBlocks.apply(x, self.delta.flip(0).mT, permutations)
+
+    def orthogonality_error(self) -> float:
+        """A bound of ||R^T R - I||_2 in float64: the sum over the factors of their largest ||T^T T - I||_2, exact for one factor."""
+        t = self.delta.detach().double() + torch.eye(
+            self.delta.shape[-1], dtype=torch.float64, device=self.delta.device
+        )
+        eye = torch.eye(t.shape[-1], dtype=t.dtype, device=t.device)
+        return float(torch.linalg.matrix_norm(t.mT @ t - eye, 2).amax(-1).sum())
+
+
 def no_autocast(device_type: str) -> AbstractContextManager:
     """Autocast switched off, at no cost where it is off already."""
     return torch.autocast(device_type, enabled=False) if torch.is_autocast_enabled(device_type) else nullcontext()
@@ -90,7 +148,7 @@ def _small_product(a: Tensor, b: Tensor) -> Tensor:
 
 
 class RotateActivations(torch.autograd.Function):
-    """Y = X + z E^T P^T with z = X P.  dE = (dY P)^T z;  dX = dY + (dY P) E P^T.
+    """Y = X + z E^T P^T with z = X P.  dE = (dY P)^T z;  dX = dY + (dY P) E P^T;  dP = X^T (dY P E) + dY^T (z E^T).
 
     All of it in X's own dtype, also under autocast: rounding X first would round a small rotation away, and the base layer would no
     longer be given what it is given without the adapter.
@@ -104,20 +162,111 @@ class RotateActivations(torch.autograd.Function):
             # The output is no view of anything, here and in `AddLowRank`, so that what follows may change it in place.
             y = x.clone(memory_format=torch.contiguous_format)
             y.view(-1, y.shape[-1]).addmm_(z @ e.mT, p.mT)
-        ctx.save_for_backward(z, e, basis)
+        ctx.save_for_backward(z, e, basis, rows if ctx.needs_input_grad[2] else None)
         ctx.delta_dtype = delta.dtype
         return y
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, g: Tensor):
-        z, e, basis = ctx.saved_tensors
+        z, e, basis, x = ctx.saved_tensors
         rows, p = g.reshape(-1, g.shape[-1]), basis.to(g.dtype)
         with no_autocast(g.device.type):
             gz = rows @ p
             d_delta = _small_product(gz, z).to(ctx.delta_dtype) if ctx.needs_input_grad[1] else None
-            dx = torch.addmm(rows, gz @ e, p.mT).view(g.shape) if ctx.needs_input_grad[0] else None
-        return dx, d_delta, None
+            u = gz @ e
+            dx = torch.addmm(rows, u, p.mT).view(g.shape) if ctx.needs_input_grad[0] else None
+            d_basis = None
+            if x is not None:
+                d_basis = (_small_product(x, u) + _small_product(rows, z @ e.mT)).to(basis.dtype)
+        return dx, d_delta, d_basis
+
+
+# A batched product of smaller blocks than this is launch and latency; neighbouring ones are put together to one of this size.
+_LEAST_BLOCK = 32
+
+
+def _grouped(d: Tensor, count: int) -> Tensor:
+    """Blocks d (count or 1, b, b) as (count / g, g b, g b), block-diagonal in groups of g."""
+    b = d.shape[-1]
+    together = next((g for g in range(_LEAST_BLOCK // b, 1, -1) if count % g == 0), 1)
+    d = d.expand(count, b, b)
+    if together == 1:
+        return d
+    wide = d.new_zeros(count // together, together, b, together, b)
+    wide.diagonal(dim1=1, dim2=3).copy_(d.reshape(count // together, together, b, b).permute(0, 2, 3, 1))
+    return wide.view(count // together, together * b, together * b)
+
+
+def _by_block(rows: Tensor, b: int) -> Tensor:
+    """(blocks, N, b), a view of rows (N, n)."""
+    return rows.unflatten(1, (-1, b)).transpose(0, 1)
+
+
+def _turn_blocks(rows: Tensor, d: Tensor, permutation: Tensor | None, back: Tensor | None) -> Tensor:
+    """rows (N, n) times blockdiag(I + d), on coordinates in the order of `permutation`; `back` is its inverse."""
+    rows = rows if permutation is None else rows.index_select(1, permutation)
+    out = rows.clone()
+    _by_block(out, d.shape[-1]).baddbmm_(_by_block(rows, d.shape[-1]), d)
+    return out if back is None else out.index_select(1, back)
+
+
+def _block_gradient(g: Tensor, x: Tensor, b: int, shared: bool) -> Tensor:
+    """dD (n/b, b, b), or their sum (1, b, b): g^T x block by block, kept in float32."""
+    count = g.shape[1] // b
+    together = next((k for k in range(_LEAST_BLOCK // b, 1, -1) if count % k == 0), 1)
+    left, right = _by_block(g, together * b).mT, _by_block(x, together * b)
+    half = {"out_dtype": torch.float32} if g.dtype in _HALF and g.is_cuda else {}
+    d = torch.bmm(left, right, **half)
+    if together > 1:
+        d = d.view(-1, together, b, together, b).diagonal(dim1=1, dim2=3).permute(0, 3, 1, 2).reshape(count, b, b)
+    return d.sum(0, keepdim=True) if shared else d
+
+
+class RotateBlocks(torch.autograd.Function):
+    """Y = X F_{m-1}^T ... F_0^T with F_i = blockdiag(I + D_i) on coordinates in the order of permutation i.
+
+    dX = dY F_0 ... F_{m-1};  dD_i = dY_i^T X_i block by block, X_i and dY_i the rows on either side of F_i. Only X is kept: what lies
+    between the factors is computed again, which is one pass over the rows each, where keeping it would cost X's size each.
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, delta: Tensor, permutations: Tensor | None) -> Tensor:
+        n, (m, given, b, _) = x.shape[-1], delta.shape
+        rows, cast = x.reshape(-1, n), delta.to(x.dtype)
+        orders = [None] * m if permutations is None else list(permutations)
+        ctx.backs = [None if order is None else order.argsort() for order in orders]
+        ctx.orders, ctx.blocks = orders, [_grouped(d, n // b) for d in cast]
+        ctx.shared, ctx.b, ctx.delta_dtype = given == 1 and n // b > 1, b, delta.dtype
+        with no_autocast(x.device.type):
+            y = rows
+            for i in reversed(range(m)):
+                y = _turn_blocks(y, ctx.blocks[i].mT, orders[i], ctx.backs[i])
+        ctx.save_for_backward(rows)
+        return y.view(x.shape)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, g: Tensor):
+        (rows,) = ctx.saved_tensors
+        m = len(ctx.blocks)
+        dx, d_delta = g.reshape(-1, g.shape[-1]), [None] * m
+        with no_autocast(g.device.type):
+            inputs = [rows]
+            for i in reversed(range(1, m)):
+                inputs.append(_turn_blocks(inputs[-1], ctx.blocks[i].mT, ctx.orders[i], ctx.backs[i]))
+            for i in range(m):
+                x, order = inputs.pop(), ctx.orders[i]
+                if ctx.needs_input_grad[1]:
+                    ordered = (dx, x) if order is None else (dx.index_select(1, order), x.index_select(1, order))
+                    d_delta[i] = _block_gradient(*ordered, ctx.b, ctx.shared)
+                if ctx.needs_input_grad[0] or i + 1 < m:
+                    dx = _turn_blocks(dx, ctx.blocks[i], order, ctx.backs[i])
+        return (
+            dx.view(g.shape) if ctx.needs_input_grad[0] else None,
+            torch.stack(d_delta).to(ctx.delta_dtype) if ctx.needs_input_grad[1] else None,
+            None,
+        )
 
 
 class AddInputs(NamedTuple):

@@ -5,6 +5,8 @@ D = T - I from the trained theta:
 
     R = I + P E P^T,   ||R^T R - I||_2 = ||K^T K - I||_2,   K = I + H E H,   H = (P^T P)^{1/2}       (all in float64)
     angles: arg of the eigenvalues of K; a plane turned by phi appears as +-phi, given once
+
+Without a support, K is the rotation of every block of every factor (`blocks`), or R on the span of the trained vectors (`trained`).
 """
 
 from __future__ import annotations
@@ -22,14 +24,14 @@ FORMAT_VERSION = 1
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 
-_PARTS = ("theta", "support", "energy")
 _SUPPORT_GRAM = 0.05  # ||P^T P - I||_2 that a basis rounded to half precision may have; float32 ones are far below
 ORTHONORMAL = 1e-5  # ||P^T P - I||_2 up to which P counts as orthonormal, and C is left out
 
 
 @dataclass(frozen=True)
 class ModuleReport:
-    """One adapted module. `angles` are in degrees, descending, one for each turned plane."""
+    """One adapted module. `angles` are in degrees, descending, one for each turned plane. Of blocks, `rank` is the size, and where all
+    share one rotation `width` is that size too, since the file does not tell the layer's."""
 
     name: str
     width: int
@@ -91,31 +93,66 @@ def read_config(folder: Path) -> dict:
 
 def _report(folder: Path, name: str, parts: dict[str, np.ndarray], config: dict) -> ModuleReport:
     what = f"{folder / WEIGHTS_FILE}: module {name!r}"
-    if set(parts) != set(_PARTS):
-        odd = ", ".join(f"loft_{part}" for part in sorted(set(parts) ^ set(_PARTS)))
+    support = config.get("support")
+    expected = {"theta"} if support in ("blocks", "trained") else {"theta", "support", "energy"}
+    expected |= {"scale"} if config.get("output_scale") else set()
+    if set(parts) != expected:
+        odd = ", ".join(f"loft_{part}" for part in sorted(set(parts) ^ expected))
         raise ValueError(f"{what} has missing or unexpected tensors: {odd}")
-    basis, theta = parts["support"].astype(np.float64), parts["theta"].astype(np.float64)
+    if not all(np.isfinite(tensor).all() for part, tensor in parts.items() if part != "energy"):
+        raise ValueError(f"{what} has a NaN or an infinite entry")
+    theta = parts["theta"].astype(np.float64)
+    read = {"blocks": _of_blocks, "trained": _of_vectors}.get(support, _of_support)
+    turned, width, rank, energy = read(what, parts, theta, config)
+    errors = np.linalg.norm(turned.swapaxes(-1, -2) @ turned - np.eye(turned.shape[-1]), 2, axis=(-2, -1))
+    return ModuleReport(
+        name=name,
+        width=width,
+        rank=rank,
+        transform=str(config.get("transform")),
+        side=str(config.get("side")),
+        energy=energy,
+        # The factors' largest errors add up; of one factor it is exact.
+        orthogonality_error=float(errors.max(-1).sum()),
+        angles=_angles(turned),
+    )
+
+
+def _of_support(what: str, parts: dict, theta: np.ndarray, config: dict) -> tuple[np.ndarray, int, int, float]:
+    """(K (1, 1, r, r), n, r, captured energy)."""
+    basis = parts["support"].astype(np.float64)
     if basis.ndim != 2 or not 1 <= basis.shape[1] <= basis.shape[0]:
         raise ValueError(f"{what} has a support of shape {basis.shape}; (n, r) with 1 <= r <= n is expected")
-    if not (np.isfinite(basis).all() and np.isfinite(theta).all()):
-        raise ValueError(f"{what} has a NaN or an infinite entry")
     gram = basis.T @ basis
     rank = len(gram)
     if not basis.any():
         raise ValueError(f"{what} has no support: it was saved before loft_rs.calibrate ran")
     if np.linalg.norm(gram - np.eye(rank), 2) > _SUPPORT_GRAM:
         raise ValueError(f"{what} has a support that is not orthonormal")
-    turned = _turned(gram, _delta(what, theta, rank, str(config.get("transform"))))
-    return ModuleReport(
-        name=name,
-        width=basis.shape[0],
-        rank=rank,
-        transform=str(config.get("transform")),
-        side=str(config.get("side")),
-        energy=float(np.ravel(parts["energy"])[0]),
-        orthogonality_error=float(np.linalg.norm(turned.T @ turned - np.eye(rank), 2)),
-        angles=_angles(turned),
-    )
+    turned = _turned(gram, _delta(what, theta, rank, config))
+    return turned[None, None], basis.shape[0], rank, float(np.ravel(parts["energy"])[0])
+
+
+def _of_blocks(what: str, parts: dict, theta: np.ndarray, config: dict) -> tuple[np.ndarray, int, int, float]:
+    """(T (m, n/b, b, b), n, b, NaN)."""
+    entries = theta.shape[-1]
+    b = entries if config.get("transform") == "free" else (1 + round((1 + 8 * entries) ** 0.5)) // 2
+    turned = np.stack([[np.eye(b) + _delta(what, block, b, config) for block in factor] for factor in theta])
+    return turned, b if config.get("share") else b * theta.shape[1], b, float("nan")
+
+
+def _of_vectors(what: str, parts: dict, theta: np.ndarray, config: dict) -> tuple[np.ndarray, int, int, float]:
+    """(R on the span of U (1, 1, r, r), n, r, NaN)."""
+    if theta.ndim != 2 or not np.linalg.norm(theta, axis=0).all():
+        raise ValueError(f"{what} has a theta of shape {theta.shape}; (n, r) with no zero column is expected")
+    basis = np.linalg.qr(theta)[0]
+    rank = basis.shape[1]
+    turned = np.eye(rank)
+    if config.get("transform") == "reflection":
+        return -turned[None, None], len(theta), rank, float("nan")
+    for column in (basis.T @ (theta / np.linalg.norm(theta, axis=0))).T:
+        turned = turned - 2 * np.outer(turned @ column, column)
+    return turned[None, None], len(theta), rank, float("nan")
 
 
 def _turned(gram: np.ndarray, delta: np.ndarray) -> np.ndarray:
@@ -128,28 +165,39 @@ def _turned(gram: np.ndarray, delta: np.ndarray) -> np.ndarray:
     return np.eye(len(gram)) + root @ folded @ root
 
 
-def _delta(what: str, theta: np.ndarray, rank: int, transform: str) -> np.ndarray:
-    """D = T - I of `cayley`, `exp` or `free` (transform.py has the formulas)."""
-    expected = {"cayley": (rank * (rank - 1) // 2,), "exp": (rank * (rank - 1) // 2,), "free": (rank, rank)}
-    if transform not in expected:
-        raise ValueError(f"{what}: transform {transform!r} is not one of {', '.join(expected)}")
-    if theta.shape != expected[transform]:
-        raise ValueError(
-            f"{what} has a theta of shape {theta.shape}; {transform} at rank {rank} needs {expected[transform]}"
-        )
+def _delta(what: str, theta: np.ndarray, rank: int, config: dict) -> np.ndarray:
+    """D = T - I of one theta (transform.py has the formulas)."""
+    transform, magnitudes = str(config.get("transform")), bool(config.get("magnitudes"))
+    generator = (rank * (rank - 1) // 2,)
+    shapes = {"cayley": generator, "cayley_neumann": generator, "exp": generator, "free": (rank, rank)}
+    if transform not in shapes:
+        raise ValueError(f"{what}: transform {transform!r} is not one of {', '.join(shapes)}")
+    shape = (generator[0] + 2 * rank,) if magnitudes else shapes[transform]
+    if theta.shape != shape:
+        raise ValueError(f"{what} has a theta of shape {theta.shape}; {transform} at rank {rank} needs {shape}")
     if transform == "free":
         return theta
     lower = np.zeros((rank, rank))
-    lower[np.tril_indices(rank, -1)] = theta
-    skew = lower - lower.T
+    lower[np.tril_indices(rank, -1)] = theta[: generator[0]]
+    delta = _skew_delta(lower - lower.T, transform, config.get("neumann_terms"))
+    if not magnitudes:
+        return delta
+    a, b = theta[-2 * rank : -rank], theta[-rank:]
+    return (1 + b)[:, None] * delta * (1 + a) + np.diag(a + b + a * b)
+
+
+def _skew_delta(skew: np.ndarray, transform: str, terms: int | None) -> np.ndarray:
     if transform == "cayley":
-        return -2 * np.linalg.solve((np.eye(rank) + skew).T, skew.T).T
+        return -2 * np.linalg.solve((np.eye(len(skew)) + skew).T, skew.T).T
+    if transform == "cayley_neumann":
+        powers = [np.linalg.matrix_power(-skew, k) for k in range(1, int(terms or 1) + 2)]
+        return 2 * sum(powers[:-1]) + powers[-1]
     values, vectors = np.linalg.eigh(1j * skew)  # skew = -i * Hermitian
     return ((vectors * np.expm1(-1j * values)) @ vectors.conj().T).real
 
 
 def _angles(turned: np.ndarray) -> np.ndarray:
-    degrees = np.degrees(np.angle(np.linalg.eigvals(turned)))
+    degrees = np.degrees(np.angle(np.linalg.eigvals(turned))).ravel()
     return np.sort(degrees[degrees > 0])[::-1]
 
 

@@ -1,4 +1,4 @@
-"""Layers: a frozen linear layer rotated inside a support, y = x (W0 R)^T + b or y = x (R W0)^T + b, R = I + P E P^T.
+"""Layers: a frozen linear layer and its rotations, y = x (W0 R)^T + b or y = x (R W0)^T + b, in LOFT's own case R = I + P E P^T.
 
 `AdaptedLinear` stores the factors of one layer by adapter name and holds its forward, merge, LoRA form and calibration tap; the PEFT
 tuner (`tuner/layer.py`) and the plain-PyTorch `LoftLinear` below are both it, so there is one path to every result.
@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from . import compiled
-from .factor import AddInputs, AddLowRank, Joined, LowRank, gram_root, no_autocast
+from .factor import AddInputs, AddLowRank, Blocks, Joined, LowRank, gram_root, no_autocast
+from .kinds import Kind, Partition, Supported
 from .siblings import Siblings
 from .support import SIDES
 from .transform import DeltaGroup, get_transform
@@ -120,11 +121,15 @@ def add_low_rank(x: Tensor, joined: Joined, members: list[tuple[AdaptedLinear, s
         return AddLowRank.apply(x, joined, casts, [entry.identity for entry in entries], *deltas)
 
 
+_SUPPORTED = Supported()
+
+
 class AdaptedLinear(nn.Module):
     """A frozen linear layer and its LOFT factors, by adapter name.
 
-    State: `loft_theta` (trained, float32), `loft_support` (P, n x r; all zero until it is set), `loft_energy` (captured fraction, NaN where
-    unknown). Everything else is derived from these and the base weight.
+    State: `loft_theta` (trained, float32); where the adapter's kind has a support, `loft_support` (P, n x r; all zero until it is set) and
+    `loft_energy` (captured fraction, NaN where unknown); where the output is scaled, `loft_scale` (m, trained, float32: the scale less 1).
+    Everything else is derived from these and the base weight.
     """
 
     def __init__(self, base_layer: nn.Module):
@@ -135,8 +140,10 @@ class AdaptedLinear(nn.Module):
         self.in_features, self.out_features = feature_sizes(base)
         self.base_layer = base_layer
         self.loft_theta = nn.ParameterDict()
+        self.loft_scale = nn.ParameterDict()
         self.loft_support = TensorDict()
         self.loft_energy = TensorDict()
+        self.loft_kind: dict[str, Kind] = {}
         self.loft_group: dict[str, DeltaGroup] = {}
         self.loft_side: dict[str, str] = {}
         self.loft_ready: dict[str, bool] = {}
@@ -157,28 +164,40 @@ class AdaptedLinear(nn.Module):
     # -- factors ---------------------------------------------------------------------------------------------------------
 
     def add_factor(
-        self, adapter: str, rank: int, group: DeltaGroup, side: str = "input", *, identity: bool = True
+        self,
+        adapter: str,
+        rank: int,
+        group: DeltaGroup | None,
+        side: str = "input",
+        *,
+        kind: Kind = _SUPPORTED,
+        output_scale: bool = False,
+        seed: int = 0,
+        identity: bool = True,
     ) -> None:
-        """Add an unset support of `rank` and a transform at the identity (or, for tests, a small random skew).
+        """Add an adapter at the identity (or, for tests, at a small random rotation), its support, if it has one, unset.
 
-        `group` computes D for all its members at once; layers of one model share one.
+        `group` computes D for all its members at once, and layers of one model share one; None for a kind without a transform.
+        output_scale: with a trained factor for every output, W = diag(1 + s) W0 R. seed: of what starts at random.
         """
         if side not in SIDES:
             raise ValueError(f"side must be 'input' or 'output', got {side!r}")
-        width = self.support_width(side)
-        if not 1 <= rank <= min(self.in_features, self.out_features):
-            raise ValueError(
-                f"rank must be between 1 and min(in, out) = {min(self.in_features, self.out_features)}, got {rank}"
-            )
+        own, other = self.support_width(side), self.support_width("output" if side == "input" else "input")
+        if rank < 1 or (fitted := kind.fit(rank, own, other)) != rank:
+            nearest = "it must be at least 1" if rank < 1 else f"the nearest that does is {fitted}"
+            raise ValueError(f"rank {rank} does not fit this layer of {own} by {other} features: {nearest}")
         device, dtype = self._support_device_dtype()
         theta_dtype = torch.float64 if dtype == torch.float64 else torch.float32
-        theta = torch.zeros(group.transform.parameter_shape(rank), dtype=theta_dtype, device=device)
-        if not identity:
-            theta.normal_(std=0.1 / rank**0.5)
-        self.loft_theta[adapter] = nn.Parameter(theta)
-        self.loft_support[adapter] = torch.zeros(width, rank, dtype=dtype, device=device)
-        self.loft_energy[adapter] = torch.full((), float("nan"), dtype=torch.float32, device=device)
-        self.loft_group[adapter], self.loft_side[adapter], self.loft_ready[adapter] = group, side, False
+        theta = kind.theta(None if group is None else group.transform, own, rank, seed, identity)
+        self.loft_theta[adapter] = nn.Parameter(theta.to(device, theta_dtype))
+        if output_scale:
+            self.loft_scale[adapter] = nn.Parameter(torch.zeros(self.out_features, dtype=theta_dtype, device=device))
+        if kind.has_support:
+            self.loft_support[adapter] = torch.zeros(own, rank, dtype=dtype, device=device)
+            self.loft_energy[adapter] = torch.full((), float("nan"), dtype=torch.float32, device=device)
+        if group is not None:
+            self.loft_group[adapter] = group
+        self.loft_kind[adapter], self.loft_side[adapter], self.loft_ready[adapter] = kind, side, not kind.has_support
 
     def support_width(self, side: str) -> int:
         """The number of rows of P: n on the input side, m on the output side."""
@@ -213,12 +232,12 @@ class AdaptedLinear(nn.Module):
         return self.tied(adapter)[0]
 
     def theta(self, adapter: str) -> nn.Parameter:
-        """The trained parameter of the transform, float32: r(r - 1)/2 entries, or (r, r) for `free`."""
+        """The trained parameter, float32: of the transform (r(r - 1)/2 entries, or (r, r) for `free`), or what else its kind trains."""
         # Not through `__getattr__`, here and below, which at this rate costs as much as the products of a small model.
         return self.owner(adapter)._modules["loft_theta"]._parameters[adapter]
 
     def support(self, adapter: str) -> Tensor:
-        """P (n x r), all zero until it is set."""
+        """P (n x r), all zero until it is set, of an adapter that has one."""
         return self.owner(adapter)._modules["loft_support"]._buffers[adapter]
 
     def energy(self, adapter: str) -> float:
@@ -229,22 +248,24 @@ class AdaptedLinear(nn.Module):
         return self.owner(adapter).loft_ready[adapter]
 
     def rank(self, adapter: str) -> int:
-        return self.support(adapter).shape[1]
+        """r, or the size of the blocks of one without a support."""
+        group = self.loft_group.get(adapter)
+        return self.loft_kind[adapter].rank(self.theta(adapter), group and group.transform)
 
     def has_adapter(self, adapter: str) -> bool:
         return adapter in self.loft_side
 
-    def factor(self, adapter: str) -> LowRank:
-        """This adapter's R = I + P E P^T at its current parameters, differentiable in them."""
-        basis, group = self.support(adapter), self.loft_group[adapter]
-        if torch.compiler.is_compiling():
-            return LowRank(basis, compiled.delta(self.theta(adapter), basis, group.transform.name))
-        return LowRank(basis, group.value(self.owner(adapter), adapter, self))
+    def factor(self, adapter: str) -> LowRank | Blocks:
+        """This adapter's R at its current parameters, differentiable in them."""
+        return self.loft_kind[adapter].factor(self, adapter)
 
     def delta_source(self, adapter: str) -> tuple[Tensor, Tensor | None]:
         """(theta, C): what `DeltaGroup` computes this adapter's E from."""
+        theta = self.theta(adapter)
+        if not self.loft_kind[adapter].has_support:
+            return theta, None
         basis = self.support(adapter)
-        return self.theta(adapter), self._cached(("fold", adapter), (basis,), lambda: gram_root(basis))
+        return theta, self._cached(("fold", adapter), (basis,), lambda: gram_root(basis))
 
     def _cached(self, slot: tuple, sources: tuple[Tensor, ...], compute: Callable[[], Any]):
         """compute(), kept for as long as its sources keep their memory and their version: an edit through `.data` goes unseen."""
@@ -289,12 +310,15 @@ class AdaptedLinear(nn.Module):
             x = self.factor(adapter).apply(x)
         y = self.base_layer(x, *args, **kwargs)
         outputs = [a for a in adapters if self.loft_side[a] == "output"]
-        if outputs:
+        scales = [self.loft_scale[a] for a in adapters if a in self.loft_scale]
+        if outputs or scales:
             bias = getattr(self.get_base_layer(), "bias", None)
             bias = None if bias is None else bias.to(y.dtype)
             y = y if bias is None else y - bias
             for adapter in outputs:
                 y = self.factor(adapter).apply(y)
+            for scale in scales:
+                y = torch.addcmul(y, y, scale.to(y.dtype))
             y = y if bias is None else y + bias
         return y
 
@@ -318,7 +342,7 @@ class AdaptedLinear(nn.Module):
 
     def _added(self, adapter: str, x: Tensor) -> tuple[Tensor | None, torch.dtype]:
         """(W, the dtype of the products for an input like x, as nn.Linear's), W None where the `add` placement does not apply."""
-        weight = _fusible_weight(self.base_layer)
+        weight = _fusible_weight(self.base_layer) if self.loft_kind[adapter].has_support else None
         if weight is None:
             return None, x.dtype
         kind, dtype = x.device.type, weight.dtype
@@ -373,14 +397,22 @@ class AdaptedLinear(nn.Module):
             )
         return weight
 
+    def original_weight(self, purpose: str) -> Tensor:
+        """W0 (m x n), also where an adapter is merged into it now."""
+        weight = self.dense_or_raise(purpose)
+        return weight if self._original is None else self._original.to(weight.device)
+
     @torch.no_grad()
-    def rotated_weight(self, adapters: list[str], *, safe: bool = False) -> Tensor:
-        """W0 R_1 R_2 ... or ... R_2 R_1 W0 (m x n), in float32 (float64 for a float64 base). safe: ValueError for NaN or Inf in it."""
-        weight = self.dense_or_raise("merging")
+    def rotated_weight(self, adapters: list[str], weight: Tensor | None = None, *, safe: bool = False) -> Tensor:
+        """W R_1 R_2 ... or ... R_2 R_1 W (m x n), in float32 (float64 for a float64 base), W being `weight`, or else the layer's as it is.
+        safe: ValueError for NaN or Inf in it."""
+        weight = self.dense_or_raise("merging") if weight is None else weight
         work = weight.to(torch.promote_types(weight.dtype, torch.float32))
         for adapter in adapters:
             factor = self.factor(adapter)
             work = factor.adjoint(work) if self.loft_side[adapter] == "input" else factor.apply(work.mT).mT
+            if adapter in self.loft_scale:
+                work = torch.addcmul(work, work, self.loft_scale[adapter].to(work.dtype).unsqueeze(1))
         if safe and not bool(torch.isfinite(work).all()):
             raise ValueError(
                 f"merging adapters {adapters} would write NaN or Inf into the base weight; nothing was changed"
@@ -403,10 +435,19 @@ class AdaptedLinear(nn.Module):
             self.dense_or_raise("unmerging").copy_(self._original)
             self._original = None
 
+    def full_rank(self, adapter: str) -> bool:
+        """Whether the adapter's change of the weight has no low-rank form."""
+        return isinstance(self.loft_kind[adapter], Partition)
+
     @torch.no_grad()
     def lora_factors(self, adapter: str) -> tuple[Tensor, Tensor]:
-        """(A (r x n), B (m x r)) with W0 + B A equal to the rotated weight: no SVD, exact."""
-        weight = self.dense_or_raise("the LoRA form") if self._original is None else self._original.to(self.loft_device)
+        """(A (r x n), B (m x r)) with W0 + B A equal to the rotated weight: no SVD, exact. ValueError for one of full rank."""
+        if self.full_rank(adapter):
+            raise ValueError(
+                f"adapter {adapter!r} rotates blocks of all coordinates, so its change of the weight has full rank and no exact LoRA form; "
+                "merge it (merge_and_unload), or pass approximate_rank to export_lora for the best LoRA of that rank"
+            )
+        weight = self.original_weight("the LoRA form")
         work = torch.promote_types(weight.dtype, torch.float32)
         factor, weight = self.factor(adapter), weight.to(work)
         p, e = factor.basis.to(work), factor.delta.to(work)

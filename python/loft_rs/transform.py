@@ -9,6 +9,9 @@
 A_ij = theta_ij and A_ji = -theta_ij for i > j, the triangle read row by row. Every transform is the identity at theta = 0, and D
 is never formed as a difference of T and I, so a small rotation keeps all its digits. A theta in half precision gives D in float32.
 
+Two variants are not orthogonal and exist for the methods that trained with them (OFT, PSOFT): `cayley_neumann:K`, Cayley's series cut
+off after K terms, and `NAME+magnitudes`, diag(1 + b) T diag(1 + a) with theta followed by a and b.
+
 Gradients are closed forms, so no graph runs through a solver. The values of all layers of one rank come from one batched solve and
 their gradients go through one batched node (`DeltaGroup`): an in-place update, a second backward or reentrant checkpointing of one
 layer cannot break another's.
@@ -16,6 +19,7 @@ layer cannot break another's.
 
 from __future__ import annotations
 
+import functools
 import weakref
 from typing import Protocol
 
@@ -28,9 +32,11 @@ from . import kernels
 __all__ = [
     "TRANSFORMS",
     "Cayley",
+    "CayleyNeumann",
     "DeltaGroup",
     "Exp",
     "Free",
+    "Magnitudes",
     "Transform",
     "get_transform",
     "in_backward",
@@ -81,7 +87,8 @@ def _kept_dtype(theta: Tensor) -> torch.dtype:
 
 
 class Transform(Protocol):
-    """One parametrisation of T. `delta` and `gradient` work on a batch of equal ranks and run outside autograd."""
+    """One parametrisation of T. `delta` and `gradient` work on a batch (of any number of leading dimensions) of equal ranks and run
+    outside autograd."""
 
     name: str
     orthogonal: bool
@@ -89,25 +96,36 @@ class Transform(Protocol):
     def parameter_shape(self, r: int) -> tuple[int, ...]:
         """Shape of theta for rank r."""
 
+    def rank(self, shape: torch.Size) -> int:
+        """r, from the shape of a theta or of a batch of them."""
+
     def delta(self, theta: Tensor, r: int) -> tuple[Tensor, Tensor]:
-        """(D, saved): D = T(theta) - I, (B, r, r), and what `gradient` needs, (B, ...), in theta's dtype, at least float32."""
+        """(D, saved): D = T(theta) - I, (..., r, r), and what `gradient` needs, (..., *), in theta's dtype, at least float32."""
 
     def gradient(self, g: Tensor, saved: Tensor) -> Tensor:
-        """dL/dtheta (B, ...) from g = dL/dD (B, r, r)."""
+        """dL/dtheta from g = dL/dD (..., r, r)."""
 
 
-class Cayley:
+class _Skew:
+    """Transforms of a skew generator, r(r - 1)/2 numbers."""
+
+    def parameter_shape(self, r: int) -> tuple[int, ...]:
+        return (r * (r - 1) // 2,)
+
+    def rank(self, shape: torch.Size) -> int:
+        return (1 + int((1 + 8 * shape[-1]) ** 0.5 + 0.5)) // 2
+
+
+class Cayley(_Skew):
     """T = (I - A)(I + A)^{-1}. With Z = (I + A)^{-1}: D = -2 A Z and dL/dA = H = -2 Z^T g Z^T, as dD = -2 Z dA Z."""
 
     name = "cayley"
     orthogonal = True
 
-    def parameter_shape(self, r: int) -> tuple[int, ...]:
-        return (r * (r - 1) // 2,)
-
     def delta(self, theta: Tensor, r: int) -> tuple[Tensor, Tensor]:
         if kernels.available(theta, r):
-            return kernels.cayley(theta, r)
+            found = kernels.cayley(theta.flatten(0, -2), r)
+            return found[0].unflatten(0, theta.shape[:-1]), found[1].unflatten(0, theta.shape[:-1])
         a = skew(theta.to(_working_dtype(theta)), r)
         # inv_ex does not synchronise with the host to check for singularity, and I + A cannot be singular.
         z = torch.linalg.inv_ex(a + torch.eye(r, dtype=a.dtype, device=a.device)).inverse
@@ -118,14 +136,11 @@ class Cayley:
         return _skew_gradient(-2 * (zt @ g @ zt))
 
 
-class Exp:
+class Exp(_Skew):
     """T = exp(A). dL/dA = L(A^T, g), the Frechet derivative: the upper right block of exp([[A^T, g], [0, A^T]])."""
 
     name = "exp"
     orthogonal = True
-
-    def parameter_shape(self, r: int) -> tuple[int, ...]:
-        return (r * (r - 1) // 2,)
 
     def delta(self, theta: Tensor, r: int) -> tuple[Tensor, Tensor]:
         a = skew(theta.to(_working_dtype(theta)), r)
@@ -149,6 +164,9 @@ class Free:
     def parameter_shape(self, r: int) -> tuple[int, ...]:
         return (r, r)
 
+    def rank(self, shape: torch.Size) -> int:
+        return shape[-1]
+
     def delta(self, theta: Tensor, r: int) -> tuple[Tensor, Tensor]:
         return theta.to(_kept_dtype(theta), copy=True), theta.new_zeros(theta.shape[0])
 
@@ -156,14 +174,80 @@ class Free:
         return g
 
 
+class CayleyNeumann(_Skew):
+    """T = (I - A) sum_{k <= K} (-A)^k, so D = -2A + 2A^2 - ... + 2(-A)^K + (-A)^{K+1}.
+
+    Its distance to Cayley is of order ||A||^{K+1}, and from ||A|| = 1 on it diverges.
+    """
+
+    orthogonal = False
+
+    def __init__(self, terms: int):
+        self.terms, self.name = terms, f"cayley_neumann:{terms}"
+
+    def _series(self, a: Tensor) -> Tensor:
+        power = -a
+        d = 2 * power
+        for _ in range(1, self.terms):
+            power = -(power @ a)
+            d = d + 2 * power
+        return d - power @ a
+
+    def delta(self, theta: Tensor, r: int) -> tuple[Tensor, Tensor]:
+        a = skew(theta.to(_working_dtype(theta)), r)
+        return self._series(a).to(_kept_dtype(theta)), a.to(_kept_dtype(theta))
+
+    def gradient(self, g: Tensor, saved: Tensor) -> Tensor:
+        with torch.enable_grad():
+            a = saved.detach().requires_grad_()
+            (h,) = torch.autograd.grad(self._series(a), a, g)
+        return _skew_gradient(h)
+
+
+class Magnitudes:
+    """diag(1 + b) T diag(1 + a) of a skew transform T (PSOFT). theta: T's own, then a (r), then b (r)."""
+
+    orthogonal = False
+
+    def __init__(self, inner: _Skew):
+        self.inner, self.name = inner, f"{inner.name}+magnitudes"
+
+    def parameter_shape(self, r: int) -> tuple[int, ...]:
+        return (r * (r - 1) // 2 + 2 * r,)
+
+    def rank(self, shape: torch.Size) -> int:
+        return (int((9 + 8 * shape[-1]) ** 0.5 + 0.5) - 3) // 2
+
+    def delta(self, theta: Tensor, r: int) -> tuple[Tensor, Tensor]:
+        theta = theta.to(_kept_dtype(theta))
+        generator, a, b = theta[..., : -2 * r], theta[..., -2 * r : -r], theta[..., -r:]
+        d, saved = self.inner.delta(generator, r)
+        scaled = (1 + b).unsqueeze(-1) * d * (1 + a).unsqueeze(-2) + torch.diag_embed(a + b + a * b)
+        return scaled, torch.cat([saved, d, a.unsqueeze(-2), b.unsqueeze(-2)], -2)
+
+    def gradient(self, g: Tensor, saved: Tensor) -> Tensor:
+        r = saved.shape[-1]
+        inner, d, a, b = saved.split([r, r, 1, 1], -2)
+        right, left = 1 + a, (1 + b).mT
+        gt = g * (d + torch.eye(r, dtype=d.dtype, device=d.device))
+        generator = self.inner.gradient(g * left * right, inner)
+        return torch.cat([generator, (gt * left).sum(-2), (gt * right).sum(-1)], -1)
+
+
 TRANSFORMS: dict[str, Transform] = {t.name: t for t in (Cayley(), Exp(), Free())}
 
 
+@functools.cache
 def get_transform(name: str) -> Transform:
-    """The transform called `name`; ValueError names the choices otherwise."""
-    if name not in TRANSFORMS:
+    """The transform called `name`, with `+magnitudes` where it says so; ValueError names the choices otherwise."""
+    plain, plus, option = name.partition("+")
+    kind, colon, terms = plain.partition(":")
+    found = TRANSFORMS.get(plain)
+    if kind == "cayley_neumann" and colon and terms.isdecimal() and int(terms) > 0:
+        found = CayleyNeumann(int(terms))
+    if found is None or (plus and (option != "magnitudes" or not isinstance(found, _Skew))):
         raise ValueError(f"transform must be one of {sorted(TRANSFORMS)}, got {name!r}")
-    return TRANSFORMS[name]
+    return Magnitudes(found) if plus else found
 
 
 class _Solution:
@@ -176,7 +260,7 @@ class _Solution:
         self._casts: dict[torch.dtype, tuple[Tensor, ...]] = {}
 
     def cast(self, index: int, dtype: torch.dtype) -> Tensor:
-        """E (r, r) of one member in `dtype`, no gradient; all members are cast at once."""
+        """E (r, r), or a stack of them, of one member in `dtype`, no gradient; all members are cast at once."""
         if dtype not in self._casts:
             self._casts[dtype] = self.deltas.to(dtype).unbind(0)
         return self._casts[dtype][index]
@@ -393,7 +477,7 @@ class DeltaGroup:
     def solve(self, thetas: Tensor, folds: list[Tensor | None]) -> _Solution:
         """E of parameters (B, ...) of one rank, with their Gram roots."""
         with torch.autocast(thetas.device.type, enabled=False):
-            delta, saved = self.transform.delta(thetas, rank_of(thetas[0]))
+            delta, saved = self.transform.delta(thetas, self.transform.rank(thetas.shape))
             if all(fold is None for fold in folds):
                 return _Solution(self.transform, delta, saved, None)
             eye = torch.eye(delta.shape[-1], dtype=delta.dtype, device=delta.device)
@@ -403,8 +487,3 @@ class DeltaGroup:
 
 def _capturing() -> bool:
     return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
-
-
-def rank_of(theta: Tensor) -> int:
-    """The rank r of a raw parameter: (r, r) for `free`, r(r - 1)/2 entries for a skew generator."""
-    return theta.shape[0] if theta.dim() == 2 else (1 + int((1 + 8 * theta.numel()) ** 0.5 + 0.5)) // 2

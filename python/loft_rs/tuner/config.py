@@ -11,6 +11,7 @@ from peft.config import PeftConfig
 from peft.utils import PeftType
 
 from ..inspection import FORMAT_VERSION
+from ..kinds import Householder, Kind, Partition, Supported
 from ..support import SIDES
 from ..transform import TRANSFORMS
 
@@ -19,7 +20,14 @@ __all__ = ["LoftConfig"]
 # Chosen when the model is built, from the weights or a seed; the others wait for `calibrate`.
 DATA_FREE_SUPPORTS = ("principal", "random", "coordinate")
 CALIBRATED_SUPPORTS = ("skewgrad", "gradsvd", "activation")
+# Kinds of adapters without a frozen support.
+WITHOUT_SUPPORT = ("blocks", "trained")
 ORDERS = ("auto", "natural", "input_pca")
+_TRANSFORMS = {"trained": ("householder", "reflection"), "others": (*TRANSFORMS, "cayley_neumann")}
+
+
+def _neumann(terms: int | None) -> dict:
+    return {} if terms is None else {"transform": "cayley_neumann", "neumann_terms": terms}
 
 
 @dataclass
@@ -34,8 +42,11 @@ class LoftConfig(PeftConfig):
             modules of the architecture.
         exclude_modules (`list[str] | str`): Names, suffixes or a regular expression of modules to leave alone.
         support (`str`): How P is chosen. Without data: `principal` (top singular vectors of W0, the default), `random`, `coordinate`. By
-            `loft_rs.calibrate`: `skewgrad`, `gradsvd`, `activation`. Or the path of a file written by `loft_rs.save_supports`.
-        transform (`str`): `cayley` (default), `exp` or `free` (not orthogonal).
+            `loft_rs.calibrate`: `skewgrad`, `gradsvd`, `activation`. Or the path of a file written by `loft_rs.save_supports`. Without a
+            support: `blocks` turns all coordinates, r at a time (OFT, BOFT), and `trained` trains r Householder vectors (HRA); see
+            `LoftConfig.oft`, `.boft`, `.hra` and `.psoft`, which set this and the six options at the end of this list.
+        transform (`str`): `cayley` (default), `exp` or `free` (not orthogonal); `cayley_neumann`, a series cut off, to go on with an
+            adapter that was trained with it; with `support="trained"` `householder` or `reflection`.
         side (`str`): `input` (W0 R, default) or `output` (R W0).
         order (`str`): Order of the coordinates inside the support. `input_pca`: eigenvectors of sum z^T z, z = X P, descending;
             `natural`: as the support's method gives them; `auto` (default): `input_pca` wherever `calibrate` runs.
@@ -49,6 +60,11 @@ class LoftConfig(PeftConfig):
         trainable_token_indices: Token embeddings trained beside the adapter, as in PEFT.
         fan_in_fan_out (`bool`): Accepted for PEFT's sake; the layout of the weight is read from the layer itself.
         init_weights (`bool`): True starts at the identity; False at a small random rotation, for tests.
+        factors (`int`): With `support="blocks"`, 1: blocks of neighbours; more: so many butterfly factors.
+        share (`bool`): With `support="blocks"`, one rotation for all blocks of a factor.
+        output_scale (`bool`): With `support="blocks"`, a trained factor for every output as well, as BOFT has.
+        magnitudes (`bool`): diag(1 + b) T diag(1 + a) in place of T, 2r more parameters and no longer orthogonal, as PSOFT has.
+        neumann_terms (`int`): K of `cayley_neumann`, T = (I - A) sum_{k <= K} (-A)^k.
         loft_format_version (`int`): Named by saved configs only; leave it alone. A version this package does not know is refused.
     """
 
@@ -70,6 +86,11 @@ class LoftConfig(PeftConfig):
     )
     fan_in_fan_out: bool = field(default=False, metadata={"help": "Ignored: read from the layer."})
     init_weights: bool = field(default=True, metadata={"help": "Start at the identity."})
+    factors: int = field(default=1, metadata={"help": "Butterfly factors of blocks."})
+    share: bool = field(default=False, metadata={"help": "One rotation for all blocks of a factor."})
+    output_scale: bool = field(default=False, metadata={"help": "A trained factor for every output."})
+    magnitudes: bool = field(default=False, metadata={"help": "Trained magnitudes around the transform."})
+    neumann_terms: int | None = field(default=None, metadata={"help": "Terms of cayley_neumann."})
     loft_format_version: int | None = field(default=None, metadata={"help": "Version of the saved form."})
 
     def __post_init__(self):
@@ -94,16 +115,18 @@ class LoftConfig(PeftConfig):
         for name, rank in {"r": self.r, **{f"rank_pattern[{k!r}]": v for k, v in self.rank_pattern.items()}}.items():
             if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
                 raise ValueError(f"{name} must be a positive, even integer, got {rank!r}")
+            if self.support == "trained":
+                continue
             if rank == 1 and self.transform != "free" and not self.supports_from_checkpoint:
                 raise ValueError(
                     f"{name} must be at least 2: a {self.transform} transform of rank 1 has nothing to train"
                 )
-            if rank % 2 and self.transform != "free":
+            if rank % 2 and self.transform != "free" and self.has_support:
                 warnings.warn(
                     f"{name} = {rank} is odd: a skew transform gains nothing over rank {rank - 1}", stacklevel=4
                 )
         for name, value, choices in (
-            ("transform", self.transform, TRANSFORMS),
+            ("transform", self.transform, _TRANSFORMS["trained" if self.support == "trained" else "others"]),
             ("side", self.side, SIDES),
             ("order", self.order, ORDERS),
         ):
@@ -123,7 +146,8 @@ class LoftConfig(PeftConfig):
             )
         if not isinstance(self.seed, int) or self.seed < 0:
             raise ValueError(f"seed must be an integer >= 0, got {self.seed!r}")
-        methods = (*DATA_FREE_SUPPORTS, *CALIBRATED_SUPPORTS)
+        self._check_options()
+        methods = (*DATA_FREE_SUPPORTS, *CALIBRATED_SUPPORTS, *WITHOUT_SUPPORT)
         if not isinstance(self.support, str) or (self.support not in methods and not self.support_file):
             raise ValueError(
                 f"support must be one of {sorted(methods)} or the path of a .safetensors file written by "
@@ -133,6 +157,70 @@ class LoftConfig(PeftConfig):
             raise ValueError("layers_to_transform needs target_modules to be a list of names, not a string")
         if self.layers_pattern and self.layers_to_transform is None:
             raise ValueError("layers_pattern needs layers_to_transform: give the indices of the layers to adapt")
+
+    def _check_options(self) -> None:
+        if not isinstance(self.factors, int) or isinstance(self.factors, bool) or self.factors < 1:
+            raise ValueError(f"factors must be a positive integer, got {self.factors!r}")
+        for name, value in (("factors", self.factors > 1), ("share", self.share), ("output_scale", self.output_scale)):
+            if value and self.support != "blocks":
+                raise ValueError(f"{name} needs support='blocks', but support is {self.support!r}")
+        if not self.has_support and (self.side != "input" or self.tied):
+            raise ValueError(f"support={self.support!r} needs side='input' and tied=False")
+        if (self.transform == "cayley_neumann") != (self.neumann_terms is not None):
+            raise ValueError(
+                "neumann_terms belongs to transform='cayley_neumann', which needs it: give both or neither"
+            )
+        terms = self.neumann_terms
+        if terms is not None and (not isinstance(terms, int) or isinstance(terms, bool) or terms < 1):
+            raise ValueError(f"neumann_terms must be a positive integer, got {terms!r}")
+        if self.magnitudes and (not self.has_support or self.transform == "free"):
+            raise ValueError("magnitudes needs a support and a transform other than 'free', which has them already")
+
+    @classmethod
+    def oft(
+        cls, block_size: int = 32, *, share: bool = False, neumann_terms: int | None = None, **options
+    ) -> LoftConfig:
+        """OFT (arXiv 2306.07280, 2506.19847): every `block_size` neighbouring inputs rotated, b(b - 1)/2 parameters a block, exactly unless
+        `neumann_terms` is given. share: one rotation for all blocks of a layer. options: other fields of LoftConfig."""
+        return cls(r=block_size, support="blocks", share=share, **_neumann(neumann_terms), **options)
+
+    @classmethod
+    def boft(cls, block_size: int = 8, factors: int = 1, *, output_scale: bool = True, **options) -> LoftConfig:
+        """BOFT (arXiv 2311.06243): `factors` rotations of blocks of `block_size` inputs, each after a butterfly permutation, and a trained
+        scale of every output, as PEFT has it. b(b - 1)/2 parameters a block, where PEFT stores b^2."""
+        return cls(r=block_size, support="blocks", factors=factors, output_scale=output_scale, **options)
+
+    @classmethod
+    def hra(cls, r: int = 8, *, gram_schmidt: bool = False, **options) -> LoftConfig:
+        """HRA (arXiv 2405.17484): a product of `r` trained Householder reflections; r even, for a start at the identity. gram_schmidt:
+        I - 2 Q Q^T with Q an orthonormal basis of the vectors, which does not start there."""
+        return cls(r=r, support="trained", transform="reflection" if gram_schmidt else "householder", **options)
+
+    @classmethod
+    def psoft(cls, r: int = 64, *, magnitudes: bool = True, neumann_terms: int | None = None, **options) -> LoftConfig:
+        """PSOFT (arXiv 2505.11235): the principal support, Cayley, and trained magnitudes around it; r(r - 1)/2 + 2r parameters."""
+        options = {"order": "natural", **options}
+        return cls(r=r, support="principal", magnitudes=magnitudes, **_neumann(neumann_terms), **options)
+
+    @property
+    def kind(self) -> Kind:
+        """What an adapter's tensors are and which factor they make."""
+        if self.support == "blocks":
+            return Partition(self.factors, self.share)
+        return Householder(self.transform == "reflection") if self.support == "trained" else Supported()
+
+    @property
+    def has_support(self) -> bool:
+        """Whether there is a frozen support."""
+        return self.support not in WITHOUT_SUPPORT
+
+    @property
+    def transform_name(self) -> str | None:
+        """The transform with its options, as `transform.get_transform` knows it; None for trained Householder vectors."""
+        if self.support == "trained":
+            return None
+        terms = "" if self.neumann_terms is None else f":{self.neumann_terms}"
+        return self.transform + terms + "+magnitudes" * self.magnitudes
 
     @property
     def needs_calibration(self) -> bool:

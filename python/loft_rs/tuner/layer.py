@@ -18,8 +18,9 @@ __all__ = ["Linear", "LoftLayer"]
 class LoftLayer(BaseTunerLayer):
     """Marks a module as LOFT's and names its adapter state for PEFT."""
 
-    adapter_layer_names = ("loft_theta",)
+    adapter_layer_names = ("loft_theta", "loft_scale")
     other_param_names = (
+        "loft_kind",
         "loft_support",
         "loft_energy",
         "loft_group",
@@ -96,9 +97,12 @@ class Linear(AdaptedLinear, LoftLayer):
         # The device only: trained parameters stay float32, and P keeps the dtype it was given.
         device = device or self.loft_device
         if adapter_name in self.loft_theta and not self.loft_theta[adapter_name].is_meta:
-            self.loft_theta[adapter_name].data = self.loft_theta[adapter_name].data.to(device)
+            for trained in (self.loft_theta, self.loft_scale):
+                if adapter_name in trained:
+                    trained[adapter_name].data = trained[adapter_name].data.to(device)
             for held in (self.loft_support, self.loft_energy):
-                held[adapter_name] = held[adapter_name].to(device)
+                if adapter_name in held:
+                    held[adapter_name] = held[adapter_name].to(device)
 
     def __repr__(self) -> str:
         return "loft." + super().__repr__()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+import zlib
 from contextlib import contextmanager
 from typing import Any
 
@@ -43,7 +44,7 @@ class LoftModel(BaseTuner):
                 # PEFT 0.20 lets a second adapter match nothing.
                 raise ValueError(f"Target modules {config.target_modules} not found in the base model")
             _introduce_siblings(model, config, adapter_name)
-            if not config.needs_calibration and not config.supports_from_checkpoint:
+            if config.has_support and not config.needs_calibration and not config.supports_from_checkpoint:
                 _choose_for_model(model, config, adapter_name)
         except BaseException:
             _withdraw(model, adapter_name)
@@ -54,7 +55,8 @@ class LoftModel(BaseTuner):
             listed = ", ".join(
                 f"{key} ({wanted} -> {fitted})" for key, (wanted, fitted) in sorted(self._lowered.items())
             )
-            warnings.warn(f"r was lowered to the largest even rank that fits in: {listed}", stacklevel=2)
+            what = "lowered to the largest even rank" if config.has_support else "changed to the nearest"
+            warnings.warn(f"r was {what} that fits in: {listed}", stacklevel=2)
         if not getattr(model, "_loft_checks_loading", False):
             model.register_load_state_dict_pre_hook(check_state)
             model._loft_checks_loading = True
@@ -73,7 +75,15 @@ class LoftModel(BaseTuner):
         rank = self._rank(peft_config, current_key, target)
         layer = target if isinstance(target, Linear) else Linear(target, adapter_name)
         layer.add_factor(
-            adapter_name, rank, self._group(peft_config.transform), peft_config.side, identity=peft_config.init_weights
+            adapter_name,
+            rank,
+            self._group(peft_config.transform_name),
+            peft_config.side,
+            kind=peft_config.kind,
+            output_scale=peft_config.output_scale,
+            # Layers of one shape must not start at the same random numbers.
+            seed=peft_config.seed + zlib.crc32(current_key.encode()),
+            identity=peft_config.init_weights,
         )
         layer.loft_config[adapter_name] = peft_config
         if layer is not target:
@@ -92,11 +102,10 @@ class LoftModel(BaseTuner):
             return rank
         wanted = config.rank_pattern.get(get_pattern_key(list(config.rank_pattern), key), config.r)
         base = target.get_base_layer() if isinstance(target, Linear) else target
-        limit = min(feature_sizes(base))
-        if wanted <= limit:
-            return wanted
-        fitted = max(limit - limit % 2, 1)
-        self._lowered[key] = (wanted, fitted)
+        own, other = feature_sizes(base)[:: 1 if config.side == "input" else -1]
+        fitted = config.kind.fit(wanted, own, other)
+        if fitted != wanted:
+            self._lowered[key] = (wanted, fitted)
         return fitted
 
     def _named_in_file(self, config: LoftConfig, key: str) -> str:
@@ -106,7 +115,9 @@ class LoftModel(BaseTuner):
         keys = [key, *(f"{parent}{dot}{name}" for name in names)]
         return next((k for k in keys if any(_same_module(held, k) for held in self._file_ranks)), key)
 
-    def _group(self, transform: str) -> DeltaGroup:
+    def _group(self, transform: str | None) -> DeltaGroup | None:
+        if transform is None:
+            return None
         for module in self.model.modules():
             if isinstance(module, Linear):
                 for group in module.loft_group.values():
@@ -273,6 +284,10 @@ def require_supports(layers: dict[str, Linear], adapter: str, caller: str) -> No
 
 def require_untrained(layers: dict[str, Linear], adapter: str, caller: str) -> None:
     """ValueError where a transform has left the identity: a new support would change the function it was trained for."""
+    if not all(layer.loft_kind[adapter].has_support for layer in layers.values()):
+        raise ValueError(
+            f"{caller} chooses supports, but adapter {adapter!r} is of a kind that has none (OFT, BOFT, HRA)"
+        )
     moved = [name for name, layer in layers.items() if bool(layer.theta(adapter).detach().any())]
     if moved:
         raise ValueError(
@@ -303,7 +318,7 @@ def check_state(model: nn.Module, state_dict: dict, prefix: str, *_: Any) -> Non
         if isinstance(module, Linear):
             module.refresh_ready()
             waiting |= {a for a, c in module.loft_config.items() if c.supports_from_checkpoint and not module.ready(a)}
-            for kind in ("loft_theta", "loft_support", "loft_energy"):
+            for kind in ("loft_theta", "loft_scale", "loft_support", "loft_energy"):
                 held = getattr(module, kind)
                 for adapter in held.keys():
                     expected.setdefault(adapter, {})[f"{prefix}{name}.{kind}.{adapter}"] = held[adapter]

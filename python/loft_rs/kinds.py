@@ -1,0 +1,162 @@
+"""Kinds of adapters: which tensors of a layer an adapter consists of, and the factor they make.
+
+| kind          | trained                            | frozen    | factor                      | recovers    |
+|---------------|------------------------------------|-----------|-----------------------------|-------------|
+| `Supported`   | theta of the transform             | support P | `LowRank(P, E)`             | LOFT, PSOFT |
+| `Partition`   | theta of every block's transform   | -         | `Blocks(D, permutations)`   | OFT, BOFT   |
+| `Householder` | U (n x r) itself                   | -         | `LowRank(U, -S^{-1})`       | HRA         |
+
+A layer holds the tensors (`AdaptedLinear`); a kind has none and is shared by all layers of an adapter.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+from torch import Tensor
+
+from . import compiled
+from .factor import Blocks, LowRank, householder, no_autocast
+
+if TYPE_CHECKING:
+    from .layer import AdaptedLinear
+    from .transform import Transform
+
+__all__ = ["Householder", "Kind", "Partition", "Supported", "butterfly"]
+
+
+class Kind(Protocol):
+    """One kind of adapter. `has_support`: whether it has a frozen P, chosen before training."""
+
+    has_support: bool
+
+    def fit(self, rank: int, own: int, other: int) -> int:
+        """`rank`, or the nearest that fits a layer whose turned side is `own` wide and whose other side is `other` wide."""
+
+    def theta(self, transform: Transform | None, width: int, rank: int, seed: int, identity: bool) -> Tensor:
+        """The trained tensor at the start, float64: the identity, or a small random rotation."""
+
+    def rank(self, theta: Tensor, transform: Transform | None) -> int:
+        """The rank, or the size of the blocks, of an adapter with this trained tensor."""
+
+    def factor(self, layer: AdaptedLinear, adapter: str) -> LowRank | Blocks:
+        """R at the current parameters, differentiable in them."""
+
+
+def _start(shape: tuple[int, ...], rank: int, identity: bool) -> Tensor:
+    theta = torch.zeros(shape, dtype=torch.float64)
+    return theta if identity else theta.normal_(std=0.1 / rank**0.5)
+
+
+class Supported:
+    """R = I + P E P^T: a frozen support and a trained transform."""
+
+    has_support = True
+
+    def fit(self, rank: int, own: int, other: int) -> int:
+        limit = min(own, other)
+        return rank if rank <= limit else max(limit - limit % 2, 1)
+
+    def theta(self, transform: Transform, width: int, rank: int, seed: int, identity: bool) -> Tensor:
+        return _start(transform.parameter_shape(rank), rank, identity)
+
+    def rank(self, theta: Tensor, transform: Transform) -> int:
+        return transform.rank(theta.shape)
+
+    def factor(self, layer: AdaptedLinear, adapter: str) -> LowRank:
+        return LowRank(layer.support(adapter), _delta(layer, adapter))
+
+
+class Partition:
+    """Every coordinate in one block of each factor, every block with a transform of its own, or one for all blocks (`share`).
+
+    The rank is the size b of the blocks. One factor: blocks of neighbours. More: those of a butterfly.
+    """
+
+    has_support = False
+
+    def __init__(self, factors: int = 1, share: bool = False):
+        self.factors, self.share = factors, share
+
+    def fit(self, rank: int, own: int, other: int) -> int:
+        if self.factors == 1:
+            sizes = [b for b in range(1, own + 1) if own % b == 0]
+        else:
+            sizes = [b for b in range(2, own + 1, 2) if own % (b << (self.factors - 1)) == 0]
+        if not sizes:
+            raise ValueError(
+                f"factors={self.factors} is more than a layer {own} wide has: {own} must be a multiple of 2^{self.factors}"
+            )
+        return min(sizes, key=lambda b: (abs(b - rank), b))
+
+    def theta(self, transform: Transform, width: int, rank: int, seed: int, identity: bool) -> Tensor:
+        blocks = 1 if self.share else width // rank
+        return _start((self.factors, blocks, *transform.parameter_shape(rank)), rank, identity)
+
+    def rank(self, theta: Tensor, transform: Transform) -> int:
+        return transform.rank(theta.shape)
+
+    def factor(self, layer: AdaptedLinear, adapter: str) -> Blocks:
+        delta = _delta(layer, adapter)
+        if self.factors == 1:
+            return Blocks(delta)
+        width = layer.support_width(layer.loft_side[adapter])
+        return Blocks(delta, butterfly(width, delta.shape[-1], self.factors, delta.device))
+
+
+class Householder:
+    """R = H_0 H_1 ... of trained vectors; `reflection`: R = I - 2 Q Q^T of an orthonormal basis Q of them."""
+
+    has_support = False
+
+    def __init__(self, reflection: bool = False):
+        self.reflection = reflection
+
+    def fit(self, rank: int, own: int, other: int) -> int:
+        return min(rank, own - own % 2)
+
+    def theta(self, transform: None, width: int, rank: int, seed: int, identity: bool) -> Tensor:
+        """As HRA's authors start: columns equal in pairs, which is the identity; an odd rank, and `reflection`, cannot be one."""
+        draw = torch.Generator().manual_seed(seed)
+        paired = identity and rank % 2 == 0 and not self.reflection
+        columns = rank // 2 if paired else rank
+        bound = math.sqrt(1 / columns)
+        u = torch.empty(width, columns, dtype=torch.float64).uniform_(-bound, bound, generator=draw)
+        return u.repeat_interleave(2, 1) if paired else u
+
+    def rank(self, theta: Tensor, transform: None) -> int:
+        return theta.shape[1]
+
+    def factor(self, layer: AdaptedLinear, adapter: str) -> LowRank:
+        u = layer.theta(adapter)
+        with no_autocast(u.device.type):
+            return householder(u, reflection=self.reflection)
+
+
+def _delta(layer: AdaptedLinear, adapter: str) -> Tensor:
+    group = layer.loft_group[adapter]
+    if torch.compiler.is_compiling():
+        kind = layer.loft_kind[adapter]
+        basis = layer.support(adapter) if kind.has_support else None
+        return compiled.delta(layer.theta(adapter), basis, group.transform.name)
+    return group.value(layer.owner(adapter), adapter, layer)
+
+
+@functools.cache
+def butterfly(n: int, b: int, factors: int, device: torch.device) -> Tensor:
+    """Coordinates of the blocks of each butterfly factor (BOFT, arXiv 2311.06243), (factors, n) int64.
+
+    Factor i takes stretches of b 2^i coordinates; in each, chunks of b/2 coordinates, the even chunks first and then the odd ones, fill
+    the blocks two by two.
+    """
+    with torch.inference_mode(False):
+        every = torch.arange(n, device=device)
+        orders = [every]
+        for i in range(1, factors):
+            chunks = every.view(-1, 2**i, 2, b // 2)  # stretch, pair, parity, coordinate
+            # BOFT's permutation matrix has a row for each coordinate in its new place, and is applied by its transpose.
+            orders.append(chunks.transpose(1, 2).reshape(-1).argsort())
+        return torch.stack(orders)

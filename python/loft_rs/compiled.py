@@ -3,7 +3,10 @@
 Inside them the eager code runs, so that one solve still serves all layers of a rank and nothing that is derived from frozen tensors is
 computed twice; around them the graph has no break. A layer is found again by the memory of its tensors, which training does not move.
 
-    add_low_rank(x, theta, W, b, P) -> Y    the `add` placement;    delta(theta, P) -> E    every other use of a factor
+    add_low_rank(x, theta, W, b, P) -> Y    the `add` placement of one layer
+    delta(theta, P) -> E                    every other use of a factor
+
+Each is an operator for the forward and one for the backward pass, joined by an `autograd.Function` that the compiler traces through.
 """
 
 from __future__ import annotations
@@ -54,18 +57,18 @@ def _keys(layer: AdaptedLinear, adapter: str) -> list[tuple[int, int]]:
 
 
 def _solution(
-    found: tuple[AdaptedLinear, str] | None, theta: Tensor, basis: Tensor, transform: str, trained: bool | None
+    found: tuple[AdaptedLinear, str] | None, theta: Tensor, basis: Tensor, transform: str, grads: bool | None
 ) -> tuple:
-    """(solution, index, whether E is known to be 0) of the solve that holds E; `trained` says whether a forward pass that uses it has
-    a gradient, and is None in a backward pass."""
+    """(solution, index, whether E is known to be 0) of the solve that holds E; `grads`: whether gradients are wanted of the forward pass
+    that asks, None where a backward pass asks."""
     if found is not None and found[0].theta(found[1]).data_ptr() == theta.data_ptr():
         layer, adapter = found
         group, owner = layer.loft_group[adapter], layer.owner(adapter)
-        if trained is None:
+        if grads is None:
             entry = group.held(owner, adapter)
         else:
-            # The graph runs without gradients in either case, and what it then does, comparing thetas, is not for training.
-            with torch.set_grad_enabled(trained):
+            # A graph runs with gradients off whether or not they are wanted, and where they are thetas must not be compared.
+            with torch.set_grad_enabled(grads):
                 entry = group.entry(owner, adapter, layer)
         if entry is not None:
             return entry.solution, entry.index, entry.identity
@@ -99,7 +102,8 @@ _LIBRARY = torch.library.Library("loft_rs", "FRAGMENT")
 
 
 def _operator(schema: str, fake: Callable) -> Callable[[Callable], Callable]:
-    """Registers a function as an operator without a gradient: a third of the cost of `torch.library.custom_op`."""
+    """Registers a function as an operator. At a small model's rate of calls, `torch.library.custom_op` and a gradient that is registered
+    there, with their wrappers in Python, would cost as much as the products."""
 
     def register(run: Callable) -> Callable:
         name = _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
@@ -110,17 +114,13 @@ def _operator(schema: str, fake: Callable) -> Callable[[Callable], Callable]:
     return register
 
 
-def _trained(theta: Tensor) -> bool:
-    return torch.is_grad_enabled() and theta.requires_grad
-
-
-def _fake_delta(theta, basis, transform, trained):
+def _fake_delta(theta, basis, transform, grads):
     return theta.new_empty(basis.shape[1], basis.shape[1], dtype=torch.promote_types(theta.dtype, torch.float32))
 
 
-@_operator("delta(Tensor theta, Tensor basis, str transform, bool trained) -> Tensor", _fake_delta)
-def _delta(theta, basis, transform, trained):
-    solution, index, _ = _solution(_find(theta, basis), theta, basis, transform, trained)
+@_operator("delta(Tensor theta, Tensor basis, str transform, bool grads) -> Tensor", _fake_delta)
+def _delta(theta, basis, transform, grads):
+    solution, index, _ = _solution(_find(theta, basis), theta, basis, transform, grads)
     return solution.deltas[index].clone()
 
 
@@ -136,10 +136,10 @@ def _delta_backward(g, theta, basis, transform):
 
 class _Delta(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, theta, basis, transform, trained):
+    def forward(ctx, theta, basis, transform, grads):
         ctx.save_for_backward(theta, basis)
         ctx.transform = transform
-        return _delta(theta, basis, transform, trained)
+        return _delta(theta, basis, transform, grads)
 
     @staticmethod
     def backward(ctx, g):
@@ -148,21 +148,21 @@ class _Delta(torch.autograd.Function):
 
 def delta(theta: Tensor, basis: Tensor, transform: str) -> Tensor:
     """E = C (T - I) C (r x r), float32 or wider, of the generator theta and P (n x r)."""
-    return _Delta.apply(theta, basis, transform, _trained(theta))
+    return _Delta.apply(theta, basis, transform, torch.is_grad_enabled())
 
 
-def _fake_add(x, theta, weight, bias, basis, transform, side, trained):
+def _fake_add(x, theta, weight, bias, basis, transform, side, grads):
     return x.new_empty(*x.shape[:-1], weight.shape[0]), x.new_empty(x.shape[:-1].numel(), basis.shape[1])
 
 
 @_operator(
-    "add_low_rank(Tensor x, Tensor theta, Tensor weight, Tensor? bias, Tensor basis, str transform, str side, bool trained)"
+    "add_low_rank(Tensor x, Tensor theta, Tensor weight, Tensor? bias, Tensor basis, str transform, str side, bool grads)"
     " -> (Tensor, Tensor)",
     _fake_add,
 )
-def _add(x, theta, weight, bias, basis, transform, side, trained):
+def _add(x, theta, weight, bias, basis, transform, side, grads):
     found = _find(weight, basis)
-    solution, index, identity = _solution(found, theta, basis, transform, trained)
+    solution, index, identity = _solution(found, theta, basis, transform, grads)
     with no_autocast(x.device.type):
         joined = _inputs(found, weight, bias, basis, side, x.dtype)
         (y,), z = lay_down(x, joined, [solution.cast(index, x.dtype)], [identity])
@@ -191,8 +191,8 @@ def _add_backward(g, z, theta, weight, basis, transform, side, needs_x):
 
 class _AddLowRank(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, theta, weight, bias, basis, transform, side, trained):
-        y, z = _add(x, theta, weight, bias, basis, transform, side, trained)
+    def forward(ctx, x, theta, weight, bias, basis, transform, side, grads):
+        y, z = _add(x, theta, weight, bias, basis, transform, side, grads)
         ctx.save_for_backward(z, theta, weight, basis)
         ctx.names = transform, side
         return y
@@ -208,4 +208,4 @@ def add_low_rank(
     x: Tensor, theta: Tensor, weight: Tensor, bias: Tensor | None, basis: Tensor, transform: str, side: str
 ) -> Tensor:
     """Y (..., m) of `factor.AddLowRank` for one layer, in x's dtype."""
-    return _AddLowRank.apply(x, theta, weight, bias, basis, transform, side, _trained(theta))
+    return _AddLowRank.apply(x, theta, weight, bias, basis, transform, side, torch.is_grad_enabled())

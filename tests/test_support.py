@@ -397,6 +397,14 @@ def test_hostile_files_are_refused(saved, change, message):
     assert str(saved[0]) in str(caught.value)
 
 
+def test_columns_that_an_older_file_lacks_are_read_as_none(saved):
+    path, supports = saved
+    rewrite(path, header=without("columns"))
+    loaded = load_supports(path)
+    assert loaded["gradsvd.w"].columns == 0
+    assert all(same(loaded[name], supports[name]) for name in supports)
+
+
 @QUICK
 @given(cut=st.floats(0, 0.999))
 def test_truncated_files_are_refused(tmp_path_factory, cut):

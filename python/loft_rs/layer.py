@@ -329,7 +329,8 @@ class AdaptedLinear(nn.Module):
             if weight is None:
                 return None
             basis, side, bias = self.support(adapter), self.loft_side[adapter], self.base_layer.bias
-            return compiled.add_low_rank(x.to(dtype), self.factor(adapter).delta, weight, bias, basis, side)[0]
+            theta, transform = self.theta(adapter), self.loft_group[adapter].transform.name
+            return compiled.add_low_rank(x.to(dtype), theta, weight, bias, basis, transform, side)
         siblings = self.siblings
         if siblings is not None and (y := siblings.take(self, adapter, x)) is not None:
             return y
@@ -356,16 +357,18 @@ class AdaptedLinear(nn.Module):
     def add_inputs(self, adapter: str, x: Tensor) -> AddInputs | None:
         """What `AddLowRank` takes of this layer for an input like x; None where the `add` placement does not apply."""
         weight, dtype = self._added(adapter, x)
-        if weight is None:
-            return None
+        return None if weight is None else self.add_inputs_in(adapter, dtype)
+
+    def add_inputs_in(self, adapter: str, dtype: torch.dtype) -> AddInputs:
+        """`add_inputs` in the dtype of the products, of a layer that the `add` placement applies to."""
         base = self._modules["base_layer"]
         basis, bias, frozen = self.support(adapter), base._parameters["bias"], base._parameters["weight"]
-        if weight.dtype != dtype:  # as nn.Linear under autocast: a copy for this pass only
+        if frozen.dtype != dtype:  # as nn.Linear under autocast: a copy for this pass only
             bias = None if bias is None else bias.to(dtype)
-            return AddInputs(weight.to(dtype), bias, *self.products(adapter, dtype))
+            return AddInputs(dense_weight(base).to(dtype), bias, *self.products(adapter, dtype))
         sources = (basis, frozen) if bias is None else (basis, frozen, bias)
         slot = ("inputs", adapter, dtype)
-        return self._cached(slot, sources, lambda: AddInputs(weight, bias, *self.products(adapter, dtype)))
+        return self._cached(slot, sources, lambda: AddInputs(dense_weight(base), bias, *self.products(adapter, dtype)))
 
     def products(self, adapter: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """(left, right) of `AddLowRank`, kept until a tensor they come from changes."""

@@ -417,6 +417,7 @@ def load_supports(path: str | os.PathLike) -> Support | dict[str, Support]:
     supports = {}
     for name, scalars in facts.items():
         arrays: dict[str, Any] = {key: np.array(tensors[f"{name}.{key}"]) for key in _ARRAYS}
+        scalars = {"columns": 0} | scalars  # which older files lack
         _validate(f"{path}: the support{of(name)}", arrays, scalars)
         known: dict[str, Any] = {key: math.nan if value is None else value for key, value in scalars.items()}
         supports[name] = Support(**arrays, **known)

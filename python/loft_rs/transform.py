@@ -28,6 +28,7 @@ from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from . import kernels
+from .factor import no_autocast
 
 __all__ = [
     "TRANSFORMS",
@@ -267,11 +268,14 @@ class _Solution:
 
     def gradients(self, indices: list[int], grads: list[Tensor]) -> tuple[Tensor, ...]:
         """dL/dtheta of the members `indices` from their dL/dE."""
-        g, saved, folds = torch.stack(grads), self.saved, self.folds
-        if len(indices) < len(saved):
+        g, saved, folds = torch.stack(grads) if len(grads) > 1 else grads[0][None], self.saved, self.folds
+        if len(indices) == 1:
+            (i,) = indices
+            saved, folds = saved[i : i + 1], folds if folds is None else folds[i : i + 1]
+        elif len(indices) < len(saved):
             # Not by a list of indices, which would wait for its own copy to the device.
             saved, folds = (None if t is None else torch.stack([t[i] for i in indices]) for t in (saved, folds))
-        with torch.autocast(g.device.type, enabled=False):
+        with no_autocast(g.device.type):
             if folds is not None:
                 g = folds @ g.to(folds.dtype) @ folds
             return self.transform.gradient(g, saved).unbind(0)

@@ -26,7 +26,22 @@ from typing import Any
 
 import torch
 from common import Report, describe
-from gpu_workloads import BASE, BOFT, HRA, OFT, REENTRANT, Card, Method, Step, Workload, loft, lofts, loras, psoft
+from gpu_workloads import (
+    BASE,
+    BOFT,
+    HRA,
+    OFT,
+    RECOVERED,
+    REENTRANT,
+    Card,
+    Method,
+    Step,
+    Workload,
+    loft,
+    lofts,
+    loras,
+    psoft,
+)
 
 SECTIONS = ("8b", "8b-slow", "encoder", "encoder-fp32", "vit")
 WARM_UP = 4
@@ -53,7 +68,7 @@ def chosen(section: str, ranks: list[int], compiled: bool) -> list[Method]:
     for rank in ranks:
         methods += [*lofts(rank), *loras(rank, precision), psoft(rank, neumann=False)]
         methods += [] if compiled else [psoft(rank, neumann=True)]
-    methods.append(OFT)
+    methods += [OFT, *RECOVERED]
     return methods if section == "8b" or compiled else methods + slow
 
 

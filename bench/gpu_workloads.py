@@ -156,6 +156,21 @@ BOFT = Method(
 HRA = Method("HRA r8", lambda targets: peft.HRAConfig(r=8, target_modules=targets), 8)
 
 
+# The recovered methods as LOFT runs them.
+RECOVERED = [
+    Method("LOFT as OFT b32", lambda targets: LoftConfig.oft(32, target_modules=targets)),
+    Method("LOFT as BOFT b8 m1", lambda targets: LoftConfig.boft(8, 1, target_modules=targets)),
+    Method("LOFT as BOFT b8 m2", lambda targets: LoftConfig.boft(8, 2, target_modules=targets)),
+    Method("LOFT as HRA r8", lambda targets: LoftConfig.hra(8, target_modules=targets), 8),
+    # The support has no part in a step, as the initial SVD has none in PSOFT's.
+    Method(
+        "LOFT as PSOFT r64",
+        lambda targets: LoftConfig(r=64, support="random", magnitudes=True, target_modules=targets),
+        64,
+    ),
+]
+
+
 def loras(rank: int, precision: str) -> list[Method]:
     return [lora(rank, half) for half in ((True, False) if precision == "bf16" else (False,))]
 

@@ -4,7 +4,7 @@ Inside them the eager code runs, so that one solve still serves all layers of a 
 computed twice; around them the graph has no break. A layer is found again by the memory of its tensors, which training does not move.
 
     add_low_rank(x, theta, W, b, P) -> Y    the `add` placement of one layer
-    delta(theta, P) -> E                    every other use of a factor
+    delta(theta, P or None) -> E            every other use of a factor
 
 Each is an operator for the forward and one for the backward pass, joined by an `autograd.Function` that the compiler traces through.
 """
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from .factor import AddInputs, Joined, gram_root, lay_down, lay_down_gradients, no_autocast
-from .transform import DeltaGroup
+from .transform import DeltaGroup, get_transform
 
 if TYPE_CHECKING:
     from .layer import AdaptedLinear
@@ -32,9 +32,9 @@ LIVE: weakref.WeakSet[AdaptedLinear] = weakref.WeakSet()
 _found: dict[tuple[int, int], tuple[weakref.ref, str]] = {}
 
 
-def _find(tensor: Tensor, basis: Tensor) -> tuple[AdaptedLinear, str] | None:
-    """The layer and adapter with this P and this theta or W; None where these are no layer's own, as a sharded model's may be."""
-    key = tensor.data_ptr(), basis.data_ptr()
+def _find(tensor: Tensor, basis: Tensor | None) -> tuple[AdaptedLinear, str] | None:
+    """The layer and adapter with this P (or none) and this theta or W; None where these are no layer's own, as a sharded model's may be."""
+    key = tensor.data_ptr(), 0 if basis is None else basis.data_ptr()
     held = _found.get(key)
     layer = held and held[0]()
     if layer is None or key not in _keys(layer, held[1]):
@@ -50,6 +50,8 @@ def _find(tensor: Tensor, basis: Tensor) -> tuple[AdaptedLinear, str] | None:
 def _keys(layer: AdaptedLinear, adapter: str) -> list[tuple[int, int]]:
     if not layer.has_adapter(adapter):
         return []
+    if not layer.loft_kind[adapter].has_support:
+        return [(layer.theta(adapter).data_ptr(), 0)]
     # Not through `get_base_layer`, which costs as much as a product: what is wrapped twice is never added to.
     weight, basis = layer._modules["base_layer"]._parameters.get("weight"), layer.support(adapter).data_ptr()
     own = [t for t in (layer.theta(adapter), weight) if type(t) in (Tensor, torch.nn.Parameter)]
@@ -57,7 +59,7 @@ def _keys(layer: AdaptedLinear, adapter: str) -> list[tuple[int, int]]:
 
 
 def _solution(
-    found: tuple[AdaptedLinear, str] | None, theta: Tensor, basis: Tensor, transform: str, grads: bool | None
+    found: tuple[AdaptedLinear, str] | None, theta: Tensor, basis: Tensor | None, transform: str, grads: bool | None
 ) -> tuple:
     """(solution, index, whether E is known to be 0) of the solve that holds E; `grads`: whether gradients are wanted of the forward pass
     that asks, None where a backward pass asks."""
@@ -72,7 +74,8 @@ def _solution(
                 entry = group.entry(owner, adapter, layer)
         if entry is not None:
             return entry.solution, entry.index, entry.identity
-    return DeltaGroup(transform).solve(theta.detach()[None], [gram_root(basis)]), 0, False
+    fold = None if basis is None else gram_root(basis)
+    return DeltaGroup(transform).solve(theta.detach()[None], [fold]), 0, False
 
 
 def image(weight: Tensor, basis: Tensor, side: str, dtype: torch.dtype) -> Tensor:
@@ -115,17 +118,20 @@ def _operator(schema: str, fake: Callable) -> Callable[[Callable], Callable]:
 
 
 def _fake_delta(theta, basis, transform, grads):
-    return theta.new_empty(basis.shape[1], basis.shape[1], dtype=torch.promote_types(theta.dtype, torch.float32))
+    made = get_transform(transform)
+    r = made.rank(theta.shape)
+    stack = theta.shape[: theta.dim() - len(made.parameter_shape(r))]
+    return theta.new_empty(*stack, r, r, dtype=torch.promote_types(theta.dtype, torch.float32))
 
 
-@_operator("delta(Tensor theta, Tensor basis, str transform, bool grads) -> Tensor", _fake_delta)
+@_operator("delta(Tensor theta, Tensor? basis, str transform, bool grads) -> Tensor", _fake_delta)
 def _delta(theta, basis, transform, grads):
     solution, index, _ = _solution(_find(theta, basis), theta, basis, transform, grads)
     return solution.deltas[index].clone()
 
 
 @_operator(
-    "delta_backward(Tensor g, Tensor theta, Tensor basis, str transform) -> Tensor",
+    "delta_backward(Tensor g, Tensor theta, Tensor? basis, str transform) -> Tensor",
     lambda g, theta, basis, transform: torch.empty_like(theta),
 )
 def _delta_backward(g, theta, basis, transform):
@@ -146,8 +152,8 @@ class _Delta(torch.autograd.Function):
         return _delta_backward(g, *ctx.saved_tensors, ctx.transform), None, None, None
 
 
-def delta(theta: Tensor, basis: Tensor, transform: str) -> Tensor:
-    """E = C (T - I) C (r x r), float32 or wider, of the generator theta and P (n x r)."""
+def delta(theta: Tensor, basis: Tensor | None, transform: str) -> Tensor:
+    """E = C (T - I) C (r x r), float32 or wider, of the generator theta and P (n x r); without a P the stack of D of all blocks."""
     return _Delta.apply(theta, basis, transform, torch.is_grad_enabled())
 
 

@@ -206,8 +206,12 @@ def _by_block(rows: Tensor, b: int) -> Tensor:
 def _turn_blocks(rows: Tensor, d: Tensor, permutation: Tensor | None, back: Tensor | None) -> Tensor:
     """rows (N, n) times blockdiag(I + d), on coordinates in the order of `permutation`; `back` is its inverse."""
     rows = rows if permutation is None else rows.index_select(1, permutation)
-    out = rows.clone()
-    _by_block(out, d.shape[-1]).baddbmm_(_by_block(rows, d.shape[-1]), d)
+    blocks = _by_block(rows, d.shape[-1])
+    if torch.compiler.is_compiling():  # which cannot write through such a view
+        out = torch.baddbmm(blocks, blocks, d).transpose(0, 1).reshape(rows.shape)
+    else:
+        out = rows.clone()
+        _by_block(out, d.shape[-1]).baddbmm_(blocks, d)
     return out if back is None else out.index_select(1, back)
 
 

@@ -243,3 +243,39 @@ def test_peak_memory_holds_nothing_of_the_size_of_x():
     y = layer(x)
     held = torch.cuda.memory_allocated() - before - y.numel() * 2
     assert held <= 4 * tokens * r  # z in bf16, and the allocator's rounding
+
+
+RECOVERED = {
+    "oft": lambda **o: LoftConfig.oft(8, **o),
+    "oft b32": lambda **o: LoftConfig.oft(32, **o),
+    "oft shared": lambda **o: LoftConfig.oft(8, share=True, **o),
+    "boft": lambda **o: LoftConfig.boft(4, 3, **o),
+    "hra": lambda **o: LoftConfig.hra(6, **o),
+    "psoft": lambda **o: LoftConfig.psoft(16, **o),
+    "psoft neumann": lambda **o: LoftConfig.psoft(16, neumann_terms=3, **o),
+}
+
+
+@CHECKPOINTING
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("method", RECOVERED)
+def test_recovered_methods_against_float64_on_the_cpu(method, dtype, reentrant):
+    torch.manual_seed(0)
+    base = torch.nn.Sequential(torch.nn.Linear(256, 192)).to(dtype)
+    config = RECOVERED[method](target_modules=["0"], init_weights=False)
+    low = peft.get_peft_model(copy.deepcopy(base), config)
+    layer = low.base_model.model[0]
+    exact = copy.deepcopy(low).double()
+    low.cuda()
+    assert all(p.dtype == torch.float32 for p in low.parameters() if p.requires_grad)
+    x, grad = torch.randn(64, 256).to(dtype), torch.randn(64, 192).to(dtype)
+    pairs = []
+    for model, value, weight in ((exact, x.double(), grad.double()), (low, x.cuda(), grad.cuda())):
+        value.requires_grad_()
+        y = model(value) if reentrant is None or model is exact else checkpoint(model, value, use_reentrant=reentrant)
+        y.backward(weight)
+        trained = [p.grad for p in model.parameters() if p.requires_grad]
+        pairs.append([t.detach().double().cpu() for t in (y, value.grad, *trained)])
+    for wanted, got in zip(*pairs, strict=True):
+        assert torch.linalg.norm(got - wanted) <= TOLERANCE[dtype] * torch.linalg.norm(wanted)
+    assert layer.factor("default").orthogonality_error() <= 1e-5 or "psoft" in method

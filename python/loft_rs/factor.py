@@ -9,10 +9,11 @@ What the `autograd.Function`s do, and keep for the backward pass:
 
     RotateActivations   Y = X R^T                       z = X P (N x r), and X only where P is trained
     RotateBlocks        Y = X ... F_1^T F_0^T           X (N x n), once for all factors
+    ScaleOutput         Y' = Y diag(1 + s)              Y' (N x m)
     AddLowRank          Y = X W^T + b + (X L) E^T Rt^T  z alone; the adapter's term first, the base product accumulated on it; for one
                                                         layer or for several that read the same X
 
-The first two work before (input side) or after (output side) any base layer.
+The rotations work before (input side) or after (output side) any base layer.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from . import kernels
 from .inspection import ORTHONORMAL
 
 __all__ = [
@@ -33,6 +35,7 @@ __all__ = [
     "LowRank",
     "RotateActivations",
     "RotateBlocks",
+    "ScaleOutput",
     "gram_root",
     "householder",
     "lay_down",
@@ -182,20 +185,31 @@ class RotateActivations(torch.autograd.Function):
         return dx, d_delta, d_basis
 
 
-# A batched product of smaller blocks than this is launch and latency; neighbouring ones are put together to one of this size.
-_LEAST_BLOCK = 32
+# A product of smaller blocks than this is latency and half-empty loads; neighbouring ones are put together to one of this size.
+_LEAST_BLOCK = 64
+
+
+def _together(b: int, count: int) -> int:
+    """How many of `count` blocks of b make one for the products."""
+    return next((g for g in range(_LEAST_BLOCK // b, 1, -1) if count % g == 0), 1)
 
 
 def _grouped(d: Tensor, count: int) -> Tensor:
     """Blocks d (count or 1, b, b) as (count / g, g b, g b), block-diagonal in groups of g."""
-    b = d.shape[-1]
-    together = next((g for g in range(_LEAST_BLOCK // b, 1, -1) if count % g == 0), 1)
+    b, g = d.shape[-1], _together(d.shape[-1], count)
     d = d.expand(count, b, b)
-    if together == 1:
+    if g == 1:
         return d
-    wide = d.new_zeros(count // together, together, b, together, b)
-    wide.diagonal(dim1=1, dim2=3).copy_(d.reshape(count // together, together, b, b).permute(0, 2, 3, 1))
-    return wide.view(count // together, together * b, together * b)
+    wide = d.new_zeros(count // g, g, b, g, b)
+    wide.diagonal(dim1=1, dim2=3).copy_(d.reshape(count // g, g, b, b).permute(0, 2, 3, 1))
+    return wide.view(count // g, g * b, g * b)
+
+
+def _single(wide: Tensor, b: int, shared: bool) -> Tensor:
+    """The blocks (count, b, b) on the diagonal of those that `_grouped` makes, or their sum (1, b, b)."""
+    g = wide.shape[-1] // b
+    d = wide.view(-1, g, b, g, b).diagonal(dim1=1, dim2=3).permute(0, 3, 1, 2).reshape(-1, b, b)
+    return d.sum(0, keepdim=True) if shared else d
 
 
 def _by_block(rows: Tensor, b: int) -> Tensor:
@@ -203,28 +217,29 @@ def _by_block(rows: Tensor, b: int) -> Tensor:
     return rows.unflatten(1, (-1, b)).transpose(0, 1)
 
 
-def _turn_blocks(rows: Tensor, d: Tensor, permutation: Tensor | None, back: Tensor | None) -> Tensor:
-    """rows (N, n) times blockdiag(I + d), on coordinates in the order of `permutation`; `back` is its inverse."""
-    rows = rows if permutation is None else rows.index_select(1, permutation)
-    blocks = _by_block(rows, d.shape[-1])
-    if torch.compiler.is_compiling():  # which cannot write through such a view
+def _turn(rows: Tensor, d: Tensor, order: Tensor | None) -> Tensor:
+    """rows (N, n) times blockdiag(I + d), on the columns in the order of `order`."""
+    b = d.shape[-1]
+    compiling = torch.compiler.is_compiling()
+    if not compiling and kernels.turns(rows, b):
+        return kernels.turn(rows, d, order)
+    blocks = _by_block(rows if order is None else rows.index_select(1, order), b)
+    if compiling:  # which cannot write through such a view
         out = torch.baddbmm(blocks, blocks, d).transpose(0, 1).reshape(rows.shape)
     else:
-        out = rows.clone()
-        _by_block(out, d.shape[-1]).baddbmm_(blocks, d)
-    return out if back is None else out.index_select(1, back)
+        out = blocks.transpose(0, 1).reshape(rows.shape).clone()
+        _by_block(out, b).baddbmm_(blocks, d)
+    return out if order is None else out.index_select(1, order.argsort())
 
 
-def _block_gradient(g: Tensor, x: Tensor, b: int, shared: bool) -> Tensor:
-    """dD (n/b, b, b), or their sum (1, b, b): g^T x block by block, kept in float32."""
-    count = g.shape[1] // b
-    together = next((k for k in range(_LEAST_BLOCK // b, 1, -1) if count % k == 0), 1)
-    left, right = _by_block(g, together * b).mT, _by_block(x, together * b)
+def _turn_back(g: Tensor, rows: Tensor, d: Tensor, order: Tensor | None, needs_x: bool) -> tuple[Tensor | None, Tensor]:
+    """(g blockdiag(I + d), or None; g^T rows block by block, (n/b, b, b), kept in float32) of g and rows (N, n)."""
+    b = d.shape[-1]
+    if not torch.compiler.is_compiling() and kernels.turns(rows, b):
+        return kernels.turn_back(g, rows, d, order, needs_x)
+    left, right = (_by_block(r if order is None else r.index_select(1, order), b) for r in (g, rows))
     half = {"out_dtype": torch.float32} if g.dtype in _HALF and g.is_cuda else {}
-    d = torch.bmm(left, right, **half)
-    if together > 1:
-        d = d.view(-1, together, b, together, b).diagonal(dim1=1, dim2=3).permute(0, 3, 1, 2).reshape(count, b, b)
-    return d.sum(0, keepdim=True) if shared else d
+    return _turn(g, d, order) if needs_x else None, torch.bmm(left.mT, right, **half)
 
 
 class RotateBlocks(torch.autograd.Function):
@@ -238,14 +253,13 @@ class RotateBlocks(torch.autograd.Function):
     def forward(ctx, x: Tensor, delta: Tensor, permutations: Tensor | None) -> Tensor:
         n, (m, given, b, _) = x.shape[-1], delta.shape
         rows, cast = x.reshape(-1, n), delta.to(x.dtype)
-        orders = [None] * m if permutations is None else list(permutations)
-        ctx.backs = [None if order is None else order.argsort() for order in orders]
-        ctx.orders, ctx.blocks = orders, [_grouped(d, n // b) for d in cast]
+        ctx.orders = [None] * m if permutations is None else list(permutations)
+        ctx.blocks = [_grouped(d, n // b) for d in cast]
         ctx.shared, ctx.b, ctx.delta_dtype = given == 1 and n // b > 1, b, delta.dtype
         with no_autocast(x.device.type):
             y = rows
             for i in reversed(range(m)):
-                y = _turn_blocks(y, ctx.blocks[i].mT, orders[i], ctx.backs[i])
+                y = _turn(y, ctx.blocks[i].mT, ctx.orders[i])
         ctx.save_for_backward(rows)
         return y.view(x.shape)
 
@@ -258,19 +272,43 @@ class RotateBlocks(torch.autograd.Function):
         with no_autocast(g.device.type):
             inputs = [rows]
             for i in reversed(range(1, m)):
-                inputs.append(_turn_blocks(inputs[-1], ctx.blocks[i].mT, ctx.orders[i], ctx.backs[i]))
+                inputs.append(_turn(inputs[-1], ctx.blocks[i].mT, ctx.orders[i]))
             for i in range(m):
-                x, order = inputs.pop(), ctx.orders[i]
+                needs_x = ctx.needs_input_grad[0] or i + 1 < m
                 if ctx.needs_input_grad[1]:
-                    ordered = (dx, x) if order is None else (dx.index_select(1, order), x.index_select(1, order))
-                    d_delta[i] = _block_gradient(*ordered, ctx.b, ctx.shared)
-                if ctx.needs_input_grad[0] or i + 1 < m:
-                    dx = _turn_blocks(dx, ctx.blocks[i], order, ctx.backs[i])
+                    dx, wide = _turn_back(dx, inputs.pop(), ctx.blocks[i], ctx.orders[i], needs_x)
+                    d_delta[i] = _single(wide, ctx.b, ctx.shared)
+                elif needs_x:
+                    dx = _turn(dx, ctx.blocks[i], ctx.orders[i])
         return (
             dx.view(g.shape) if ctx.needs_input_grad[0] else None,
             torch.stack(d_delta).to(ctx.delta_dtype) if ctx.needs_input_grad[1] else None,
             None,
         )
+
+
+class ScaleOutput(torch.autograd.Function):
+    """Y' = Y diag(1 + s) for rows Y (..., m).  dY = dY' diag(1 + s);  ds = (dY' * Y').sum / (1 + s).
+
+    Y' is kept and not Y, because what follows a layer often keeps it too. A scale of exactly 0 has lost its Y, and gets no gradient.
+    """
+
+    @staticmethod
+    def forward(ctx, y: Tensor, scale: Tensor) -> Tensor:
+        factor = 1 + scale
+        out = (y * factor).to(y.dtype)
+        ctx.save_for_backward(out, factor)
+        return out
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, g: Tensor):
+        out, factor = ctx.saved_tensors
+        d_scale = None
+        if ctx.needs_input_grad[1]:
+            product = (g * out).flatten(0, -2).sum(0, dtype=factor.dtype) / factor
+            d_scale = product.where(factor != 0, 0.0)
+        return (g * factor).to(g.dtype) if ctx.needs_input_grad[0] else None, d_scale
 
 
 class AddInputs(NamedTuple):

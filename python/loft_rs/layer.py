@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from . import compiled
-from .factor import AddInputs, AddLowRank, Blocks, Joined, LowRank, gram_root, no_autocast
+from .factor import AddInputs, AddLowRank, Blocks, Joined, LowRank, ScaleOutput, gram_root, no_autocast
 from .kinds import Kind, Partition, Supported
 from .siblings import Siblings
 from .support import SIDES
@@ -318,7 +318,7 @@ class AdaptedLinear(nn.Module):
             for adapter in outputs:
                 y = self.factor(adapter).apply(y)
             for scale in scales:
-                y = torch.addcmul(y, y, scale.to(y.dtype))
+                y = ScaleOutput.apply(y, scale)
             y = y if bias is None else y + bias
         return y
 

@@ -268,17 +268,21 @@ class _Solution:
 
     def gradients(self, indices: list[int], grads: list[Tensor]) -> tuple[Tensor, ...]:
         """dL/dtheta of the members `indices` from their dL/dE."""
-        g, saved, folds = torch.stack(grads) if len(grads) > 1 else grads[0][None], self.saved, self.folds
+        saved, folds = self.saved, self.folds
         if len(indices) == 1:
+            # Without the batch's dimension: batched products cost the host more, and a compiled model comes here layer by layer.
             (i,) = indices
-            saved, folds = saved[i : i + 1], folds if folds is None else folds[i : i + 1]
-        elif len(indices) < len(saved):
+            return (self._gradient(grads[0], saved[i], None if folds is None else folds[i]),)
+        if len(indices) < len(saved):
             # Not by a list of indices, which would wait for its own copy to the device.
             saved, folds = (None if t is None else torch.stack([t[i] for i in indices]) for t in (saved, folds))
+        return self._gradient(torch.stack(grads), saved, folds).unbind(0)
+
+    def _gradient(self, g: Tensor, saved: Tensor, folds: Tensor | None) -> Tensor:
         with no_autocast(g.device.type):
             if folds is not None:
                 g = folds @ g.to(folds.dtype) @ folds
-            return self.transform.gradient(g, saved).unbind(0)
+            return self.transform.gradient(g, saved)
 
 
 class _Deltas(torch.autograd.Function):

@@ -52,7 +52,7 @@ def test_help_and_version_import_nothing_heavy():
     )
     done = subprocess.run([sys.executable, "-c", source], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert all(command in done.stdout for command in ("demo", "select", "inspect", "export-lora", "merge"))
+    assert all(command in done.stdout for command in ("demo", "select", "inspect", "export-lora", "convert", "merge"))
 
 
 def test_select_writes_what_the_function_gives(gradients, capsys):
@@ -316,6 +316,45 @@ def test_export_and_merge_failures_are_one_sentence(trained, tmp_path, capsys):
     assert "holds a LOFT adapter" in fails(capsys, "export-lora", copy, "--out", copy)
     (copy / "adapter_config.json").write_text(json.dumps(config | {"task_type": None}))
     assert "neither its task_type nor its auto_mapping" in fails(capsys, "merge", copy, "--out", tmp_path / "o")
+    assert not (tmp_path / "o").exists()
+
+
+def test_convert_turns_a_psoft_adapter_into_a_loft_one_and_back(trained, tmp_path, capsys):
+    import peft
+    import torch
+    import transformers
+
+    base = transformers.AutoModelForCausalLM.from_pretrained(trained[0] / "base")
+    config = peft.PsoftConfig(r=8, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM", init_weights=False)
+    model = peft.get_peft_model(base, config).eval()
+    model.save_pretrained(tmp_path / "psoft")
+    with torch.no_grad():
+        wanted = model(trained[1]).logits
+    for source, target, kind, more in (
+        ("psoft", "loft", "LOFT", []),
+        ("loft", "back", "PSOFT", ["--base", str(trained[0] / "base")]),
+    ):
+        assert main(["convert", str(tmp_path / source), str(tmp_path / target), *more]) == 0
+        captured = capsys.readouterr()
+        assert captured.out == f"The {kind} adapter is in {tmp_path / target}\n"
+        assert captured.err.splitlines()[-1] == "2 of 2 layers"
+        loaded = peft.AutoPeftModelForCausalLM.from_pretrained(str(tmp_path / target)).eval()
+        with torch.no_grad():
+            torch.testing.assert_close(loaded(trained[1]).logits, wanted, atol=1e-5, rtol=0)
+
+
+def test_convert_failures_are_one_sentence(trained, tmp_path, capsys):
+    adapter = trained[0] / "adapter"
+    assert "src: " in fails(capsys, "convert", tmp_path / "no", tmp_path / "o")
+    assert "base_model: " in fails(capsys, "convert", adapter, tmp_path / "o", "--base", tmp_path / "no")
+    assert "is src itself" in fails(capsys, "convert", adapter, adapter)
+    copy = tmp_path / "copy"
+    shutil.copytree(adapter, copy)
+    config = json.loads((copy / "adapter_config.json").read_text())
+    (copy / "adapter_config.json").write_text(json.dumps(config | {"support": "skewgrad"}))
+    assert "has no counterpart in PEFT's" in fails(capsys, "convert", copy, tmp_path / "o")
+    (copy / "adapter_config.json").write_text(json.dumps(config | {"peft_type": "LORA"}))
+    assert "peft_type is 'LORA'" in fails(capsys, "convert", copy, tmp_path / "o")
     assert not (tmp_path / "o").exists()
 
 

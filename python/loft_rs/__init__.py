@@ -20,6 +20,7 @@ _HOME = {
     "NonFiniteError": "linalg",
     "Support": "support",
     "calibrate": "calibration",
+    "convert_adapter": "convert",
     "export_lora": "export",
     "load_supports": "support",
     "lora_factors": "export",

@@ -1,4 +1,4 @@
-"""`loft-rs`: the shell commands demo, select, inspect, export-lora and merge.
+"""`loft-rs`: the shell commands demo, select, inspect, export-lora, convert and merge.
 
 Every failure is one sentence on stderr and a non-zero exit status. Nothing heavy is imported until a command needs it.
 """
@@ -6,6 +6,7 @@ Every failure is one sentence on stderr and a non-zero exit status. Nothing heav
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import shutil
 import sys
@@ -67,6 +68,7 @@ def _parser() -> argparse.ArgumentParser:
     _select_parser(commands)
     _inspect_parser(commands)
     _export_parser(commands)
+    _convert_parser(commands)
     _merge_parser(commands)
     return parser
 
@@ -163,6 +165,24 @@ def _export_parser(commands: argparse._SubParsersAction) -> None:
     export = commands.add_parser("export-lora", help="write an adapter as an exact LoRA for any LoRA server")
     _adapter_arguments(export)
     export.set_defaults(command=_export_lora, extra="train")
+
+
+def _convert_parser(commands: argparse._SubParsersAction) -> None:
+    convert = commands.add_parser(
+        "convert",
+        help="turn a PEFT OFT, BOFT, HRA or PSOFT adapter into a LOFT one, or back",
+        description="Turn a PEFT OFT, BOFT, HRA or PSOFT adapter into a LOFT adapter with the same function, or such a LOFT adapter "
+        "into one of the method's own.",
+    )
+    convert.add_argument("source", type=Path, metavar="SRC", help="a folder that save_pretrained wrote")
+    convert.add_argument("target", type=Path, metavar="DST", help="folder to write")
+    convert.add_argument(
+        "--base",
+        type=Path,
+        metavar="DIR",
+        help="the base model, which PSOFT needs (default: the one the adapter names)",
+    )
+    convert.set_defaults(command=_convert, extra="train")
 
 
 def _merge_parser(commands: argparse._SubParsersAction) -> None:
@@ -283,6 +303,18 @@ def _export_lora(options: argparse.Namespace) -> None:
     print(f"The LoRA is in {options.out}")
 
 
+def _convert(options: argparse.Namespace) -> None:
+    from transformers.utils import logging
+
+    from .convert import convert_adapter
+    from .inspection import CONFIG_FILE
+
+    logging.disable_progress_bar()
+    convert_adapter(options.source, options.target, options.base, progress=_progress)
+    kind = json.loads((options.target / CONFIG_FILE).read_text(encoding="utf-8"))["peft_type"]
+    print(f"The {kind} adapter is in {options.target}")
+
+
 def _merge(options: argparse.Namespace) -> None:
     from ._io import whole_directory
 
@@ -330,8 +362,7 @@ def _base_folder(options: argparse.Namespace) -> Path:
 
 def _load(options: argparse.Namespace, base: Path):
     """The adapter on its base."""
-    import importlib
-
+    from .convert import base_class
     from .inspection import read_config
 
     config = read_config(options.adapter)
@@ -339,27 +370,7 @@ def _load(options: argparse.Namespace, base: Path):
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    named = config.get("auto_mapping") or {}
-    if named.get("parent_library", "").split(".")[0] == "transformers":
-        kind = getattr(importlib.import_module(named["parent_library"]), named.get("base_model_class", ""), None)
-    else:
-        automatic = getattr(peft, _TASKS.get(config.get("task_type") or "", ""), None)
-        kind = getattr(automatic, "_target_class", None)
-    if kind is None:
-        raise ValueError(
-            f"{options.adapter}: neither its task_type nor its auto_mapping names a transformers model class"
-        )
-    return peft.PeftModel.from_pretrained(kind.from_pretrained(base), options.adapter)
-
-
-_TASKS = {
-    "CAUSAL_LM": "AutoPeftModelForCausalLM",
-    "SEQ_CLS": "AutoPeftModelForSequenceClassification",
-    "SEQ_2_SEQ_LM": "AutoPeftModelForSeq2SeqLM",
-    "TOKEN_CLS": "AutoPeftModelForTokenClassification",
-    "QUESTION_ANS": "AutoPeftModelForQuestionAnswering",
-    "FEATURE_EXTRACTION": "AutoPeftModelForFeatureExtraction",
-}
+    return peft.PeftModel.from_pretrained(base_class(options.adapter, config).from_pretrained(base), options.adapter)
 
 
 if __name__ == "__main__":

@@ -86,7 +86,7 @@ def test_turns_on_a_gpu(b, permuted, dtype):
     assert kernels.turns(torch.zeros(2, b, device="cuda", dtype=dtype), b)
     for rows, n in ((5, b), (1000, 4 * b)):
         turned, back, product = turn_errors(rows, n, b, permuted, dtype, "cuda")
-        assert max(turned, back) <= torch.finfo(dtype).eps
+        assert max(turned, back) <= torch.finfo(dtype).eps * (b**0.5 if dtype == torch.float32 else 1)
         assert product <= 1e-6
 
 

@@ -51,9 +51,10 @@ def random(*shape: int, seed: int = 0) -> torch.Tensor:
     stretches=st.integers(1, 3),
     factors=st.integers(1, 3),
     share=st.booleans(),
+    told=st.booleans(),
     seed=st.integers(0, 99),
 )
-def test_blocks_against_dense_float64(b, stretches, factors, share, seed):
+def test_blocks_against_dense_float64(b, stretches, factors, share, told, seed):
     if factors > 1 and b % 2:
         factors = 1
     n = b * stretches * 2 ** (factors - 1)
@@ -61,7 +62,7 @@ def test_blocks_against_dense_float64(b, stretches, factors, share, seed):
     permutations = None if factors == 1 else butterfly(n, b, factors, torch.device("cpu"))
     x, g = random(2, 3, n, seed=seed + 1).requires_grad_(), random(2, 3, n, seed=seed + 2)
     rotation = blocks_reference(delta, permutations, n)
-    factor = Blocks(delta, permutations)
+    factor = Blocks(delta, permutations, b << (factors - 1) if told else None)
     y = factor.apply(x)
     found, wanted = (torch.autograd.grad(out, (x, delta), g) for out in (y, x @ rotation.mT))
     scale = float(rotation.detach().abs().sum(1).max()) * 100 * n

@@ -18,6 +18,7 @@ The rotations work before (input side) or after (output side) any base layer.
 
 from __future__ import annotations
 
+import functools
 from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
@@ -103,31 +104,60 @@ def householder(u: Tensor, *, reflection: bool = False) -> LowRank:
         return LowRank(torch.linalg.qr(u)[0].to(kept), -2 * eye.to(kept))
     unit = u / u.norm(dim=0)
     e = torch.linalg.solve_triangular(eye / 2 + (unit.mT @ unit).triu(1), -eye, upper=True)
-    pairs = eye.clone()
-    half, first, second = 0.5**0.5, torch.arange(0, r - 1, 2), torch.arange(1, r, 2)
-    pairs[first, first], pairs[second, second] = half, -half
-    pairs[first, second] = pairs[second, first] = half
+    pairs = _pairs(r, u.dtype, u.device)
     return LowRank((unit @ pairs).to(kept), (pairs @ e @ pairs).to(kept))
+
+
+@functools.cache
+def _pairs(r: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """The symmetric orthogonal matrix that takes columns 2k and 2k + 1 to their sum and difference over sqrt 2."""
+    # Kept, as making it on a GPU waits for the device; and not born in inference mode, where training could not use it.
+    with torch.inference_mode(False):
+        turn = torch.tensor([[1.0, 1.0], [1.0, -1.0]], dtype=dtype) * 0.5**0.5
+        single = [torch.ones(1, 1, dtype=dtype)] * (r % 2)
+        return torch.block_diag(*[turn] * (r // 2), *single).to(device)
 
 
 class Blocks(NamedTuple):
     """R = F_0 F_1 ..., each F_i a rotation I + D of every one of n/b disjoint blocks of b coordinates.
 
     `delta`: D (m, n/b, b, b), or (m, 1, b, b) where the blocks of a factor share one. `permutations` (m, n), int64: the coordinates of the
-    first block of F_i, of its second, and so on; None: blocks of neighbours.
+    first block of F_i, of its second, and so on; None: blocks of neighbours. `stretch`: permutations move coordinates only inside
+    stretches of so many neighbours, in all of them alike; None: anywhere.
     """
 
     delta: Tensor
     permutations: Tensor | None = None
+    stretch: int | None = None
 
     def apply(self, x: Tensor) -> Tensor:
         """X R^T for rows X (..., n). Differentiable in X and D."""
-        return RotateBlocks.apply(x, self.delta, self.permutations)
+        return RotateBlocks.apply(x, *self._wide(x.shape[-1])[:2])
 
     def adjoint(self, x: Tensor) -> Tensor:
         """X R for rows X (..., n): the transpose of `apply`."""
-        permutations = None if self.permutations is None else self.permutations.flip(0)
-        return RotateBlocks.apply(x, self.delta.flip(0).mT, permutations)
+        delta, permutations, _ = self._wide(x.shape[-1])
+        return RotateBlocks.apply(x, delta.flip(0).mT, None if permutations is None else permutations.flip(0))
+
+    def _wide(self, n: int) -> Blocks:
+        """The same R for `RotateBlocks`, which wants few large blocks: neighbouring blocks put together, up to `_LEAST_BLOCK`, and all
+        factors multiplied into one where a block of `_LARGEST_BLOCK` holds the stretch inside which they act."""
+        m, _, b, _ = self.delta.shape
+        stretch = b if self.permutations is None else self.stretch
+        if stretch is None or stretch > max(b, _LARGEST_BLOCK):
+            return Blocks(self.delta.expand(m, n // b, b, b), self.permutations)
+        sizes = range(max(stretch, _LEAST_BLOCK // stretch * stretch), stretch - 1, -stretch)
+        width = next(size for size in sizes if n % size == 0)
+        product = None
+        for i, d in enumerate(self.delta):
+            eye = torch.eye(width // b, dtype=d.dtype, device=d.device)
+            d = d.expand(n // b, b, b).unflatten(0, (n // width, width // b))
+            wide = torch.einsum("cgij,gh->cgihj", d, eye).reshape(-1, width, width)
+            if self.permutations is not None:
+                places = self.permutations[i, :width].argsort()
+                wide = wide[:, places][:, :, places]
+            product = wide if product is None else product + wide + product @ wide  # (I + D)(I + D') - I
+        return Blocks(product[None])
 
     def orthogonality_error(self) -> float:
         """A bound of ||R^T R - I||_2 in float64: the sum over the factors of their largest ||T^T T - I||_2, exact for one factor."""
@@ -185,31 +215,8 @@ class RotateActivations(torch.autograd.Function):
         return dx, d_delta, d_basis
 
 
-# A product of smaller blocks than this is latency and half-empty loads; neighbouring ones are put together to one of this size.
-_LEAST_BLOCK = 64
-
-
-def _together(b: int, count: int) -> int:
-    """How many of `count` blocks of b make one for the products."""
-    return next((g for g in range(_LEAST_BLOCK // b, 1, -1) if count % g == 0), 1)
-
-
-def _grouped(d: Tensor, count: int) -> Tensor:
-    """Blocks d (count or 1, b, b) as (count / g, g b, g b), block-diagonal in groups of g."""
-    b, g = d.shape[-1], _together(d.shape[-1], count)
-    d = d.expand(count, b, b)
-    if g == 1:
-        return d
-    wide = d.new_zeros(count // g, g, b, g, b)
-    wide.diagonal(dim1=1, dim2=3).copy_(d.reshape(count // g, g, b, b).permute(0, 2, 3, 1))
-    return wide.view(count // g, g * b, g * b)
-
-
-def _single(wide: Tensor, b: int, shared: bool) -> Tensor:
-    """The blocks (count, b, b) on the diagonal of those that `_grouped` makes, or their sum (1, b, b)."""
-    g = wide.shape[-1] // b
-    d = wide.view(-1, g, b, g, b).diagonal(dim1=1, dim2=3).permute(0, 3, 1, 2).reshape(-1, b, b)
-    return d.sum(0, keepdim=True) if shared else d
+# Products of smaller blocks than the first are latency and half-empty loads; of larger ones than the second, arithmetic.
+_LEAST_BLOCK, _LARGEST_BLOCK = 64, 128
 
 
 def _by_block(rows: Tensor, b: int) -> Tensor:
@@ -251,11 +258,9 @@ class RotateBlocks(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x: Tensor, delta: Tensor, permutations: Tensor | None) -> Tensor:
-        n, (m, given, b, _) = x.shape[-1], delta.shape
-        rows, cast = x.reshape(-1, n), delta.to(x.dtype)
+        rows, m = x.reshape(-1, x.shape[-1]), len(delta)
         ctx.orders = [None] * m if permutations is None else list(permutations)
-        ctx.blocks = [_grouped(d, n // b) for d in cast]
-        ctx.shared, ctx.b, ctx.delta_dtype = given == 1 and n // b > 1, b, delta.dtype
+        ctx.blocks, ctx.delta_dtype = list(delta.to(x.dtype)), delta.dtype
         with no_autocast(x.device.type):
             y = rows
             for i in reversed(range(m)):
@@ -276,8 +281,7 @@ class RotateBlocks(torch.autograd.Function):
             for i in range(m):
                 needs_x = ctx.needs_input_grad[0] or i + 1 < m
                 if ctx.needs_input_grad[1]:
-                    dx, wide = _turn_back(dx, inputs.pop(), ctx.blocks[i], ctx.orders[i], needs_x)
-                    d_delta[i] = _single(wide, ctx.b, ctx.shared)
+                    dx, d_delta[i] = _turn_back(dx, inputs.pop(), ctx.blocks[i], ctx.orders[i], needs_x)
                 elif needs_x:
                     dx = _turn(dx, ctx.blocks[i], ctx.orders[i])
         return (
@@ -296,7 +300,8 @@ class ScaleOutput(torch.autograd.Function):
     @staticmethod
     def forward(ctx, y: Tensor, scale: Tensor) -> Tensor:
         factor = 1 + scale
-        out = (y * factor).to(y.dtype)
+        # Into y's own dtype, with no float32 of Y's size in between.
+        out = torch.mul(y, factor, out=torch.empty_like(y))
         ctx.save_for_backward(out, factor)
         return out
 
@@ -308,7 +313,8 @@ class ScaleOutput(torch.autograd.Function):
         if ctx.needs_input_grad[1]:
             product = (g * out).flatten(0, -2).sum(0, dtype=factor.dtype) / factor
             d_scale = product.where(factor != 0, 0.0)
-        return (g * factor).to(g.dtype) if ctx.needs_input_grad[0] else None, d_scale
+        dy = torch.mul(g, factor, out=torch.empty_like(g)) if ctx.needs_input_grad[0] else None
+        return dy, d_scale
 
 
 class AddInputs(NamedTuple):

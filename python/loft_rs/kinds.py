@@ -104,7 +104,8 @@ class Partition:
         if self.factors == 1:
             return Blocks(delta)
         width = layer.support_width(layer.loft_side[adapter])
-        return Blocks(delta, butterfly(width, delta.shape[-1], self.factors, delta.device))
+        b = delta.shape[-1]
+        return Blocks(delta, butterfly(width, b, self.factors, delta.device), b << (self.factors - 1))
 
 
 class Householder:

@@ -1,4 +1,4 @@
-"""convert.py: PEFT's OFT, BOFT, HRA and PSOFT checkpoints as LOFT adapters with the same output, and back again."""
+"""convert/: PEFT's OFT, BOFT, HRA and PSOFT checkpoints as LOFT adapters with the same output, and back again."""
 
 from __future__ import annotations
 
@@ -10,142 +10,35 @@ import warnings
 import peft
 import pytest
 import torch
+from convert_cases import (
+    CONFIG,
+    CONFIGS,
+    LAYERS,
+    SHARED,
+    WEIGHTS,
+    Net,
+    X,
+    apart,
+    edit,
+    extension,  # noqa: F401
+    loaded,
+    output,
+    saved,
+)
 from hypothesis import given
 from hypothesis import strategies as st
-from peft import BOFTConfig, HRAConfig, LoraConfig, OFTConfig, PsoftConfig
+from peft import BOFTConfig, HRAConfig, OFTConfig, PsoftConfig
 from peft.tuners.boft import layer as boft_layer
 from reference import make_bert, make_llama, token_batches
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
 
-import loft_rs
-from loft_rs import LoftConfig
-from loft_rs.convert import _adjusted, _lower, _lower_from_upper, _skew, _upper_from_lower, convert_adapter
+from loft_rs.convert import convert_adapter
+from loft_rs.convert.triangles import lower, lower_from_upper, upper_from_lower
+from loft_rs.kinds import Partition
+from loft_rs.transform import skew as skew_of
 
-WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
-X = torch.randn(24, 64, generator=torch.Generator().manual_seed(3))
-
-
-class TorchBlockDiagonal:
-    """What BOFT's CUDA extension does. Where it cannot be built, PEFT silently runs one butterfly factor."""
-
-    @staticmethod
-    def forward(blocks):
-        return [torch.stack([torch.block_diag(*factor) for factor in blocks])]
-
-    @staticmethod
-    def backward(grad, blocks):
-        n, count, b, _ = blocks.shape
-        return [grad.view(n, count, b, count, b).diagonal(dim1=1, dim2=3).permute(0, 3, 1, 2).contiguous()]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def extension():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(boft_layer, "_FBD_CUDA", TorchBlockDiagonal)
-        yield
-
-
-class Net(nn.Module):
-    """A wide, a tall and a square layer, with and without bias, and a head."""
-
-    def __init__(self, widths=(64, 96, 32), decay=0.0):
-        super().__init__()
-        torch.manual_seed(0)
-        n, wide, narrow = widths
-        self.up, self.mid, self.same = (
-            nn.Linear(n, wide),
-            nn.Linear(wide, narrow, bias=False),
-            nn.Linear(narrow, narrow),
-        )
-        self.head = nn.Linear(narrow, 5)
-        if decay:  # a spectrum on which a subspace iteration converges
-            for layer in (self.up, self.mid, self.same):
-                u, s, vh = torch.linalg.svd(layer.weight.data, full_matrices=False)
-                layer.weight.data = u * s * decay ** torch.arange(len(s)) @ vh
-
-    def forward(self, x):
-        x = torch.tanh(self.mid(torch.tanh(self.up(x))))
-        return self.head(x + self.same(x))
-
-
-LAYERS = ["up", "mid", "same"]
-SHARED = {"target_modules": LAYERS, "init_weights": False}
-
-
-def trained(config, base=None, steps=2):
-    """A PEFT adapter after some steps of Adam from a random start, in evaluation mode."""
-    torch.manual_seed(1)
-    model = peft.get_peft_model(base or Net(), config)
-    optimiser = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=0.03)
-    for _ in range(steps):
-        model(X).square().sum().backward()
-        optimiser.step()
-        optimiser.zero_grad()
-    return model.eval()
-
-
-def output(model, x=X):
-    with torch.no_grad():
-        return model.eval()(x)
-
-
-def loaded(folder, base=None):
-    return peft.PeftModel.from_pretrained(base or Net(), str(folder))
-
-
-def apart(a, b):
-    """Largest difference over the scale of the output."""
-    return float((a - b).abs().max() / b.abs().max())
-
-
-def saved(config, folder, base=None):
-    model = trained(config, base)
-    model.save_pretrained(folder)
-    return model
-
-
-def edit(folder, *, tensors=None, **fields):
-    """Change an adapter on disk: fields of its config, tensors by name (None removes)."""
-    config = json.loads((folder / CONFIG).read_text())
-    (folder / CONFIG).write_text(json.dumps({k: v for k, v in (config | fields).items() if v != "gone"}))
-    if tensors is not None:
-        held = load_file(folder / WEIGHTS) | tensors
-        save_file({k: v for k, v in held.items() if v is not None}, folder / WEIGHTS)
-
-
-CONFIGS = {
-    **{
-        f"oft {b}{' exact' if exact else ''}": lambda b=b, exact=exact: OFTConfig(
-            oft_block_size=b, use_cayley_neumann=not exact, **SHARED
-        )
-        for b in (4, 8, 20, 32, 64)
-        for exact in (False, True)
-    },
-    "oft shared": lambda: OFTConfig(oft_block_size=8, block_share=True, **SHARED),
-    "oft shared exact": lambda: OFTConfig(oft_block_size=8, block_share=True, use_cayley_neumann=False, **SHARED),
-    "oft by count": lambda: OFTConfig(r=4, oft_block_size=0, use_cayley_neumann=False, **SHARED),
-    "oft 3 terms": lambda: OFTConfig(oft_block_size=8, num_cayley_neumann_terms=3, **SHARED),
-    "oft 7 terms": lambda: OFTConfig(oft_block_size=8, num_cayley_neumann_terms=7, **SHARED),
-    **{
-        f"boft {b} x {m}": lambda b=b, m=m: BOFTConfig(boft_block_size=b, boft_n_butterfly_factor=m, **SHARED)
-        for b, m in ((4, 1), (8, 1), (4, 2), (8, 2), (4, 3), (8, 3))
-    },
-    "boft by count": lambda: BOFTConfig(boft_block_size=0, boft_block_num=4, boft_n_butterfly_factor=2, **SHARED),
-    **{
-        f"hra {r}{' GS' if gs else ''}": lambda r=r, gs=gs: HRAConfig(r=r, apply_GS=gs, **SHARED)
-        for r in (2, 5, 8, 32)
-        for gs in (False, True)
-    },
-    "psoft": lambda: PsoftConfig(r=16, **SHARED),
-    "psoft 32": lambda: PsoftConfig(r=32, psoft_alpha=7, **SHARED),
-    "psoft a": lambda: PsoftConfig(r=8, psoft_mag_b=False, **SHARED),
-    "psoft b": lambda: PsoftConfig(r=8, psoft_mag_a=False, **SHARED),
-    "psoft plain": lambda: PsoftConfig(r=8, psoft_mag_a=False, psoft_mag_b=False, **SHARED),
-    "psoft neumann": lambda: PsoftConfig(r=16, use_cayley_neumann=True, **SHARED),
-    "psoft 4 terms": lambda: PsoftConfig(r=16, use_cayley_neumann=True, num_cayley_neumann_terms=4, **SHARED),
-    "psoft free": lambda: PsoftConfig(r=8, psoft_orth=False, **SHARED),
-}
+pytestmark = pytest.mark.usefixtures("extension")
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -218,7 +111,7 @@ def test_any_shape_converts_to_the_same_function_and_back(n, m, b, kind, seed):
     wanted = output(model, x)
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(f"{folder}/peft")
-        if kind in ("oft", "exact", "share") and _adjusted(n, b) == 1:
+        if kind in ("oft", "exact", "share") and Partition().fit(b, n, n) == 1:
             with pytest.raises(ValueError, match="all its blocks have size 1"):
                 convert_adapter(f"{folder}/peft", f"{folder}/loft")
             return
@@ -235,9 +128,9 @@ def test_triangles(b, seed):
     q = torch.zeros(2, b, b)
     q[:, *torch.triu_indices(b, b, 1)] = v
     q = q - q.mT
-    assert torch.equal(_lower_from_upper(v, b), _lower(q.mT))
-    assert torch.equal(_upper_from_lower(_lower_from_upper(v, b), b), v)
-    assert torch.equal(_skew(_lower(q), b), q)
+    assert torch.equal(lower_from_upper(v, b), lower(q.mT))
+    assert torch.equal(upper_from_lower(lower_from_upper(v, b), b), v)
+    assert torch.equal(skew_of(lower(q), b), q)
 
 
 def test_coft_is_projected_as_in_its_forward(tmp_path):
@@ -469,275 +362,3 @@ def test_boft_without_its_extension_is_what_was_trained(tmp_path, monkeypatch):
     with pytest.warns(UserWarning, match="boft_n_butterfly_factor is 3 but the tensors have 1"):
         convert_adapter(tmp_path / "peft", tmp_path / "loft")
     assert apart(output(loaded(tmp_path / "loft")), output(model)) <= 2e-6
-
-
-# -- what is refused ---------------------------------------------------------------------------------------------------
-
-UP = "base_model.model.up."
-REFUSED = {
-    "no rotation": (
-        "psoft",
-        {"ab_svd_init": "pissa_init"},
-        {},
-        "ab_svd_init='pissa_init' makes the update a similarity",
-    ),
-    "zero alpha": ("psoft", {"psoft_alpha": 0}, {}, "psoft_alpha=0 divides by zero"),
-    "other rank": ("psoft", {"r": 6}, {}, r"module 'mid' has tensors of shapes \(28,\).* at r=6"),
-    "missing vector": ("psoft", {}, {f"{UP}psoft_R.vector_a": None}, "module 'up' lacks psoft_R.vector_a"),
-    "extra vector": ("psoft", {"psoft_mag_a": False}, {}, "has the unknown tensor psoft_R.vector_a"),
-    "two terms": ("oft", {"num_cayley_neumann_terms": 2}, {}, r"num_cayley_neumann_terms=2 leaves I \+ 2Q"),
-    "one term": ("oft", {"num_cayley_neumann_terms": 1}, {}, "num_cayley_neumann_terms=1 leaves I, "),
-    "odd shape": (
-        "oft",
-        {},
-        {f"{UP}oft_R.weight": torch.zeros(8, 29)},
-        r"oft_R.weight of the unexpected shape \(8, 29\)",
-    ),
-    "more than shared": ("oft", {"block_share": True}, {}, r"unexpected shape \(\d+, 28\)"),
-    "an embedding": ("oft", {}, {f"{UP}oft_embedding_R.weight": torch.zeros(2, 28)}, "module 'up' is an embedding"),
-    "lora": ("oft", {"peft_type": "LORA"}, {}, "peft_type is 'LORA'; one of OFT, BOFT, HRA, PSOFT, LOFT is expected"),
-    "biases": ("oft", {"bias": "all"}, {}, "bias='all' trains the base model's biases"),
-    "a new field": (
-        "oft",
-        {"twist": 3},
-        {},
-        "adapter_config.json sets twist=3, which this loft_rs does not know for OFT",
-    ),
-    "nan": (
-        "oft",
-        {},
-        {f"{UP}oft_R.weight": torch.full((8, 28), torch.nan)},
-        "'base_model.model.up.oft_R.weight' holds NaN",
-    ),
-    "integers": ("oft", {}, {f"{UP}oft_R.weight": torch.zeros(8, 28, dtype=torch.int32)}, "has dtype torch.int32"),
-    "unknown": (
-        "oft",
-        {},
-        {f"{UP}lora_A": torch.zeros(2)},
-        r"'base_model.model.up.lora_A' is neither OFT's nor one of modules_to_",
-    ),
-    "a convolution": ("boft", {}, {f"{UP}boft_s": torch.ones(1, 96)}, "module 'up' is a Conv2d"),
-    "no scale": ("boft", {}, {f"{UP}boft_s": None}, "module 'up' lacks boft_s"),
-    "rectangles": ("boft", {}, {f"{UP}boft_R": torch.zeros(1, 8, 8, 4)}, "blocks and scale of the unexpected shapes"),
-    "size one": ("boft", {}, {f"{UP}boft_R": torch.zeros(1, 64, 1, 1)}, "blocks of size 1"),
-    "other factors": (
-        "boft",
-        {},
-        {f"{UP}boft_R": torch.zeros(2, 8, 8, 8)},
-        r"different numbers of butterfly factors: \[1, 2\]",
-    ),
-    "too many": ("hra", {}, {f"{UP}hra_u": torch.ones(64, 65)}, "more reflections than LOFT allows"),
-    "zero column": ("hra", {}, {f"{UP}hra_u": torch.zeros(64, 8)}, "zero column in hra_u"),
-    "of one dimension": ("hra", {}, {f"{UP}hra_u": torch.ones(64)}, r"hra_u of the unexpected shape \(64,\)"),
-}
-PLAIN = {
-    "oft": lambda: OFTConfig(oft_block_size=8, **SHARED),
-    "boft": lambda: BOFTConfig(boft_block_size=8, **SHARED),
-    "hra": lambda: HRAConfig(r=8, **SHARED),
-    "psoft": lambda: PsoftConfig(r=8, **SHARED),
-}
-
-
-@pytest.fixture(scope="module")
-def plain(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("plain")
-    for name, config in PLAIN.items():
-        trained(config(), steps=1).save_pretrained(folder / name)
-    return folder
-
-
-def copied(plain, name, target):
-    target.mkdir()
-    for file in (WEIGHTS, CONFIG):
-        (target / file).write_bytes((plain / name / file).read_bytes())
-    return target
-
-
-@pytest.mark.parametrize("case", REFUSED)
-def test_what_is_refused_is_named_and_nothing_is_written(plain, tmp_path, case):
-    name, fields, tensors, message = REFUSED[case]
-    source = copied(plain, name, tmp_path / "peft")
-    edit(source, tensors=tensors, **fields)
-    with pytest.raises(ValueError, match=message):
-        convert_adapter(source, tmp_path / "loft", Net())
-    assert [each.name for each in tmp_path.iterdir()] == ["peft"]
-
-
-def test_files_and_folders_that_do_not_do_are_named(plain, tmp_path):
-    with pytest.raises(FileNotFoundError, match="src: .*nowhere is not a folder"):
-        convert_adapter(tmp_path / "nowhere", tmp_path / "b")
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(FileNotFoundError, match="no adapter_config.json in it"):
-        convert_adapter(tmp_path / "empty", tmp_path / "b")
-    source = copied(plain, "oft", tmp_path / "a")
-    with pytest.raises(ValueError, match="is src itself"):
-        convert_adapter(source, source)
-    with pytest.raises(FileNotFoundError, match="does not exist"):
-        convert_adapter(source, tmp_path / "no" / "b")
-    with pytest.raises(ValueError, match="peft_type 'HRA', not 'LOFT'; give another folder"):
-        convert_adapter(source, copied(plain, "hra", tmp_path / "hra"))
-    with pytest.raises(TypeError, match="base_model must be a torch.nn.Module, a folder or None, got int"):
-        convert_adapter(source, tmp_path / "b", 3)
-    with pytest.raises(FileNotFoundError, match="base_model: nowhere is not a folder"):
-        convert_adapter(source, tmp_path / "b", "nowhere")
-    with pytest.raises(ValueError, match="plain base model"):
-        convert_adapter(source, tmp_path / "b", peft.get_peft_model(Net(), LoraConfig(target_modules=["up"])))
-    with pytest.raises(ValueError, match="base_model has no module 'mid'"):
-        convert_adapter(source, tmp_path / "b", nn.Linear(2, 2))
-    with pytest.raises(ValueError, match="module 'mid' of base_model has 90 inputs, but .* was trained with 96"):
-        convert_adapter(source, tmp_path / "b", Net((64, 90, 32)))
-    convolution = Net()
-    convolution.mid = nn.Conv2d(3, 3, 3)
-    with pytest.raises(ValueError, match="module 'mid' of base_model is a Conv2d; only linear layers"):
-        convert_adapter(source, tmp_path / "b", convolution)
-    (source / WEIGHTS).write_bytes((source / WEIGHTS).read_bytes()[:-3])
-    with pytest.raises(ValueError, match="not a safetensors file, or a damaged one"):
-        convert_adapter(source, tmp_path / "b")
-    (source / WEIGHTS).rename(source / "adapter_model.bin")
-    with pytest.raises(FileNotFoundError, match="adapter_model.bin is a pickle, which is not read"):
-        convert_adapter(source, tmp_path / "b")
-    (source / CONFIG).write_text("{")
-    with pytest.raises(ValueError, match="not JSON"):
-        convert_adapter(source, tmp_path / "b")
-    assert not (tmp_path / "b").exists()
-
-
-def test_psoft_needs_a_base_of_its_shape_and_precision(plain, tmp_path):
-    with pytest.raises(ValueError, match=r"must hold float32 or half-precision weights, got torch.float64"):
-        convert_adapter(plain / "psoft", tmp_path / "b", Net().double())
-    with pytest.raises(ValueError, match="r=8 is above what module 'mid' of base_model has, 6"):
-        convert_adapter(plain / "psoft", tmp_path / "b", Net((64, 96, 6)))
-
-
-def test_dropout_of_the_training_is_named(plain, tmp_path):
-    source = copied(plain, "psoft", tmp_path / "a")
-    edit(source, psoft_dropout=0.1)
-    with pytest.warns(UserWarning, match="psoft_dropout=0.1 is left out"):
-        convert_adapter(source, tmp_path / "b", Net())
-
-
-def test_a_failure_while_writing_leaves_nothing(plain, tmp_path, monkeypatch):
-    def fail(*_, **__):
-        raise OSError("disk full")
-
-    monkeypatch.setattr("loft_rs.convert.save_file", fail)
-    with pytest.raises(OSError, match="disk full"):
-        convert_adapter(plain / "oft", tmp_path / "b")
-    assert not list(tmp_path.iterdir())
-
-
-def test_the_same_adapter_writes_the_same_bytes(plain, tmp_path):
-    for name in ("a", "b"):
-        convert_adapter(plain / "hra", tmp_path / name)
-        convert_adapter(tmp_path / name, tmp_path / f"{name}-back")
-    for file in (CONFIG, WEIGHTS):
-        for end in ("", "-back"):
-            assert (tmp_path / f"a{end}" / file).read_bytes() == (tmp_path / f"b{end}" / file).read_bytes()
-
-
-# -- LOFT adapters on their way to PEFT --------------------------------------------------------------------------------
-
-
-def loft(folder, config, base=None):
-    model = trained(config, base)
-    model.save_pretrained(folder)
-    return model
-
-
-ONLY = {"target_modules": LAYERS, "init_weights": False}
-
-
-@pytest.mark.parametrize("transform", ["cayley", "free"])
-@pytest.mark.parametrize("order", ["natural", "input_pca"])
-def test_a_principal_loft_adapter_is_a_psoft_in_any_order_of_its_basis(tmp_path, transform, order):
-    model = peft.get_peft_model(
-        Net(decay=0.7), LoftConfig(r=8, transform=transform, order=order, target_modules=LAYERS)
-    )
-    if order == "input_pca":
-        loft_rs.calibrate(model, train_step=lambda: model(X).square().sum().backward())
-    torch.manual_seed(4)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "loft_theta" in name:
-                parameter.normal_(std=0.1)
-    model.save_pretrained(tmp_path / "loft")
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="PSOFT's own basis is up to")
-        convert_adapter(tmp_path / "loft", tmp_path / "peft", Net(decay=0.7))
-    config = json.loads((tmp_path / "peft" / CONFIG).read_text())
-    assert config["psoft_orth"] == (transform == "cayley") and not config["psoft_mag_a"]
-    assert apart(output(loaded(tmp_path / "peft", Net(decay=0.7))), output(model)) <= 1e-5
-
-
-def test_boft_without_a_scale_gets_ones(tmp_path):
-    model = loft(tmp_path / "loft", LoftConfig.boft(4, 2, output_scale=False, **ONLY))
-    with pytest.raises(ValueError, match="BOFT has an output scale, whose size is the layer's"):
-        convert_adapter(tmp_path / "loft", tmp_path / "no")
-    with pytest.warns(UserWarning, match="PEFT runs one butterfly factor where its CUDA extension is missing"):
-        convert_adapter(tmp_path / "loft", tmp_path / "peft", Net())
-    assert apart(output(loaded(tmp_path / "peft")), output(model)) <= 2e-6
-    assert not (tmp_path / "no").exists()
-
-
-KEPT_BACK = {
-    "output side": (lambda: LoftConfig(r=4, side="output", **ONLY), "has side='output'; loft_rs.export_lora"),
-    "random": (lambda: LoftConfig(r=4, support="random", **ONLY), "support='random' has no counterpart in PEFT's"),
-    "exp": (lambda: LoftConfig(r=4, transform="exp", **ONLY), "PSOFT has no transform 'exp'"),
-    "exp blocks": (lambda: LoftConfig.oft(8, transform="exp", **ONLY), "neither OFT nor BOFT has transform 'exp'"),
-    "one term": (
-        lambda: LoftConfig.oft(8, neumann_terms=1, **ONLY),
-        "OFT has no transform 'cayley_neumann' with neumann_terms=1",
-    ),
-    "scaled series": (
-        lambda: LoftConfig.oft(8, neumann_terms=2, output_scale=True, **ONLY),
-        "BOFT has no transform 'cayley_neumann'",
-    ),
-    "shared butterfly": (lambda: LoftConfig.boft(4, 2, share=True, **ONLY), "BOFT has no shared blocks"),
-    "ranks": (
-        lambda: LoftConfig.hra(4, rank_pattern={"up": 6}, **ONLY),
-        r"HRA has one rank for all modules, not \[4, 6\]",
-    ),
-    "psoft ranks": (lambda: LoftConfig.psoft(4, rank_pattern={"up": 6}, **ONLY), "PSOFT has one rank for all modules"),
-    "block sizes": (lambda: LoftConfig.oft(8, rank_pattern={"up": 2}, **ONLY), r"none gives \[2, 8\] here"),
-    "butterfly sizes": (
-        lambda: LoftConfig.boft(8, rank_pattern={"up": 4}, **ONLY),
-        r"one block size or number of blocks for all modules, not \[4, 8\]",
-    ),
-}
-
-
-@pytest.mark.parametrize("case", KEPT_BACK)
-def test_loft_adapters_without_a_counterpart_are_refused(tmp_path, case):
-    config, message = KEPT_BACK[case]
-    loft(tmp_path / "loft", config())
-    with pytest.raises(ValueError, match=message):
-        convert_adapter(tmp_path / "loft", tmp_path / "peft", Net())
-    assert not (tmp_path / "peft").exists()
-
-
-def test_a_basis_that_peft_would_not_find_again_is_refused(tmp_path):
-    loft(tmp_path / "loft", LoftConfig.psoft(8, **ONLY))
-    other = Net()
-    with torch.no_grad():
-        other.mid.weight.normal_()
-    with pytest.raises(
-        ValueError, match=r"in module 'mid' its columns are not the top 8 singular vectors \(.* apart, 1e-03 allowed\)"
-    ):
-        convert_adapter(tmp_path / "loft", tmp_path / "peft", other)
-    with pytest.raises(ValueError, match="its config names none; give base_model"):
-        convert_adapter(tmp_path / "loft", tmp_path / "peft")
-    tensors = load_file(tmp_path / "loft" / WEIGHTS)
-    key, skew = "base_model.model.mid.loft_support", _skew(torch.randn(28), 8)
-    edit(tmp_path / "loft", tensors={key: tensors[key] @ torch.linalg.matrix_exp(2e-5 * skew)})
-    with pytest.warns(UserWarning, match=r"PSOFT's own basis is up to \d\.\de-0[45] away from this adapter's"):
-        convert_adapter(tmp_path / "loft", tmp_path / "near", Net())
-    edit(tmp_path / "loft", tensors={key: tensors[key] @ torch.linalg.matrix_exp(skew)})
-    with pytest.raises(ValueError, match="its columns are not"):
-        convert_adapter(tmp_path / "loft", tmp_path / "peft", Net())
-
-
-def test_tied_adapters_are_refused(tmp_path):
-    model = peft.get_peft_model(make_llama(), LoftConfig(r=4, tied=True, target_modules=["q_proj", "k_proj", "v_proj"]))
-    model.save_pretrained(tmp_path / "loft")
-    with pytest.raises(ValueError, match="no other method of PEFT's has tied=True"):
-        convert_adapter(tmp_path / "loft", tmp_path / "peft", make_llama())

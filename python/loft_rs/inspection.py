@@ -71,8 +71,8 @@ def _natural(item: tuple[str, object]) -> list[tuple[int, str]]:
     return [(int(part), "") if part.isdecimal() else (-1, part) for part in item[0].split(".")]
 
 
-def read_config(folder: Path) -> dict:
-    """`adapter_config.json`, checked to be a LOFT one that this package knows."""
+def read_peft_config(folder: Path) -> dict:
+    """`adapter_config.json` of any PEFT method. FileNotFoundError or ValueError names the file that is missing or no JSON object."""
     file = folder / CONFIG_FILE
     if not file.is_file():
         raise FileNotFoundError(f"{folder}: no {CONFIG_FILE} in it; a folder written by save_pretrained is expected")
@@ -80,9 +80,16 @@ def read_config(folder: Path) -> dict:
         config = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{file}: not JSON ({error})") from None
-    if not isinstance(config, dict) or config.get("peft_type") != "LOFT":
-        kind = config.get("peft_type") if isinstance(config, dict) else type(config).__name__
-        raise ValueError(f"{file}: peft_type is {kind!r}, not 'LOFT'")
+    if not isinstance(config, dict):
+        raise ValueError(f"{file}: peft_type is {type(config).__name__!r}, not that of an adapter")
+    return config
+
+
+def read_config(folder: Path) -> dict:
+    """`adapter_config.json`, checked to be a LOFT one that this package knows."""
+    file, config = folder / CONFIG_FILE, read_peft_config(folder)
+    if config.get("peft_type") != "LOFT":
+        raise ValueError(f"{file}: peft_type is {config.get('peft_type')!r}, not 'LOFT'")
     if config.get("loft_format_version") != FORMAT_VERSION:
         raise ValueError(
             f"{file}: format version {config.get('loft_format_version')!r} is not known to this loft_rs, "

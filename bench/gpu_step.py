@@ -11,12 +11,13 @@ each method, in alternating order, and a ratio is the median over the rounds of 
 during a step minus what is held before it; `held` is what model, adapter and optimiser keep between steps.
 
 `--out FILE` keeps the rows as JSON, rewritten whole after each; other sections in it, and other methods of this section, stay.
-`--device cpu --tiny` tries the script without a card.
+`--show` prints the tables of such a file and measures nothing. `--device cpu --tiny` tries the script without a card.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import re
 import time
 import warnings
@@ -58,8 +59,8 @@ class Rows(Report):
         self.rows.extend(kept)
 
 
-def chosen(section: str, ranks: list[int], compiled: bool) -> list[Method]:
-    """The rows of a section; compiled: without the methods whose own code is not meant for it."""
+def chosen(section: str, ranks: list[int], mode: str) -> list[Method]:
+    """The rows of a section; other than eager, without the methods whose own code is not meant for it."""
     precision = "fp32" if section.endswith("fp32") else "bf16"
     slow = [BOFT, HRA]
     if section == "8b-slow":
@@ -67,9 +68,9 @@ def chosen(section: str, ranks: list[int], compiled: bool) -> list[Method]:
     methods = [BASE]
     for rank in ranks:
         methods += [*lofts(rank), *loras(rank, precision), psoft(rank, neumann=False)]
-        methods += [] if compiled else [psoft(rank, neumann=True)]
+        methods += [psoft(rank, neumann=True)] if mode == "eager" else []
     methods += [OFT, *RECOVERED]
-    return methods if section == "8b" or compiled else methods + slow
+    return methods if section == "8b" or mode != "eager" else methods + slow
 
 
 def references(section: str, method: Method, ranks: list[int]) -> dict[str, Method]:
@@ -91,11 +92,11 @@ class Bench:
         self.section, self.arguments = section, arguments
         self.workload = Workload(name, precision, arguments.device, arguments.layers, arguments.tokens, arguments.tiny)
         self.card = Card(arguments.device)
-        self.options = {"compiled": arguments.compiled, "checkpointing": arguments.checkpointing}
+        self.options = {"mode": arguments.mode, "checkpointing": arguments.checkpointing}
         self.kept: dict[str, Step] = {}
 
     def row(self, method: Method) -> dict[str, Any]:
-        if self.options["compiled"]:
+        if self.options["mode"] == "compiled":
             # Every method starts with an empty cache, so that none lives off another's share of the recompile limit.
             torch._dynamo.reset()
             self.kept.clear()
@@ -110,16 +111,16 @@ class Bench:
         candidates = {name: self._reference(each) for name, each in self._references(method).items()}
         base = candidates["over_base"]
         for name, each in {"activations_gib": step, "base_activations_gib": base}.items():
-            peak = self.card.peak(each.run)
+            peak = None if step.mode == "captured" else self.card.peak(each.run)  # a graph holds its own for good
             row[name] = None if peak is None else peak / 2**30
         if row["activations_gib"] is not None:
             row["activations_over_base"] = row["activations_gib"] / row["base_activations_gib"]
         calls = {name: each.run for name, each in candidates.items()} | {"ms": step.run}
-        if step.compiled:
+        if step.mode != "eager":
             calls["over_eager"] = lambda: step.run(eager=True)
         graphs = _graphs()
         row |= self._interleave(calls)
-        if step.compiled:
+        if step.mode == "compiled":
             row["graphs_while_timed"] = _graphs() - graphs
         if step.notes:
             row["note"] = " ".join(step.notes)
@@ -139,7 +140,7 @@ class Bench:
 
     def _warm(self, step: Step) -> dict[str, Any]:
         """The first steps; for a compiled one what Dynamo counts: graphs, graph breaks and why, whether the recompile limit was reached."""
-        if not step.compiled:
+        if step.mode != "compiled":
             for _ in range(WARM_UP):
                 step.run()
             return {}
@@ -245,7 +246,7 @@ def aims(sections: dict[str, Any]) -> list[str]:
         for key in ("over_lora_bf16", "over_lora_fp32"):
             for method in (untied, tied):
                 check(section, method, key, 0.95, f"step {key.replace('_', ' ')} adapters")
-    for section in {section for section, _ in held if " compiled" in section}:
+    for section in {section for section, _ in held if " compiled" in section or " captured" in section}:
         for method in (untied, tied):
             check(section, method, "over_eager", 1.0, "step over eager")
             check(section, method, "graph_breaks", 0, "graph breaks")
@@ -266,7 +267,10 @@ def main() -> None:
     parser.add_argument(
         "--methods", default="", help="regular expression of the methods to measure, such as 'LOFT|base'"
     )
-    parser.add_argument("--compiled", action="store_true", help="under torch.compile, with the eager step beside it")
+    mode = parser.add_mutually_exclusive_group()
+    for name, how in (("compiled", "under torch.compile"), ("captured", "as one CUDA graph")):
+        text = f"the step {how}, with the eager one beside it"
+        mode.add_argument(f"--{name}", dest="mode", action="store_const", const=name, default="eager", help=text)
     parser.add_argument("--checkpointing", choices=list(REENTRANT), nargs="?", const="non-reentrant")
     parser.add_argument("--repeats", type=int, default=8, help="steps a round")
     parser.add_argument("--rounds", type=int, default=4)
@@ -275,14 +279,22 @@ def main() -> None:
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
     parser.add_argument("--tiny", action="store_true", help="toy sizes, to try the script")
     parser.add_argument("--out", type=Path, default=Path("gpu_step.json"))
+    parser.add_argument("--show", action="store_true", help="measure nothing: the tables of the rows in --out")
     arguments = parser.parse_args()
+    if arguments.show:
+        sections = json.loads(arguments.out.read_text())
+        for section, part in sections.items():
+            if "rows" in part:
+                table(section, part["rows"])
+        print("\n" + "\n".join(aims(sections)))
+        return
     warnings.simplefilter("ignore")
     machine = Card(arguments.device).describe()
     report = Rows(arguments.out, machine)
     for name in arguments.only:
-        section = name + " compiled" * arguments.compiled
+        section = name if arguments.mode == "eager" else f"{name} {arguments.mode}"
         section += f" checkpointing {arguments.checkpointing}" if arguments.checkpointing else ""
-        methods = [m for m in chosen(name, arguments.ranks, arguments.compiled) if re.search(arguments.methods, m.name)]
+        methods = [m for m in chosen(name, arguments.ranks, arguments.mode) if re.search(arguments.methods, m.name)]
         if not methods:
             continue
         bench = Bench(name, arguments)

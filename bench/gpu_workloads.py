@@ -182,10 +182,11 @@ def lofts(rank: int) -> list[Method]:
 class Step:
     """One method's model with its optimiser; `run()` is a whole training step.
 
-    A compiled step keeps the eager one beside it: `run(eager=True)`, of the same parameters.
+    `mode`: "eager"; "compiled", under torch.compile; "captured", as one CUDA graph that is replayed. The last two keep the eager step
+    beside it: `run(eager=True)`, of the same parameters.
     """
 
-    def __init__(self, workload: Workload, method: Method, *, compiled: bool = False, checkpointing: str | None = None):
+    def __init__(self, workload: Workload, method: Method, *, mode: str = "eager", checkpointing: str | None = None):
         model = base = workload.base()
         self.notes: list[str] = []
         if method.config is not None:
@@ -201,14 +202,30 @@ class Step:
         self.model = model.train()
         self.trained = [p for p in model.parameters() if p.requires_grad]
         fused = workload.device == "cuda"
-        self.optimiser = torch.optim.AdamW(self.trained, lr=1e-4, fused=fused) if self.trained else None
+        capturable = {"capturable": mode == "captured"}
+        self.optimiser = torch.optim.AdamW(self.trained, lr=1e-4, fused=fused, **capturable) if self.trained else None
         self.batch = workload.batch()
-        self.forward = torch.compile(model) if compiled else model
-        self.compiled = compiled
+        self.mode = mode
+        self.forward = torch.compile(model) if mode == "compiled" else model
         with torch.no_grad():
             self.grad = torch.randn_like(model(**self.batch).last_hidden_state)
+        self.graph = self._capture() if mode == "captured" else None
+
+    def _capture(self) -> torch.cuda.CUDAGraph:
+        aside = torch.cuda.Stream()
+        with torch.cuda.stream(aside):
+            for _ in range(3):  # what is made once, as the optimiser's state is, must not be made in the graph
+                self.run(eager=True)
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            self.run(eager=True)
+        return graph
 
     def run(self, eager: bool = False) -> None:
+        if self.mode == "captured" and not eager:
+            self.graph.replay()
+            return
         (self.model if eager else self.forward)(**self.batch).last_hidden_state.backward(self.grad)
         for value in self.batch.values():
             value.grad = None

@@ -279,3 +279,49 @@ def test_recovered_methods_against_float64_on_the_cpu(method, dtype, reentrant):
     for wanted, got in zip(*pairs, strict=True):
         assert torch.linalg.norm(got - wanted) <= TOLERANCE[dtype] * torch.linalg.norm(wanted)
     assert layer.factor("default").orthogonality_error() <= 1e-5 or "psoft" in method
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("transform", ["cayley", "free", "cayley_neumann"])  # torch's matrix_exp cannot be captured
+def test_a_step_captured_in_a_cuda_graph_trains_as_the_eager_one(tied, transform):
+    def make():
+        torch.manual_seed(0)
+        config = LoftConfig(
+            r=8, target_modules="all-linear", support="random", init_weights=False, tied=tied, transform=transform
+        )
+        model = peft.get_peft_model(make_llama(), config).to("cuda").train()
+        trained = [p for p in model.parameters() if p.requires_grad]
+        return model, trained, torch.optim.AdamW(trained, lr=1e-2, fused=True, capturable=True)
+
+    # Without the mask, at which transformers would look from the host.
+    batches = [{k: v.to("cuda") for k, v in batch.items() if k != "attention_mask"} for batch in token_batches(8)]
+
+    def step(made, batch):
+        model, _, optimiser = made
+        loss = model(**batch).loss
+        loss.backward()
+        optimiser.step()
+        optimiser.zero_grad()
+        return loss.detach()
+
+    eager, captured = make(), make()
+    static = {k: v.clone() for k, v in batches[0].items()}
+    with torch.cuda.stream(torch.cuda.Stream()):
+        for _ in range(3):
+            step(captured, static)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        loss = step(captured, static)
+    for _ in range(3):
+        step(eager, batches[0])
+    for batch in batches[1:]:
+        for key, value in batch.items():
+            static[key].copy_(value)
+        graph.replay()
+        torch.testing.assert_close(loss, step(eager, batch), atol=0, rtol=1e-5)
+    moved = 0.0
+    for a, b in zip(captured[1], eager[1], strict=True):
+        torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-3)
+        moved = max(moved, float(b.detach().abs().max()))
+    assert moved > 1e-2

@@ -598,6 +598,20 @@ def test_a_compiled_model_falls_back():
     torch.compiler.reset()
 
 
+def test_a_model_that_was_compiled_before_sees_the_refresh():
+    model = build(target_modules=["q_proj", "o_proj"])
+    train(model)
+    compiled = torch.compile(model, backend="aot_eager")
+    for i in range(2):
+        wanted = logits(model)
+        assert apart(logits(compiled), wanted) <= 1e-5
+        refresh(model, token_batches(2, seed=i))
+        assert apart(logits(compiled), wanted) <= 1e-5
+        train(model, seed=i)
+    assert apart(logits(compiled), logits(model)) <= 1e-5
+    torch.compiler.reset()
+
+
 # -- the callback ----------------------------------------------------------------------------------------------------------
 
 

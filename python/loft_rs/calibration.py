@@ -35,7 +35,7 @@ from .tuner.layer import Linear
 from .tuner.model import adapted_layers, owners, require_untrained
 from .tuner.selection import choose_supports
 
-__all__ = ["CalibrationReport", "calibrate"]
+__all__ = ["CalibrationReport", "calibrate", "checked_batches"]
 
 HEAD_STEPS = 20
 HEAD_LEARNING_RATE = 1e-3
@@ -114,7 +114,7 @@ def calibrate(
             raise ValueError(
                 f"support={method!r} with order='natural' takes nothing from data; there is nothing to calibrate"
             )
-        batches = _batches(dataloader, train_step, max_batches)
+        batches = checked_batches(dataloader, train_step, max_batches)
         head = _head_parameters(model)
         head_steps = _head_steps(head_steps, head, needs_gradient)
         run = _Runner(model, layers, adapter, batches, train_step, ranks, progress)
@@ -148,7 +148,7 @@ def calibrate(
     return CalibrationReport(method, order, passes, used, head_steps, time.perf_counter() - started, supports)
 
 
-def _batches(
+def checked_batches(
     dataloader: Iterable | None, train_step: Callable[[], Any] | None, max_batches: int
 ) -> list[Mapping | list | tuple] | None:
     """The batches that every pass uses, checked; None where there is a train_step."""

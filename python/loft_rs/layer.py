@@ -279,10 +279,9 @@ class AdaptedLinear(nn.Module):
 
     def frozen_factor(self, adapter: str) -> LowRank | None:
         """R_f = I + P_f E_f P_f^T, which `refresh` has kept of the supports before the present one; None where there is none."""
-        owner = self.owner(adapter)
-        if adapter not in owner.loft_frozen_basis:
-            return None
-        return LowRank(owner.loft_frozen_basis[adapter], owner.loft_frozen_delta[adapter])
+        modules = self.owner(adapter)._modules
+        basis = modules["loft_frozen_basis"]._buffers.get(adapter)
+        return None if basis is None else LowRank(basis, modules["loft_frozen_delta"]._buffers[adapter])
 
     def frozen_rank(self, adapter: str) -> int:
         """r_f, 0 where nothing is frozen."""
@@ -525,7 +524,7 @@ class AdaptedLinear(nn.Module):
             # The two spans may overlap. A factor that turns nothing keeps a column, as a LoRA has at least one.
             least = factor.reduced(torch.finfo(work).eps / 2)
             factor = least if least.rank else LowRank(factor.basis[:, -1:], torch.zeros_like(factor.delta[-1:, -1:]))
-        p, e = factor.basis.to(work), factor.delta.to(work)
+        p, e = factor.basis.to(weight.device, work), factor.delta.to(weight.device, work)
         with torch.autocast(weight.device.type, enabled=False):
             if self.loft_side[adapter] == "input":
                 return p.mT.contiguous(), weight @ p @ e

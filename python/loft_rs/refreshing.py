@@ -28,7 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .calibration import CalibrationReport, _batches, calibrate
+from .calibration import CalibrationReport, calibrate, checked_batches
 from .factor import Frozen, LowRank, gram_root
 from .linalg import NonFiniteError
 from .ranks import Ranks
@@ -181,7 +181,7 @@ def _data(dataloader: Any, train_step: Any, max_batches: int, config: LoftConfig
         if config.needs_calibration:
             raise ValueError(f"support={config.support!r} comes from data: give refresh a dataloader or a train_step")
         return {}
-    batches = _batches(dataloader, train_step, max_batches)
+    batches = checked_batches(dataloader, train_step, max_batches)
     if not config.needs_calibration and config.order == "natural":
         return {}
     return {"train_step": train_step} if batches is None else {"dataloader": batches, "max_batches": max_batches}

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import os
+from datetime import timedelta
 
 import numpy as np
 import peft
@@ -654,3 +656,40 @@ def test_the_callback_takes_options():
         loft_rs.LoftRefreshCallback(every=0)
     with pytest.raises(ValueError, match="batches must be an integer of at least 1"):
         loft_rs.LoftRefreshCallback(every=5, batches=True)
+
+
+# -- several processes -----------------------------------------------------------------------------------------------------
+
+
+def refresh_on_rank(rank, folder):
+    """One of two processes: a refresh over a share of the batches, and one that only rank 1 fails."""
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2, timeout=timedelta(seconds=120)
+    )
+    model = build(make_llama(torch.float64), calibrated=False)
+    loft_rs.calibrate(model, token_batches(2))
+    optimiser = train(model)  # both alike
+    before = logits(model)
+    report = refresh(model, token_batches(4)[2 * rank : 2 * rank + 2], optimizer=optimiser)
+    found = {"batches": report.batches, "apart": apart(logits(model), before), "state": model.state_dict()}
+    found["optimiser"] = optimiser.state_dict()["state"]
+    train(model, optimiser)
+    kept = snapshot(model, optimiser)
+    try:
+        refresh(model, token_batches(2) if rank == 0 else [], optimizer=optimiser)
+    except Exception as error:
+        found["error"] = type(error).__name__
+    found["unchanged"] = same(snapshot(model, optimiser), kept)
+    torch.save(found, f"{folder}/{rank}.pt")
+    torch.distributed.barrier()
+    os._exit(0)  # gloo's threads can abort a closing interpreter
+
+
+def test_two_processes_refresh_alike(tmp_path):
+    torch.multiprocessing.spawn(refresh_on_rank, (str(tmp_path),), nprocs=2)
+    first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=False) for rank in range(2))
+    assert first["batches"] == second["batches"] == 4 and first["apart"] <= 1e-12
+    assert same(first["state"], second["state"]) and same(first["optimiser"], second["optimiser"])
+    assert (first["error"], second["error"]) == ("RuntimeError", "ValueError")
+    assert first["unchanged"] and second["unchanged"]

@@ -172,6 +172,17 @@ def test_an_input_changed_in_place_is_another_input():
         torch.testing.assert_close(got, layer.k(x))
 
 
+def test_a_support_written_over_in_place_is_seen():
+    together, alone = build(), build()
+    passes(together)
+    for model in (together, alone):
+        for block in blocks(model):
+            for layer in (block.q, block.k, block.v, block.o):
+                layer.set_basis("default", layer.support("default").flip(0))
+    for a, b in zip(passes(together), passes(alone, joint=False), strict=True):
+        torch.testing.assert_close(a, b)
+
+
 def test_a_disabled_or_merged_follower_is_left_out():
     model = build()
     passes(model, 2)

@@ -26,7 +26,6 @@ import torch
 from torch import Tensor, nn
 
 from ._checks import is_int
-from .layer import AdaptedLinear
 from .linalg import NonFiniteError, orthonormalize
 from .ranks import Ranks
 from .sketch import LayerTap, Sketch, sketch_for
@@ -36,7 +35,7 @@ from .tuner.layer import Linear
 from .tuner.model import adapted_layers, owners, require_untrained
 from .tuner.selection import choose_supports
 
-__all__ = ["CalibrationReport", "calibrate"]
+__all__ = ["CalibrationReport", "calibrate", "checked_batches"]
 
 HEAD_STEPS = 20
 HEAD_LEARNING_RATE = 1e-3
@@ -115,7 +114,7 @@ def calibrate(
             raise ValueError(
                 f"support={method!r} with order='natural' takes nothing from data; there is nothing to calibrate"
             )
-        batches = _batches(dataloader, train_step, max_batches)
+        batches = checked_batches(dataloader, train_step, max_batches)
         head = _head_parameters(model)
         head_steps = _head_steps(head_steps, head, needs_gradient)
         run = _Runner(model, layers, adapter, batches, train_step, ranks, progress)
@@ -149,7 +148,7 @@ def calibrate(
     return CalibrationReport(method, order, passes, used, head_steps, time.perf_counter() - started, supports)
 
 
-def _batches(
+def checked_batches(
     dataloader: Iterable | None, train_step: Callable[[], Any] | None, max_batches: int
 ) -> list[Mapping | list | tuple] | None:
     """The batches that every pass uses, checked; None where there is a train_step."""
@@ -228,9 +227,9 @@ def _evaluate(module: nn.Module, *_: Any) -> None:
     module.training = False
 
 
-def _base_alone(layer: AdaptedLinear, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+def _untapped(adapter: str) -> Callable[..., Tensor]:
     """The tap of a layer that has nothing to show: its adapter is at the identity."""
-    return layer.base_layer(x, *args, **kwargs)
+    return lambda layer, x, *args, **kwargs: layer.at_identity(x, adapter, *args, **kwargs)
 
 
 @contextmanager
@@ -273,7 +272,7 @@ class _Runner:
         ranks: Ranks,
         progress: bool | None,
     ):
-        self.model, self.batches, self.train_step = model, batches, train_step
+        self.model, self.adapter, self.batches, self.train_step = model, adapter, batches, train_step
         self.layers = {name: layer.tied(adapter) for name, layer in layers.items()}
         self.ranks, self.progress = ranks, progress
         self.loss_scale = 1.0 if batches is None else LOSS_SCALE
@@ -289,7 +288,8 @@ class _Runner:
     def one_pass(self, sketches: Mapping[str, Sketch], *, backward: bool, label: str) -> None:
         for name, tied in self.layers.items():
             for part, layer in enumerate(tied):
-                layer.tap = LayerTap(sketches[name], part) if name in sketches else _base_alone
+                tapped = name in sketches
+                layer.tap = LayerTap(sketches[name], self.adapter, part) if tapped else _untapped(self.adapter)
         with self.ranks.stage(), self.bar(1 if self.batches is None else len(self.batches), label) as bar:
             for batch in [None] if self.batches is None else self.batches:
                 before = sum(sketch.seen for sketch in sketches.values())
@@ -337,7 +337,7 @@ class _Runner:
     def warm_up(self, head: list[nn.Parameter], steps: int) -> None:
         """A few Adam steps on the head alone, in float32 or wider, on the gradient's mean over the processes."""
         for layer in chain(*self.layers.values()):
-            layer.tap = _base_alone
+            layer.tap = _untapped(self.adapter)
         for parameter in head:
             self.ranks.copy_first(parameter.data)
         wide = [p.detach().to(torch.promote_types(p.dtype, torch.float32), copy=True) for p in head]

@@ -48,6 +48,7 @@ def export_lora(
     """Write a LOFT adapter as a PEFT LoRA adapter folder: exact, no SVD, loadable without loft_rs.
 
     One rank for all layers (smaller ones are padded with zeros, since servers ignore `rank_pattern`), `lora_alpha == r`, scale 1.
+    Of an adapter that `loft_rs.refresh` has refreshed, a layer's LoRA has the rank of all that it turns: r more for each refresh, at most.
     path: the folder to write, whole or not at all; in an existing one the two files are replaced. dtype: of the stored factors.
     approximate_rank: for an adapter of full rank (OFT, BOFT), the best LoRA of this rank, by a truncated SVD of its change of each weight;
     a warning names the largest error.

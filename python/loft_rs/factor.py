@@ -32,6 +32,7 @@ __all__ = [
     "AddInputs",
     "AddLowRank",
     "Blocks",
+    "Frozen",
     "Joined",
     "LowRank",
     "RotateActivations",
@@ -79,6 +80,19 @@ class LowRank(NamedTuple):
         """X R for rows X (..., n): the transpose of `apply`; also W R for a weight W (m x n)."""
         return RotateActivations.apply(x, self.delta.mT, self.basis)
 
+    def reduced(self, tolerance: float) -> LowRank:
+        """The same R with an orthonormal basis of the directions that it turns, in float64: [P, E] -> [Q V, V^T (L E L^T) V] with P = Q L.
+
+        P may have any columns, also dependent ones and more than n: the rank falls to at most n. V spans what E' = L E L^T, and its
+        transpose, move by more than `tolerance` (a singular value of [E', E'^T]); what is left out changes R by no more than that.
+        """
+        device = "cpu" if self.basis.device.type == "mps" else self.basis.device
+        q, triangle = torch.linalg.qr(self.basis.detach().to(device, torch.float64))
+        e = triangle @ self.delta.detach().to(device, torch.float64) @ triangle.mT
+        left, strengths, _ = torch.linalg.svd(torch.cat([e, e.mT], 1), full_matrices=False)
+        turned = left[:, strengths > tolerance]
+        return LowRank(q @ turned, turned.mT @ e @ turned)
+
     def orthogonality_error(self) -> float:
         """||R^T R - I||_2, computed in float64 from the stored P and E through the r x r Gram matrix."""
         p, e = self.basis.detach().double(), self.delta.detach().double()
@@ -86,6 +100,44 @@ class LowRank(NamedTuple):
         half = (vectors * values.clamp_min(0).sqrt()) @ vectors.mT
         k = torch.eye(self.rank, dtype=e.dtype, device=e.device) + half @ e @ half
         return float(torch.linalg.matrix_norm(k.mT @ k - torch.eye(self.rank, dtype=e.dtype, device=e.device), 2))
+
+
+class Frozen(NamedTuple):
+    """A frozen R_f = I + P_f E_f P_f^T beside the trained R = I + P E P^T of one layer: their product is one `LowRank` on B = [P_f, P].
+
+        input side   W = W0 R_f R     M = [[E_f, K E], [0, E]]    K = E_f P_f^T P
+        output side  W = R R_f W0     M = [[E_f, 0], [E K, E]]    K = P^T P_f E_f
+
+    so that each placement, merging and the LoRA form see a single factor. `basis`: B (n x (r_f + r)); `delta`: E_f; `cross`: K.
+    """
+
+    basis: Tensor
+    delta: Tensor
+    cross: Tensor
+    side: str
+
+    @classmethod
+    def of(cls, frozen: LowRank, basis: Tensor, side: str, dtype: torch.dtype | None = None) -> Frozen:
+        """With both bases in `dtype` (None: the wider of the two), E_f with the Gram root that P_f needs in it. basis: P (n x r)."""
+        dtype = dtype or torch.promote_types(frozen.basis.dtype, basis.dtype)
+        pf, p, e = frozen.basis.to(dtype), basis.to(dtype), frozen.delta.double()
+        root = gram_root(pf)
+        e = e if root is None else root.double() @ e @ root.double()
+        cross = pf.double().mT @ p.double()
+        cross = e @ cross if side == "input" else cross.mT @ e
+        kept = frozen.delta.dtype
+        return cls(torch.cat([pf, p], 1), e.to(kept), cross.to(kept), side)
+
+    def times(self, delta: Tensor) -> Tensor:
+        """M ((r_f + r) x (r_f + r)) for an E (r x r), differentiable in it."""
+        e, ef, cross = delta, self.delta.to(delta.dtype), self.cross.to(delta.dtype)
+        if self.side == "input":
+            above = torch.cat([ef, cross @ e], 1)
+            below = torch.cat([e.new_zeros(e.shape[0], ef.shape[0]), e], 1)
+        else:
+            above = torch.cat([ef, e.new_zeros(ef.shape[0], e.shape[0])], 1)
+            below = torch.cat([e @ cross, e], 1)
+        return torch.cat([above, below])
 
 
 def householder(u: Tensor, *, reflection: bool = False) -> LowRank:

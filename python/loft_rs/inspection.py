@@ -6,6 +6,7 @@ D = T - I from the trained theta:
     R = I + P E P^T,   ||R^T R - I||_2 = ||K^T K - I||_2,   K = I + H E H,   H = (P^T P)^{1/2}       (all in float64)
     angles: arg of the eigenvalues of K; a plane turned by phi appears as +-phi, given once
 
+Of a refreshed adapter R is the product with the frozen I + P_f E_f P_f^T: P and E above are then [P_f, P] and M (factor.py, `Frozen`).
 Without a support, K is the rotation of every block of every factor (`blocks`), or R on the span of the trained vectors (`trained`).
 """
 
@@ -31,7 +32,8 @@ ORTHONORMAL = 1e-5  # ||P^T P - I||_2 up to which P counts as orthonormal, and C
 @dataclass(frozen=True)
 class ModuleReport:
     """One adapted module. `angles` are in degrees, descending, one for each turned plane. Of blocks, `rank` is the size, and where all
-    share one rotation `width` is that size too, since the file does not tell the layer's."""
+    share one rotation `width` is that size too, since the file does not tell the layer's. `frozen_rank`: of what `loft_rs.refresh` has
+    frozen, 0 elsewhere; angles and orthogonality error are those of the product."""
 
     name: str
     width: int
@@ -41,6 +43,7 @@ class ModuleReport:
     energy: float
     orthogonality_error: float
     angles: np.ndarray
+    frozen_rank: int = 0
 
     @property
     def largest_angle(self) -> float:
@@ -103,6 +106,8 @@ def _report(folder: Path, name: str, parts: dict[str, np.ndarray], config: dict)
     support = config.get("support")
     expected = {"theta"} if support in ("blocks", "trained") else {"theta", "support", "energy"}
     expected |= {"scale"} if config.get("output_scale") else set()
+    if "support" in expected and {"frozen_basis", "frozen_delta"} & set(parts):
+        expected |= {"frozen_basis", "frozen_delta"}
     if set(parts) != expected:
         odd = ", ".join(f"loft_{part}" for part in sorted(set(parts) ^ expected))
         raise ValueError(f"{what} has missing or unexpected tensors: {odd}")
@@ -122,11 +127,12 @@ def _report(folder: Path, name: str, parts: dict[str, np.ndarray], config: dict)
         # The factors' largest errors add up; of one factor it is exact.
         orthogonality_error=float(errors.max(-1).sum()),
         angles=_angles(turned),
+        frozen_rank=parts["frozen_basis"].shape[1] if "frozen_basis" in parts else 0,
     )
 
 
 def _of_support(what: str, parts: dict, theta: np.ndarray, config: dict) -> tuple[np.ndarray, int, int, float]:
-    """(K (1, 1, r, r), n, r, captured energy)."""
+    """(K (1, 1, r, r), n, r, captured energy). Of a refreshed adapter K is as large as the span of both bases."""
     basis = parts["support"].astype(np.float64)
     if basis.ndim != 2 or not 1 <= basis.shape[1] <= basis.shape[0]:
         raise ValueError(f"{what} has a support of shape {basis.shape}; (n, r) with 1 <= r <= n is expected")
@@ -136,8 +142,29 @@ def _of_support(what: str, parts: dict, theta: np.ndarray, config: dict) -> tupl
         raise ValueError(f"{what} has no support: it was saved before loft_rs.calibrate ran")
     if np.linalg.norm(gram - np.eye(rank), 2) > _SUPPORT_GRAM:
         raise ValueError(f"{what} has a support that is not orthonormal")
-    turned = _turned(gram, _delta(what, theta, rank, config))
+    delta = _delta(what, theta, rank, config)
+    turned = _with_frozen(what, parts, basis, delta, config) if "frozen_basis" in parts else _turned(gram, delta)
     return turned[None, None], basis.shape[0], rank, float(np.ravel(parts["energy"])[0])
+
+
+def _with_frozen(what: str, parts: dict, basis: np.ndarray, delta: np.ndarray, config: dict) -> np.ndarray:
+    """K of the product with the frozen factor, on the span of [P_f, P]."""
+    pf, ef = (parts[part].astype(np.float64) for part in ("frozen_basis", "frozen_delta"))
+    if pf.ndim != 2 or len(pf) != len(basis) or ef.shape != (pf.shape[1], pf.shape[1]):
+        raise ValueError(
+            f"{what} has a frozen factor of shapes {pf.shape} and {ef.shape}; (n, r) and (r, r) are expected"
+        )
+    if np.linalg.norm(pf.T @ pf - np.eye(len(ef)), 2) > _SUPPORT_GRAM:
+        raise ValueError(f"{what} has a frozen basis that is not orthonormal")
+    e, ef = _folded(basis.T @ basis, delta), _folded(pf.T @ pf, ef)
+    upper, lower = ef @ pf.T @ basis @ e, np.zeros((len(e), len(ef)))
+    if config.get("side") == "output":
+        upper, lower = lower.T, e @ basis.T @ pf @ ef
+    both = np.block([[ef, upper], [lower, e]])
+    _, strengths, right = np.linalg.svd(np.hstack([pf, basis]), full_matrices=False)
+    span = strengths > 1e-6  # the two may overlap, and what is in both is there once
+    root = strengths[span, None] * right[span]
+    return np.eye(len(root)) + root @ both @ root.T
 
 
 def _of_blocks(what: str, parts: dict, theta: np.ndarray, config: dict) -> tuple[np.ndarray, int, int, float]:
@@ -163,13 +190,18 @@ def _of_vectors(what: str, parts: dict, theta: np.ndarray, config: dict) -> tupl
 
 
 def _turned(gram: np.ndarray, delta: np.ndarray) -> np.ndarray:
-    """K = I + H E H, with E rounded to float32 as the forward uses it."""
+    """K = I + H E H."""
     values, vectors = np.linalg.eigh(gram)
     root = (vectors * np.sqrt(values)) @ vectors.T
+    return np.eye(len(gram)) + root @ _folded(gram, delta) @ root
+
+
+def _folded(gram: np.ndarray, delta: np.ndarray) -> np.ndarray:
+    """E = C D C, rounded to float32 as the forward uses it."""
+    values, vectors = np.linalg.eigh(gram)
     apart = np.abs(values - 1).max()  # ||P^T P - I||_2
     fold = (vectors / np.sqrt(values)) @ vectors.T if apart > ORTHONORMAL else np.eye(len(gram))
-    folded = (fold @ delta @ fold).astype(np.float32).astype(np.float64)
-    return np.eye(len(gram)) + root @ folded @ root
+    return (fold @ delta @ fold).astype(np.float32).astype(np.float64)
 
 
 def _delta(what: str, theta: np.ndarray, rank: int, config: dict) -> np.ndarray:
@@ -214,10 +246,9 @@ def text_table(reports: list[ModuleReport]) -> str:
     lines = [head]
     for each in reports:
         energy = "unknown" if np.isnan(each.energy) else f"{each.energy:.4f}"
+        rank = f"{each.rank} + {each.frozen_rank}" if each.frozen_rank else str(each.rank)
         angles = (f"{each.largest_angle:.3f}°", f"{each.rms_angle:.3f}°")
-        lines.append(
-            (each.name, each.side, str(each.width), str(each.rank), energy, f"{each.orthogonality_error:.1e}", *angles)
-        )
+        lines.append((each.name, each.side, str(each.width), rank, energy, f"{each.orthogonality_error:.1e}", *angles))
     widths = [max(len(line[column]) for line in lines) for column in range(len(head))]
     aligned = [
         "  ".join(

@@ -9,6 +9,7 @@ the low-rank term down and accumulates the base product on it. Each exists for b
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from . import compiled
-from .factor import AddInputs, AddLowRank, Blocks, Joined, LowRank, ScaleOutput, gram_root, no_autocast
+from .factor import AddInputs, AddLowRank, Blocks, Frozen, Joined, LowRank, ScaleOutput, gram_root, no_autocast
 from .kinds import Kind, Partition, Supported
 from .siblings import Siblings
 from .support import SIDES
@@ -116,9 +117,15 @@ def add_low_rank(x: Tensor, joined: Joined, members: list[tuple[AdaptedLinear, s
     x = x.to(joined.left.dtype)
     entries = [layer.loft_group[adapter].entry(layer.owner(adapter), adapter, layer) for layer, adapter in members]
     deltas = [layer.loft_group[adapter].attached(e) for (layer, adapter), e in zip(members, entries, strict=True)]
+    frozen = [layer.frozen(adapter, x.dtype) for layer, adapter in members]
     with no_autocast(x.device.type):
-        casts = [entry.cast(x.dtype) for entry in entries]
-        return AddLowRank.apply(x, joined, casts, [entry.identity for entry in entries], *deltas)
+        deltas = [d if f is None else f.times(d) for d, f in zip(deltas, frozen, strict=True)]
+        casts = [
+            e.cast(x.dtype) if f is None else d.detach().to(x.dtype)
+            for e, d, f in zip(entries, deltas, frozen, strict=True)
+        ]
+        identities = [e.identity and f is None for e, f in zip(entries, frozen, strict=True)]
+        return AddLowRank.apply(x, joined, casts, identities, *deltas)
 
 
 _SUPPORTED = Supported()
@@ -128,8 +135,9 @@ class AdaptedLinear(nn.Module):
     """A frozen linear layer and its LOFT factors, by adapter name.
 
     State: `loft_theta` (trained, float32); where the adapter's kind has a support, `loft_support` (P, n x r; all zero until it is set) and
-    `loft_energy` (captured fraction, NaN where unknown); where the output is scaled, `loft_scale` (m, trained, float32: the scale less 1).
-    Everything else is derived from these and the base weight.
+    `loft_energy` (captured fraction, NaN where unknown); where the output is scaled, `loft_scale` (m, trained, float32: the scale less 1);
+    once the support was refreshed, `loft_frozen_basis` (P_f, n x r_f) and `loft_frozen_delta` (E_f, r_f x r_f), the rotation of the
+    supports before it, both float32. Everything else is derived from these and the base weight.
     """
 
     def __init__(self, base_layer: nn.Module):
@@ -143,6 +151,8 @@ class AdaptedLinear(nn.Module):
         self.loft_scale = nn.ParameterDict()
         self.loft_support = TensorDict()
         self.loft_energy = TensorDict()
+        self.loft_frozen_basis = TensorDict()
+        self.loft_frozen_delta = TensorDict()
         self.loft_kind: dict[str, Kind] = {}
         self.loft_group: dict[str, DeltaGroup] = {}
         self.loft_side: dict[str, str] = {}
@@ -255,9 +265,47 @@ class AdaptedLinear(nn.Module):
     def has_adapter(self, adapter: str) -> bool:
         return adapter in self.loft_side
 
-    def factor(self, adapter: str) -> LowRank | Blocks:
-        """This adapter's R at its current parameters, differentiable in them."""
-        return self.loft_kind[adapter].factor(self, adapter)
+    def factor(self, adapter: str, dtype: torch.dtype | None = None) -> LowRank | Blocks:
+        """This adapter's R at its current parameters, differentiable in them; of a refreshed one the product with what is frozen.
+
+        dtype: of the activations that a refreshed one is to turn; None: as it is stored.
+        """
+        own = self.loft_kind[adapter].factor(self, adapter)
+        frozen = self.frozen(adapter, dtype)
+        if frozen is None:
+            return own
+        with no_autocast(own.delta.device.type):
+            return LowRank(frozen.basis, frozen.times(own.delta))
+
+    def frozen_factor(self, adapter: str) -> LowRank | None:
+        """R_f = I + P_f E_f P_f^T, which `refresh` has kept of the supports before the present one; None where there is none."""
+        modules = self.owner(adapter)._modules
+        basis = modules["loft_frozen_basis"]._buffers.get(adapter)
+        return None if basis is None else LowRank(basis, modules["loft_frozen_delta"]._buffers[adapter])
+
+    def frozen_rank(self, adapter: str) -> int:
+        """r_f, 0 where nothing is frozen."""
+        factor = self.frozen_factor(adapter)
+        return 0 if factor is None else factor.rank
+
+    def set_frozen(self, adapter: str, factor: LowRank | None) -> None:
+        """Hold R_f, in float32 or as wide as theta, in place of the frozen factor there is; None: hold none."""
+        owner, device = self.owner(adapter), self.support(adapter).device
+        dtype = torch.promote_types(self.theta(adapter).dtype, torch.float32)
+        for held, value in zip((owner.loft_frozen_basis, owner.loft_frozen_delta), factor or (None, None), strict=True):
+            if value is not None:
+                held[adapter] = value.detach().to(device, dtype).contiguous()
+            elif adapter in held:
+                del held[adapter]
+
+    def frozen(self, adapter: str, dtype: torch.dtype | None = None) -> Frozen | None:
+        """What the frozen factor makes of this adapter's own, in `dtype`; None where there is none."""
+        factor = self.frozen_factor(adapter)
+        if factor is None:
+            return None
+        basis, side = self.support(adapter), self.loft_side[adapter]
+        make = functools.partial(Frozen.of, factor, basis, side, dtype)
+        return self.owner(adapter)._cached(("frozen", adapter, dtype), (*factor, basis), make)
 
     def delta_source(self, adapter: str) -> tuple[Tensor, Tensor | None]:
         """(theta, C): what `DeltaGroup` computes this adapter's E from."""
@@ -300,6 +348,17 @@ class AdaptedLinear(nn.Module):
         """The layer's output with `adapters` applied as if merged one after the other: W0 R_1 R_2 ... (input), ... R_2 R_1 W0 (output)."""
         if self.tap is not None:
             return self.tap(self, x, *args, **kwargs)
+        if torch.compiler.is_compiling() and any(self.frozen_factor(adapter) for adapter in adapters):
+            # The operators of `compiled` know one factor a layer: a refreshed layer runs eagerly, between two graphs.
+            return torch.compiler.disable(self.apply_factors)(x, adapters, *args, **kwargs)
+        return self.apply_factors(x, adapters, *args, **kwargs)
+
+    def at_identity(self, x: Tensor, adapter: str, *args: Any, **kwargs: Any) -> Tensor:
+        """The layer with the transform at the identity, as `calibrate` sees it: the base layer, and what `refresh` has frozen."""
+        return self.apply_factors(x, [adapter] if self.frozen_rank(adapter) else [], *args, **kwargs)
+
+    def apply_factors(self, x: Tensor, adapters: list[str], *args: Any, **kwargs: Any) -> Tensor:
+        """`adapted_forward`, whether or not a tap is set."""
         if not adapters:
             return self.base_layer(x, *args, **kwargs)
         if len(adapters) == 1 and not args and not kwargs:
@@ -307,7 +366,7 @@ class AdaptedLinear(nn.Module):
             if y is not None:
                 return y
         for adapter in reversed([a for a in adapters if self.loft_side[a] == "input"]):
-            x = self.factor(adapter).apply(x)
+            x = self.factor(adapter, x.dtype).apply(x)
         y = self.base_layer(x, *args, **kwargs)
         outputs = [a for a in adapters if self.loft_side[a] == "output"]
         scales = [self.loft_scale[a] for a in adapters if a in self.loft_scale]
@@ -316,7 +375,7 @@ class AdaptedLinear(nn.Module):
             bias = None if bias is None else bias.to(y.dtype)
             y = y if bias is None else y - bias
             for adapter in outputs:
-                y = self.factor(adapter).apply(y)
+                y = self.factor(adapter, y.dtype).apply(y)
             for scale in scales:
                 y = ScaleOutput.apply(y, scale)
             y = y if bias is None else y + bias
@@ -362,21 +421,26 @@ class AdaptedLinear(nn.Module):
     def add_inputs_in(self, adapter: str, dtype: torch.dtype) -> AddInputs:
         """`add_inputs` in the dtype of the products, of a layer that the `add` placement applies to."""
         base = self._modules["base_layer"]
-        basis, bias, frozen = self.support(adapter), base._parameters["bias"], base._parameters["weight"]
-        if frozen.dtype != dtype:  # as nn.Linear under autocast: a copy for this pass only
+        bias, weight = base._parameters["bias"], base._parameters["weight"]
+        if weight.dtype != dtype:  # as nn.Linear under autocast: a copy for this pass only
             bias = None if bias is None else bias.to(dtype)
             return AddInputs(dense_weight(base).to(dtype), bias, *self.products(adapter, dtype))
-        sources = (basis, frozen) if bias is None else (basis, frozen, bias)
+        sources = (self.basis(adapter, dtype), weight) if bias is None else (self.basis(adapter, dtype), weight, bias)
         slot = ("inputs", adapter, dtype)
         return self._cached(slot, sources, lambda: AddInputs(dense_weight(base), bias, *self.products(adapter, dtype)))
 
     def products(self, adapter: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """(left, right) of `AddLowRank`, kept until a tensor they come from changes."""
-        base, basis, owner = self.base_layer, self.support(adapter), self.owner(adapter)
+        base, basis, owner = self.base_layer, self.basis(adapter, dtype), self.owner(adapter)
         p = basis if basis.dtype == dtype else owner._cached(("P", adapter, dtype), (basis,), lambda: basis.to(dtype))
         side, slot = self.loft_side[adapter], ("image", adapter, dtype)
         image = self._cached(slot, (basis, base.weight), lambda: compiled.image(dense_weight(base), basis, side, dtype))
         return (p, image) if side == "input" else (image, p)
+
+    def basis(self, adapter: str, dtype: torch.dtype) -> Tensor:
+        """P (n x r) as it is stored; of a refreshed adapter [P_f, P] in `dtype`."""
+        frozen = self.frozen(adapter, dtype)
+        return self.support(adapter) if frozen is None else frozen.basis
 
     def joins(self, adapter: str, x: Tensor, inputs: AddInputs) -> AddInputs | None:
         """This layer's inputs where it may run along with a sibling that has `inputs`: `adapter` alone is active, dtypes agree."""
@@ -444,7 +508,10 @@ class AdaptedLinear(nn.Module):
 
     @torch.no_grad()
     def lora_factors(self, adapter: str) -> tuple[Tensor, Tensor]:
-        """(A (r x n), B (m x r)) with W0 + B A equal to the rotated weight: no SVD, exact. ValueError for one of full rank."""
+        """(A (r x n), B (m x r)) with W0 + B A equal to the rotated weight: exact. ValueError for one of full rank.
+
+        Of a refreshed adapter the rank is that of all that is turned, up to r_f + r.
+        """
         if self.full_rank(adapter):
             raise ValueError(
                 f"adapter {adapter!r} rotates blocks of all coordinates, so its change of the weight has full rank and no exact LoRA form; "
@@ -453,7 +520,11 @@ class AdaptedLinear(nn.Module):
         weight = self.original_weight("the LoRA form")
         work = torch.promote_types(weight.dtype, torch.float32)
         factor, weight = self.factor(adapter), weight.to(work)
-        p, e = factor.basis.to(work), factor.delta.to(work)
+        if self.frozen_rank(adapter):
+            # The two spans may overlap. A factor that turns nothing keeps a column, as a LoRA has at least one.
+            least = factor.reduced(torch.finfo(work).eps / 2)
+            factor = least if least.rank else LowRank(factor.basis[:, -1:], torch.zeros_like(factor.delta[-1:, -1:]))
+        p, e = factor.basis.to(weight.device, work), factor.delta.to(weight.device, work)
         with torch.autocast(weight.device.type, enabled=False):
             if self.loft_side[adapter] == "input":
                 return p.mT.contiguous(), weight @ p @ e

@@ -61,7 +61,7 @@ class Siblings:
         self.members = members
         # By the layer called first and another: the optimiser step at which they turned out to read different things.
         self._apart: dict[tuple[int, int], int] = {}
-        self._side_by_side: dict[int, Joined] = {}
+        self._side_by_side: dict[int, tuple[tuple, Joined]] = {}
         self._leader: AdaptedLinear | None = None
         self._x: weakref.ref[Tensor] | None = None
         self._key: tuple = ()
@@ -111,12 +111,13 @@ class Siblings:
 
     def _join(self, layer: AdaptedLinear, parts: tuple[AddInputs, ...]) -> Joined:
         """`Joined.of`, its columns put side by side anew only where they are not those of the last time."""
+        # A support may be written over in place, as `calibrate` and `refresh` do.
+        key = tuple([(id(p.left), 0 if p.left.is_inference() else p.left._version) for p in parts])
         held = self._side_by_side.get(id(layer))
-        if held is not None and len(held.layers) == len(parts):
-            if all(old.left is new.left for old, new in zip(held.layers, parts, strict=True)):
-                return held._replace(layers=parts)
+        if held is not None and held[0] == key:
+            return held[1]._replace(layers=parts)
         joined = Joined.of(parts)
         # Of the layers only `left` is kept: a weight may be autocast's copy, made for one pass.
         only_left = tuple(AddInputs(p.left, None, p.left, p.left) for p in parts)
-        self._side_by_side[id(layer)] = joined._replace(layers=only_left)
+        self._side_by_side[id(layer)] = key, joined._replace(layers=only_left)
         return joined

@@ -54,22 +54,24 @@ class _Tap(torch.autograd.Function):
 
 
 class LayerTap:
-    """What a layer runs in place of its adapted forward during a pass: its base layer, tapped. The transform is the identity then.
+    """What a layer runs in place of its adapted forward during a pass: the same at the identity, tapped. After `refresh` that is the
+    base layer with the frozen factor, W_cur = W0 R_f, and X, Y0 and their gradients are those of W_cur.
 
     The tap sees an activation and its own gradient together, whatever comes after the layer, however often it runs, and under
     checkpointing. Its anchor makes autograd reach the layers of a model in which nothing else requires a gradient.
     """
 
-    def __init__(self, sketch: Sketch, part: int = 0):
-        self.sketch, self.part = sketch, part
+    def __init__(self, sketch: Sketch, adapter: str, part: int = 0):
+        self.sketch, self.adapter, self.part = sketch, adapter, part
 
     def __call__(self, layer: AdaptedLinear, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         sketch, watched = self.sketch, torch.is_grad_enabled()
         anchor = torch.zeros((), device=x.device, requires_grad=True)
         if sketch.tap_input:
             kept = self._keep(x, None)
-            return layer.base_layer(_Tap.apply(x, kept, anchor, sketch, self.part) if watched else x, *args, **kwargs)
-        y = layer.base_layer(x, *args, **kwargs)
+            x = _Tap.apply(x, kept, anchor, sketch, self.part) if watched else x
+            return layer.at_identity(x, self.adapter, *args, **kwargs)
+        y = layer.at_identity(x, self.adapter, *args, **kwargs)
         bias = getattr(layer.get_base_layer(), "bias", None)
         kept = self._keep(x, y if bias is None else y.detach() - bias.detach())
         return _Tap.apply(y, kept, anchor, sketch, self.part) if watched else y

@@ -65,6 +65,8 @@ class LoftConfig(PeftConfig):
         output_scale (`bool`): With `support="blocks"`, a trained factor for every output as well, as BOFT has.
         magnitudes (`bool`): diag(1 + b) T diag(1 + a) in place of T, 2r more parameters and no longer orthogonal, as PSOFT has.
         neumann_terms (`int`): K of `cayley_neumann`, T = (I - A) sum_{k <= K} (-A)^k.
+        frozen_ranks (`dict[str, int]`): Set by `loft_rs.refresh`, and read when an adapter is loaded: the rank of what is
+            frozen, by module.
         loft_format_version (`int`): Named by saved configs only; leave it alone. A version this package does not know is refused.
     """
 
@@ -91,6 +93,7 @@ class LoftConfig(PeftConfig):
     output_scale: bool = field(default=False, metadata={"help": "A trained factor for every output."})
     magnitudes: bool = field(default=False, metadata={"help": "Trained magnitudes around the transform."})
     neumann_terms: int | None = field(default=None, metadata={"help": "Terms of cayley_neumann."})
+    frozen_ranks: dict[str, int] = field(default_factory=dict, metadata={"help": "Ranks frozen by refresh."})
     loft_format_version: int | None = field(default=None, metadata={"help": "Version of the saved form."})
 
     def __post_init__(self):
@@ -100,6 +103,8 @@ class LoftConfig(PeftConfig):
             self.support = os.fspath(self.support)
         if self.rank_pattern is None:
             self.rank_pattern = {}
+        if self.frozen_ranks is None:
+            self.frozen_ranks = {}
         if isinstance(self.target_modules, list):
             self.target_modules = set(self.target_modules)
         if isinstance(self.exclude_modules, list):

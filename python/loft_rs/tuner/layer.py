@@ -23,6 +23,8 @@ class LoftLayer(BaseTunerLayer):
         "loft_kind",
         "loft_support",
         "loft_energy",
+        "loft_frozen_basis",
+        "loft_frozen_delta",
         "loft_group",
         "loft_side",
         "loft_ready",
@@ -100,7 +102,7 @@ class Linear(AdaptedLinear, LoftLayer):
             for trained in (self.loft_theta, self.loft_scale):
                 if adapter_name in trained:
                     trained[adapter_name].data = trained[adapter_name].data.to(device)
-            for held in (self.loft_support, self.loft_energy):
+            for held in (self.loft_support, self.loft_energy, self.loft_frozen_basis, self.loft_frozen_delta):
                 if adapter_name in held:
                     held[adapter_name] = held[adapter_name].to(device)
 

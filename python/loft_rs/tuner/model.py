@@ -13,6 +13,7 @@ from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from peft.utils.other import AuxiliaryTrainingWrapper, get_pattern_key
 from torch import nn
 
+from ..factor import LowRank
 from ..layer import feature_sizes
 from ..siblings import SHARED_INPUT, Siblings, named_groups
 from ..transform import DeltaGroup
@@ -20,7 +21,15 @@ from .config import LoftConfig
 from .layer import Linear, LoftLayer
 from .selection import choose_supports, load_named_supports, match_supports
 
-__all__ = ["LoftModel", "adapted_layers", "orthogonality_error", "owners", "require_supports", "require_untrained"]
+__all__ = [
+    "LoftModel",
+    "adapted_layers",
+    "note_frozen_ranks",
+    "orthogonality_error",
+    "owners",
+    "require_supports",
+    "require_untrained",
+]
 
 
 class LoftModel(BaseTuner):
@@ -85,6 +94,9 @@ class LoftModel(BaseTuner):
             seed=peft_config.seed + zlib.crc32(current_key.encode()),
             identity=peft_config.init_weights,
         )
+        # A loader that fills the tensors one by one finds only those that are there.
+        if current_key in peft_config.frozen_ranks and peft_config.has_support:
+            layer.set_frozen(adapter_name, _unset_factor(layer, adapter_name, peft_config.frozen_ranks[current_key]))
         layer.loft_config[adapter_name] = peft_config
         if layer is not target:
             if adapter_name not in self.active_adapters:
@@ -155,6 +167,17 @@ class LoftModel(BaseTuner):
                     layer.dense_or_raise("merging")
                     if safe:
                         layer.rotated_weight(new, safe=True)
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: LoftConfig, adapter_name: str, state_dict: dict
+    ):
+        """As PEFT's, which since 0.21 knows only names that the model has already; room for a frozen factor is made by `check_state`."""
+        mapped = super()._remap_adapter_state_dict_for_load(
+            model=model, config=config, adapter_name=adapter_name, state_dict=state_dict
+        )
+        new = (".loft_frozen_basis", ".loft_frozen_delta")
+        return {f"{k}.{adapter_name}" if k.endswith(new) else k: value for k, value in mapped.items()}
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, adapter_names: Any = None, **kwargs: Any):
@@ -311,8 +334,10 @@ def check_state(model: nn.Module, state_dict: dict, prefix: str, *_: Any) -> Non
 
     Every tensor of each adapter that the state names must be there, with its shape, finite, and P orthonormal to half precision or
     all zero (not yet calibrated); an adapter that waits for its checkpoint must be named. ValueError lists the first problems.
+    What `refresh` has frozen has the size that the state gives it, or is not there: room for it is made, or taken back, at the end.
     """
     expected: dict[str, dict[str, torch.Tensor]] = {}
+    refreshed: dict[str, tuple[str, str]] = {}
     waiting: set[str] = set()
     for name, module in model.named_modules():
         if isinstance(module, Linear):
@@ -322,6 +347,9 @@ def check_state(model: nn.Module, state_dict: dict, prefix: str, *_: Any) -> Non
                 held = getattr(module, kind)
                 for adapter in held.keys():
                     expected.setdefault(adapter, {})[f"{prefix}{name}.{kind}.{adapter}"] = held[adapter]
+            for adapter in module.loft_support.keys():
+                places = (f"{prefix}{name}.loft_frozen_{part}.{adapter}" for part in ("basis", "delta"))
+                refreshed[f"{prefix}{name}.loft_theta.{adapter}"] = tuple(places)
     given = {key for key in state_dict if ".loft_" in key and key.startswith(prefix)}
     problems = [] if given else [f"it holds no tensor of adapter {adapter!r}" for adapter in sorted(waiting)]
     for tensors in expected.values():
@@ -330,10 +358,44 @@ def check_state(model: nn.Module, state_dict: dict, prefix: str, *_: Any) -> Non
         problems += [f"{key} is missing" for key in tensors if key not in given]
         problems += [p for key in tensors if key in given for p in _tensor_problems(key, state_dict[key], tensors[key])]
     known = {key for tensors in expected.values() for key in tensors}
+    for key, places in refreshed.items():
+        if key in given:
+            known.update(places)
+            width = expected[key.rpartition(".")[2]][key.replace(".loft_theta.", ".loft_support.")].shape[0]
+            problems += _frozen_problems(places, [state_dict.get(place) for place in places], width)
     problems += [f"{key} belongs to no adapted module" for key in sorted(given - known)] if expected else []
     if problems:
         more = f" (and {len(problems) - 8} more)" if len(problems) > 8 else ""
         raise ValueError("the adapter does not fit this model: " + "; ".join(problems[:8]) + more)
+    _make_room(model, state_dict, prefix)
+
+
+def _make_room(model: nn.Module, state_dict: dict, prefix: str) -> None:
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, Linear)}
+    loaded = set()
+    for name, layer in layers.items():
+        for adapter in layer.loft_support.keys():
+            if f"{prefix}{name}.loft_theta.{adapter}" in state_dict:
+                loaded.add(adapter)
+                basis = state_dict.get(f"{prefix}{name}.loft_frozen_basis.{adapter}")
+                if (0 if basis is None else basis.shape[1]) != layer.frozen_rank(adapter):
+                    layer.set_frozen(adapter, None if basis is None else _unset_factor(layer, adapter, basis.shape[1]))
+    for adapter in loaded:
+        note_frozen_ranks(layers, adapter)
+
+
+def note_frozen_ranks(layers: dict[str, Linear], adapter: str) -> None:
+    """Write into the adapter's config, which is saved with it, what each of its layers has frozen."""
+    held = {name: layer for name, layer in sorted(layers.items()) if layer.has_adapter(adapter)}
+    ranks = {name: layer.frozen_rank(adapter) for name, layer in owners(held, adapter).items()}
+    for layer in held.values():
+        layer.loft_config[adapter].frozen_ranks = {name: rank for name, rank in ranks.items() if rank}
+
+
+def _unset_factor(layer: Linear, adapter: str, rank: int) -> LowRank:
+    """The identity in the shape of a frozen factor, to be filled from a file."""
+    like = layer.support(adapter)  # theta may be on the meta device
+    return LowRank(like.new_zeros(len(like), rank), like.new_zeros(rank, rank))
 
 
 def _tensor_problems(key: str, value: torch.Tensor, held: torch.Tensor) -> list[str]:
@@ -345,7 +407,30 @@ def _tensor_problems(key: str, value: torch.Tensor, held: torch.Tensor) -> list[
         return []  # NaN: unknown
     if not bool(torch.isfinite(value).all()):
         return [f"{key} holds NaN or Inf"]
-    if ".loft_support." not in key or not bool(value.any()):
+    return _basis_problems(key, value) if ".loft_support." in key else []
+
+
+def _frozen_problems(places: tuple[str, str], tensors: list[torch.Tensor | None], width: int) -> list[str]:
+    """Of P_f (n x r_f) and E_f (r_f x r_f): both or neither."""
+    basis, delta = tensors
+    if basis is None and delta is None:
+        return []
+    missing = [f"{place} is missing" for place, tensor in zip(places, tensors, strict=True) if tensor is None]
+    if missing:
+        return missing
+    if basis.dim() != 2 or basis.shape[0] != width or not 1 <= basis.shape[1] <= width:
+        return [f"{places[0]} has shape {tuple(basis.shape)}, expected ({width}, 1 to {width})"]
+    square = (basis.shape[1], basis.shape[1])
+    if delta.shape != square:
+        return [f"{places[1]} has shape {tuple(delta.shape)}, expected {square}"]
+    problems = [
+        p for place, tensor in zip(places, tensors, strict=True) for p in _tensor_problems(place, tensor, tensor)
+    ]
+    return problems or _basis_problems(places[0], basis)
+
+
+def _basis_problems(key: str, value: torch.Tensor) -> list[str]:
+    if not bool(value.any()):
         return []
     p = value.double()
     error = float(torch.linalg.matrix_norm(p.mT @ p - torch.eye(p.shape[1], dtype=p.dtype, device=p.device), 2))

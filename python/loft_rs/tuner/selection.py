@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from ..layer import AdaptedLinear, custom_basis
-from ..support import blind_support, load_supports, select_support
+from ..support import Support, blind_support, load_supports, select_support
 
 if TYPE_CHECKING:
     from .config import LoftConfig
@@ -16,27 +17,41 @@ if TYPE_CHECKING:
 __all__ = ["choose_supports", "load_named_supports", "match_supports", "set_support"]
 
 
-def choose_supports(layers: Mapping[str, AdaptedLinear], config: LoftConfig, adapter: str) -> None:
-    """Select `principal`, `random` or `coordinate` supports for `layers`, or read them from the config's file, and store them."""
+def choose_supports(layers: Mapping[str, AdaptedLinear], config: LoftConfig, adapter: str) -> dict[str, Support]:
+    """Select `principal`, `random` or `coordinate` supports for `layers`, or read them from the config's file; store and return them.
+
+    Of a refreshed adapter: those of its current weight, and a fresh draw of a random one.
+    """
     if config.support_file:
         supports = match_supports(load_named_supports(config.support_file), layers)
     elif config.support == "principal":
-        weights = {name: _stacked(layer.tied(adapter)) for name, layer in layers.items()}
+        weights = {name: _stacked(layer.tied(adapter), adapter) for name, layer in layers.items()}
         ranks = {name: layer.rank(adapter) for name, layer in layers.items()}
         supports = select_support(None, ranks, weights=weights, method="principal", side=config.side, seed=config.seed)
     else:
-        options = {"method": config.support, "side": config.side, "seed": config.seed}
+        options = {"method": config.support, "side": config.side}
         supports = {
-            name: blind_support(layer.support_width(config.side), layer.rank(adapter), **options)
+            name: blind_support(
+                layer.support_width(config.side), layer.rank(adapter), seed=_seed(layer, config, adapter), **options
+            )
             for name, layer in layers.items()
         }
     for name, layer in layers.items():
         layer.set_basis(adapter, supports[name].basis, supports[name].energy)
+    return {name: supports[name] for name in layers}
 
 
-def _stacked(tied: list[AdaptedLinear]) -> torch.Tensor:
-    """The weight of a layer; of tied ones, which read the same input, all of theirs, one above the other."""
+def _seed(layer: AdaptedLinear, config: LoftConfig, adapter: str) -> int:
+    """The config's seed; where there is a support already, one that depends on it, so that a resumed run draws what the run would have."""
+    held = layer.support(adapter)
+    return config.seed + (zlib.crc32(held.double().cpu().numpy().tobytes()) if layer.ready(adapter) else 0)
+
+
+def _stacked(tied: list[AdaptedLinear], adapter: str) -> torch.Tensor:
+    """The weight of a layer, W0 R_f; of tied ones, which read the same input, all of theirs, one above the other."""
     weights = [layer.dense_or_raise("support='principal'").detach() for layer in tied]
+    if tied[0].frozen_rank(adapter):
+        weights = [layer.rotated_weight([adapter]) for layer in tied]
     return weights[0] if len(weights) == 1 else torch.cat(weights)
 
 

@@ -1,0 +1,695 @@
+"""refreshing.py, LoftRefreshCallback: a new support in mid-training, the same function, in every part of the package."""
+
+from __future__ import annotations
+
+import copy
+import os
+from datetime import timedelta
+
+import numpy as np
+import peft
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from reference import basis_of, exact_transform, make_llama, token_batches
+from safetensors.torch import load_file, save_file
+from test_calibration import skew_of, span_energy
+
+import loft_rs
+from loft_rs import LoftConfig, NonFiniteError, refresh
+from loft_rs.factor import Frozen, LowRank
+from loft_rs.inspection import inspect_adapter, text_table
+from loft_rs.refreshing import _transported
+from loft_rs.tuner.model import adapted_layers
+
+EPS = torch.finfo(torch.float32).eps
+
+
+def build(base=None, *, calibrated=True, **options):
+    options = {"target_modules": "all-linear", "r": 4, "support": "skewgrad"} | options
+    model = peft.get_peft_model(base or make_llama(), LoftConfig(**options))
+    if calibrated and options["support"] in ("skewgrad", "gradsvd", "activation"):
+        loft_rs.calibrate(model, token_batches(2))
+    return model
+
+
+def adam(model, lr=0.05):
+    return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr, weight_decay=0.0)
+
+
+def train(model, optimiser=None, steps=3, seed=0):
+    optimiser = optimiser or adam(model)
+    model.train()
+    for batch in token_batches(steps, seed=seed):
+        model(**batch).loss.backward()
+        optimiser.step()
+        optimiser.zero_grad()
+    return optimiser
+
+
+def logits(model, seed=7):
+    with torch.no_grad():
+        return model.eval()(**token_batches(1, seed=seed)[0]).logits.double()
+
+
+def apart(a, b):
+    return float((a - b).abs().max() / b.abs().max())
+
+
+def snapshot(model, optimiser=None):
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    grads = {name: None if p.grad is None else p.grad.clone() for name, p in model.named_parameters()}
+    return state, grads, None if optimiser is None else copy.deepcopy(optimiser.state_dict())
+
+
+def same(a, b):
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same, a, b))
+    return a == b
+
+
+def quantise(model):
+    """Bases whose weight no one may read: all that a quantised layer gives is its forward."""
+
+    class Opaque(torch.nn.Module):
+        def __init__(self, linear):
+            super().__init__()
+            self.in_features, self.out_features, self.bias = linear.in_features, linear.out_features, linear.bias
+            self.register_buffer("weight", linear.weight.detach().clone())
+
+        def forward(self, x):
+            return torch.nn.functional.linear(x, self.weight, self.bias)
+
+    for layer in adapted_layers(model)[1].values():
+        layer.base_layer = Opaque(layer.base_layer)
+    return model
+
+
+# -- the function ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("side", ["input", "output"])
+@pytest.mark.parametrize("support", ["skewgrad", "gradsvd", "principal"])
+def test_the_function_is_unchanged_and_training_goes_on(dtype, side, support):
+    model = build(make_llama(dtype), side=side, support=support)
+    base = logits(make_llama(dtype))
+    optimiser = train(model)
+    for round_ in range(3):
+        before = logits(model)
+        report = refresh(model, token_batches(2, seed=round_), optimizer=optimiser)
+        assert report.method == support and len(report.layers) == 14
+        # bf16: the products are summed in another order, each activation is rounded to 2^-8
+        assert apart(logits(model), before) <= (5e-6 if dtype == torch.float32 else 0.05)
+        assert apart(before, base) > (1e-3 if dtype == torch.float32 else 0.02)
+        assert not any(layer.theta("default").any() for layer in adapted_layers(model)[1].values())
+        assert loft_rs.orthogonality_error(model) <= 20 * EPS
+        train(model, optimiser, seed=round_)
+        assert apart(logits(model), before) > 1e-4
+
+
+@pytest.mark.parametrize("transform", ["cayley", "exp", "free"])
+@pytest.mark.parametrize("side", ["input", "output"])
+@pytest.mark.parametrize("fold", [False, True])
+def test_in_float64_it_is_unchanged_to_float64(transform, side, fold):
+    model = build(make_llama(torch.float64), transform=transform, side=side, support="random")
+    train(model)
+    train_again = adam(model)
+    for _ in range(3):
+        before = logits(model)
+        refresh(model, fold=fold)
+        assert apart(logits(model), before) <= 1e-12
+        train(model, train_again)
+    _, layers = adapted_layers(model)
+    assert all(
+        layer.frozen_rank("default") == 0 if fold else layer.frozen_rank("default") > 4 for layer in layers.values()
+    )
+
+
+@given(
+    n=st.integers(4, 12),
+    ranks=st.lists(st.integers(2, 4), min_size=1, max_size=5),
+    side=st.sampled_from(["input", "output"]),
+    overlap=st.booleans(),
+    seed=st.integers(0, 2**31),
+)
+def test_repeated_products_are_one_factor_no_wider_than_the_layer(n, ranks, side, overlap, seed):
+    generator = torch.Generator().manual_seed(seed)
+    whole, held = torch.eye(n, dtype=torch.float64), None
+    for i, r in enumerate(ranks):
+        basis = torch.from_numpy(basis_of(n, 4, 0)[:, :r] if overlap else basis_of(n, r, seed % 1000 + i))
+        theta = torch.randn(r * (r - 1) // 2, generator=generator, dtype=torch.float64)
+        delta = exact_transform("cayley", theta, r) - torch.eye(r, dtype=torch.float64)
+        own = LowRank(basis, delta)
+        turn = torch.eye(n, dtype=torch.float64) + basis @ delta @ basis.mT
+        whole = whole @ turn if side == "input" else turn @ whole
+        if held is not None:
+            both = Frozen.of(held, basis, side)
+            own = LowRank(both.basis, both.times(delta))
+        held = own.reduced(1e-14)
+        assert held.rank <= min(n, sum(ranks[: i + 1])) and (not overlap or held.rank <= 4)
+        eye = torch.eye(held.rank, dtype=torch.float64)
+        torch.testing.assert_close(held.basis.mT @ held.basis, eye, atol=1e-13, rtol=0)
+        rotation = torch.eye(n, dtype=torch.float64) + held.basis @ held.delta @ held.basis.mT
+        torch.testing.assert_close(rotation, whole, atol=1e-12, rtol=0)
+        assert held.orthogonality_error() <= 1e-12
+
+
+def test_directions_that_are_not_turned_are_dropped():
+    model = build(support="random", r=6)
+    before = logits(model)
+    refresh(model)
+    _, layers = adapted_layers(model)
+    assert all(layer.frozen_rank("default") == 0 for layer in layers.values()) and torch.equal(logits(model), before)
+    with torch.no_grad():
+        for layer in layers.values():
+            layer.theta("default")[0] = 0.3  # one plane
+    before = logits(model)
+    refresh(model)
+    assert all(layer.frozen_rank("default") == 2 for layer in layers.values())
+    with torch.no_grad():
+        for layer in layers.values():
+            layer.set_basis("default", torch.nn.functional.pad(layer.loft_frozen_basis["default"], (0, 4)))
+            plane = layer.loft_frozen_basis["default"].mT @ layer.support("default")
+            sign = torch.linalg.det(plane[:, :2]).sign() * (1 if layer.loft_frozen_delta["default"][1, 0] < 0 else -1)
+            layer.theta("default")[0] = -0.3 * sign  # and back
+            layer.loft_support["default"][:, 2:] = 0
+    delta = next(iter(layers.values())).factor("default").reduced(1e-6)
+    assert delta.rank == 0
+
+
+# -- the support -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("side", ["input", "output"])
+@pytest.mark.parametrize("checkpointing", [None, False, True])
+def test_the_support_is_that_of_the_current_weight(side, checkpointing):
+    batches = token_batches(2)
+    model = build(side=side, r=16, order="natural")
+    train(model)
+    if checkpointing is not None:
+        model.enable_input_require_grads()
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": checkpointing})
+    merged = copy.deepcopy(model).merge_and_unload().double()
+    refresh(model, batches)
+    weights, gradients = {}, {}
+    merged.requires_grad_(True)
+    for batch in batches:
+        merged(**batch).loss.backward()
+    for name, module in merged.named_modules():
+        if isinstance(module, torch.nn.Linear) and name != "lm_head":
+            weights[name], gradients[name] = module.weight.detach(), module.weight.grad
+    for name, layer in adapted_layers(model)[1].items():
+        s = skew_of(weights[name], gradients[name], side)
+        best = float((torch.linalg.svdvals(s)[:16] ** 2).sum())
+        # a sketch as wide as the layer is the dense problem
+        assert span_energy(layer.support("default").double(), s) >= (0.999 if len(s) <= 32 else 0.7) * best
+
+
+def test_a_principal_support_is_that_of_the_current_weight_and_a_random_one_is_new():
+    model = build(support="principal", order="natural")
+    train(model)
+    name, layer = next(iter(adapted_layers(model)[1].items()))
+    weight = layer.rotated_weight(["default"])
+    report = refresh(model)
+    wanted = loft_rs.select_support(None, 4, weights=weight, method="principal").basis
+    np.testing.assert_allclose(np.abs(wanted.T @ layer.support("default").numpy()), np.eye(4), atol=1e-3)
+    assert report.passes == 0 and report.layers[name].method == "principal"
+    model = build(support="random")
+    layer = next(iter(adapted_layers(model)[1].values()))
+    seen = [layer.support("default").clone()]
+    for _ in range(2):
+        refresh(model)
+        assert all(not torch.equal(layer.support("default"), old) for old in seen)
+        seen.append(layer.support("default").clone())
+
+
+# -- the optimiser ---------------------------------------------------------------------------------------------------------
+
+
+@given(n=st.integers(4, 9), r=st.integers(2, 4), seed=st.integers(0, 2**31), free=st.booleans())
+def test_moments_are_transported_as_those_of_independent_coordinates(n, r, seed, free):
+    p1, p2 = (torch.from_numpy(basis_of(n, r, seed % 1000 + i)) for i in range(2))
+    turn = p2.mT @ p1
+    generator = torch.Generator().manual_seed(seed)
+    places = [(i, j) for i in range(r) for j in range(r) if free or i > j]
+    shape = (r, r) if free else (len(places),)
+    m = torch.randn(shape, generator=generator, dtype=torch.float64)
+    v = torch.rand(shape, generator=generator, dtype=torch.float64)
+    c = torch.tensor(
+        [
+            [float(turn[k, i] * turn[h, j] - (0 if free else turn[k, j] * turn[h, i])) for i, j in places]
+            for k, h in places
+        ],
+        dtype=torch.float64,
+    )
+    torch.testing.assert_close(_transported("exp_avg", m, turn).flatten(), c @ m.flatten())
+    wanted = c.square() @ v.flatten() + (1 - c.square().sum(1)) * v.mean()
+    torch.testing.assert_close(_transported("exp_avg_sq", v, turn).flatten(), wanted)
+    eye = torch.eye(r, dtype=torch.float64)
+    assert torch.equal(_transported("exp_avg", m, eye), m)
+    torch.testing.assert_close(_transported("exp_avg_sq", v, eye), v)
+
+
+def test_moments_transport_or_restart():
+    model = build()
+    optimiser = train(model)
+    theta = next(p for p in model.parameters() if p.requires_grad)
+    kept = {k: v.clone() for k, v in optimiser.state[theta].items()}
+    layer = next(iter(adapted_layers(model)[1].values()))
+    old = layer.support("default").double()
+    refresh(model, token_batches(2, seed=1), optimizer=optimiser)
+    turn = layer.support("default").double().mT @ old
+    state = optimiser.state[theta]
+    assert torch.equal(state["step"], kept["step"])
+    for key in ("exp_avg", "exp_avg_sq"):
+        torch.testing.assert_close(state[key], _transported(key, kept[key], turn), atol=1e-9, rtol=1e-4)
+        assert not torch.equal(state[key], kept[key])
+    refresh(model, token_batches(2), optimizer=optimiser, moments="restart")
+    assert not optimiser.state[theta]
+    train(model, optimiser)
+    sgd = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1, momentum=0.9)
+    train(model, sgd)
+    refresh(model, token_batches(2), optimizer=sgd)
+    refresh(model, token_batches(2), optimizer=torch.optim.SGD(model.parameters(), lr=0.1))
+    rprop = torch.optim.Rprop([p for p in model.parameters() if p.requires_grad])
+    train(model, rprop)
+    with pytest.raises(ValueError, match="Rprop has 'prev'; use moments='restart'"):
+        refresh(model, token_batches(2), optimizer=rprop)
+    refresh(model, token_batches(2), optimizer=rprop, moments="restart")
+
+
+# -- failures --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("how", ["raise", "interrupt", "nan", "no gradient", "fold"])
+def test_a_failed_refresh_changes_nothing(how, monkeypatch):
+    model = build()
+    optimiser = train(model)
+    refresh(model, token_batches(2, seed=3), optimizer=optimiser)
+    train(model, optimiser)
+    model(**token_batches(1)[0]).loss.backward()
+    before, wanted = snapshot(model, optimiser), logits(model)
+    batches, kept = token_batches(2), None
+
+    def step():
+        model(**batches[0]).loss.backward()
+        if how == "raise":
+            raise OSError("disk")
+        if how == "interrupt":
+            raise KeyboardInterrupt
+        if how == "nan":
+            (model(**batches[1]).loss * float("nan")).backward()
+
+    errors = {"raise": OSError, "interrupt": KeyboardInterrupt, "nan": NonFiniteError, "fold": MemoryError}
+    options = {"train_step": (lambda: None) if how == "no gradient" else step}
+    if how == "fold":
+        layers = list(adapted_layers(model)[1].values())
+        kept = layers[-1].rotated_weight
+
+        def fail(*args, **kwargs):
+            raise MemoryError
+
+        monkeypatch.setattr(layers[-1], "rotated_weight", fail)
+        options = {"dataloader": batches, "fold": True}
+    with pytest.raises(errors.get(how, ValueError)):
+        refresh(model, optimizer=optimiser, **options)
+    assert kept is None or layers[0].frozen_rank("default")
+    assert same(snapshot(model, optimiser), before) and torch.equal(logits(model), wanted)
+
+
+def test_a_nan_transform_and_a_nan_batch_are_named():
+    model = build()
+    layer = adapted_layers(model)[1]["model.layers.1.mlp.up_proj"]
+    with torch.no_grad():
+        layer.theta("default")[1] = float("nan")
+    with pytest.raises(NonFiniteError, match=r"transform of layer model\.layers\.1\.mlp\.up_proj holds NaN"):
+        refresh(model, token_batches(1))
+
+
+def test_what_cannot_be_refreshed_is_said():
+    for config in (LoftConfig.oft(8), LoftConfig.boft(4), LoftConfig.hra(4)):
+        config.target_modules = {"q_proj"}
+        with pytest.raises(ValueError, match="of a kind that has none"):
+            refresh(peft.get_peft_model(make_llama(), config), token_batches(1))
+    with pytest.raises(ValueError, match="does not support magnitudes"):
+        refresh(build(support="principal", magnitudes=True))
+    with pytest.raises(ValueError, match=r"has none yet in .*call loft_rs\.calibrate first"):
+        refresh(build(calibrated=False), token_batches(1))
+    model = build()
+    with pytest.raises(ValueError, match="give refresh a dataloader or a train_step"):
+        refresh(model)
+    with pytest.raises(ValueError, match="moments must be one of"):
+        refresh(model, token_batches(1), moments="keep")
+    with pytest.raises(ValueError, match="optimizer does not train adapter 'default'"):
+        refresh(model, token_batches(1), optimizer=torch.optim.SGD(make_llama().parameters(), lr=1.0))
+    with pytest.raises(ValueError, match="fold needs a float32 or float64 base"):
+        refresh(build(make_llama(torch.bfloat16)), token_batches(1), fold=True)
+    with pytest.raises(TypeError, match="fold needs a dense base weight"):
+        refresh(quantise(build()), token_batches(1), fold=True)
+    model.merge_adapter()
+    with pytest.raises(ValueError, match="refresh needs an unmerged model"):
+        refresh(model, token_batches(1))
+    model.unmerge_adapter()
+    model.add_adapter("second", LoftConfig(target_modules="all-linear", r=4))
+    with pytest.raises(ValueError, match="fold would change what adapter 'second' was trained on"):
+        refresh(model, token_batches(1), fold=True)
+    model.base_model.set_adapter(["default", "second"])
+    with pytest.raises(ValueError, match="needs 'default' to be the only active adapter"):
+        refresh(model, token_batches(1), adapter_name="default")
+
+
+# -- saving, merging, exporting, inspecting --------------------------------------------------------------------------------
+
+
+def refreshed(base=None, rounds=2, **options):
+    model = build(base, **options)
+    for i in range(rounds):
+        train(model, seed=i)
+        refresh(model, token_batches(2, seed=i) if model.peft_config["default"].needs_calibration else None)
+    train(model, seed=rounds)
+    return model.eval()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("side", ["input", "output"])
+def test_save_and_load_are_exact(tmp_path, side, dtype):
+    model = refreshed(make_llama(dtype), side=side)
+    model.save_pretrained(tmp_path / "a")
+    for options in ({}, {"low_cpu_mem_usage": True}):
+        loaded = peft.PeftModel.from_pretrained(make_llama(dtype), str(tmp_path / "a"), **options)
+        assert torch.equal(logits(loaded), logits(model))
+    loaded.save_pretrained(tmp_path / "b")
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+
+
+def test_a_state_brings_its_own_size(tmp_path):
+    model, plain = refreshed(), build()
+    train(plain)
+    model.save_pretrained(tmp_path / "refreshed")
+    plain.save_pretrained(tmp_path / "plain")
+    wanted = logits(model), logits(plain)
+    model.load_adapter(str(tmp_path / "plain"), "default")
+    plain.load_adapter(str(tmp_path / "refreshed"), "default")
+    assert torch.equal(logits(plain), wanted[0]) and torch.equal(logits(model), wanted[1])
+    assert plain.peft_config["default"].frozen_ranks and not model.peft_config["default"].frozen_ranks
+    twin = build()
+    twin.load_state_dict(plain.state_dict())
+    assert torch.equal(logits(twin), wanted[0])
+
+
+def test_a_loader_that_fills_tensors_one_by_one_finds_room(tmp_path):
+    model = refreshed()
+    model.save_pretrained(tmp_path)
+    fresh = peft.get_peft_model(make_llama(), LoftConfig.from_pretrained(str(tmp_path)))
+    state = fresh.state_dict()
+    with torch.no_grad():
+        for key, value in load_file(tmp_path / "adapter_model.safetensors").items():
+            state[f"{key}.default"].copy_(value)
+    assert torch.equal(logits(fresh), logits(model))
+
+
+def test_transformers_own_loader_fills_it(tmp_path):
+    from transformers.integrations.peft import MIN_PEFT_VERSION
+    from transformers.utils.peft_utils import check_peft_version
+
+    try:
+        check_peft_version(MIN_PEFT_VERSION)
+    except ValueError:
+        pytest.skip(f"this transformers wants peft {MIN_PEFT_VERSION} for its own adapter calls")
+    base = make_llama()
+    base.add_adapter(LoftConfig(target_modules="all-linear", r=4, support="random"), adapter_name="mine")
+    train(base)
+    refresh(base)
+    train(base)
+    base.save_pretrained(tmp_path)
+    fresh = make_llama()
+    fresh.load_adapter(str(tmp_path), adapter_name="mine")
+    assert torch.equal(logits(fresh), logits(base))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t, k: t.pop(k), "loft_frozen_basis.default is missing"),
+        (lambda t, k: t.update({k: t[k] * 1.1}), r"loft_frozen_basis.default is not orthonormal"),
+        (lambda t, k: t.update({k: t[k][:30].contiguous()}), r"has shape \(30, \d+\), expected \(32, 1 to 32\)"),
+        (lambda t, k: t.update({k: t[k] * float("nan")}), "holds NaN or Inf"),
+        (lambda t, k: t.update({k: t[k][:, :2].contiguous()}), r"loft_frozen_delta.default has shape"),
+    ],
+)
+def test_a_hostile_frozen_factor_is_refused(tmp_path, change, message):
+    refreshed(target_modules=["q_proj"]).save_pretrained(tmp_path)
+    file = tmp_path / "adapter_model.safetensors"
+    tensors = load_file(file)
+    change(tensors, next(k for k in tensors if k.endswith("layers.0.self_attn.q_proj.loft_frozen_basis")))
+    save_file(tensors, file)
+    with pytest.raises(ValueError, match=message):
+        peft.PeftModel.from_pretrained(make_llama(), str(tmp_path))
+
+
+@pytest.mark.parametrize("side", ["input", "output"])
+def test_merge_unmerge_and_lora(tmp_path, side):
+    model = refreshed(side=side)
+    wanted = logits(model)
+    weights = {n: p.detach().clone() for n, p in model.named_parameters() if "base_layer" in n}
+    for _ in range(5):
+        model.merge_adapter()
+        assert apart(logits(model), wanted) <= 1e-5
+        model.unmerge_adapter()
+    assert all(torch.equal(p, weights[n]) for n, p in model.named_parameters() if n in weights)
+    factors = loft_rs.lora_factors(model)
+    assert {a.shape[0] for a, _ in factors.values()} == {12}  # two refreshes of rank 4 and the present support
+    errors = loft_rs.export_lora(model, tmp_path)
+    assert not any(errors.values())
+    lora = peft.PeftModel.from_pretrained(make_llama(), str(tmp_path))
+    assert apart(logits(lora), wanted) <= 1e-5
+    assert apart(logits(model.merge_and_unload()), wanted) <= 1e-5
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("side", ["input", "output"])
+def test_inspection_sees_the_product(tmp_path, side, dtype):
+    model = refreshed(make_llama(dtype), side=side, r=4)
+    model.save_pretrained(tmp_path)
+    reports = inspect_adapter(tmp_path)
+    _, layers = adapted_layers(model)
+    assert len(reports) == len(layers)
+    for report, layer in zip(sorted(reports, key=lambda r: r.name), [layers[n] for n in sorted(layers)], strict=True):
+        factor = layer.factor("default").reduced(1e-7)
+        k = torch.eye(factor.rank, dtype=torch.float64) + factor.delta
+        angles = np.degrees(np.angle(torch.linalg.eigvals(k).numpy()))
+        angles = np.sort(angles[angles > 0.01])[::-1]
+        np.testing.assert_allclose(report.angles[: len(angles)], angles, atol=0.01)
+        assert (report.rank, report.frozen_rank) == (4, layer.frozen_rank("default"))
+        assert (
+            report.orthogonality_error <= 20 * EPS
+            and abs(report.orthogonality_error - factor.orthogonality_error()) < 1e-5
+        )
+    assert "4 + 8" in text_table(reports)
+
+
+def test_a_refreshed_adapter_is_no_psoft(tmp_path):
+    refreshed(support="principal", order="natural").save_pretrained(tmp_path / "a")
+    with pytest.raises(ValueError, match="frozen"):
+        loft_rs.convert_adapter(tmp_path / "a", tmp_path / "b", base_model=make_llama())
+
+
+# -- other ways to run -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tied", [True, [["q_proj", "k_proj", "v_proj"]]])
+@pytest.mark.parametrize("fold", [False, True])
+def test_tied_layers(tmp_path, tied, fold):
+    model = build(tied=tied)
+    optimiser = train(model)
+    for i in range(2):
+        before = logits(model)
+        report = refresh(model, token_batches(2, seed=i), optimizer=optimiser, fold=fold)
+        assert not any("k_proj" in name for name in report.layers)
+        assert apart(logits(model), before) <= 5e-6
+        train(model, optimiser)
+    if not fold:
+        model.save_pretrained(tmp_path)
+        loaded = peft.PeftModel.from_pretrained(make_llama(), str(tmp_path))
+        assert torch.equal(logits(loaded), logits(model))
+
+
+@pytest.mark.parametrize("side", ["input", "output"])
+@pytest.mark.parametrize("placement", ["add", "rotate", "opaque", "reentrant", "checkpointed"])
+def test_every_way_has_the_gradient_of_the_composed_weight(side, placement):
+    model = refreshed(make_llama(torch.float64), side=side)
+    _, layers = adapted_layers(model)
+    batch = token_batches(1, seed=5)[0]
+    name, layer = next((n, each) for n, each in layers.items() if n.endswith("0.self_attn.o_proj"))
+    theta = layer.theta("default")
+    # The reference: G of the merged weight, through W = W0 R_f R(theta) or R(theta) R_f W0 from the definitions.
+    twin = copy.deepcopy(model).merge_and_unload()
+    merged = twin.get_submodule(name).weight.requires_grad_(True)
+    twin(**batch).loss.backward()
+    free = theta.detach().clone().requires_grad_()
+    eye, frozen, p = torch.eye(32, dtype=torch.float64), layer.frozen_factor("default"), layer.support("default")
+    turn = eye + p @ (exact_transform("cayley", free, 4) - torch.eye(4)) @ p.mT
+    held = eye + frozen.basis @ frozen.delta @ frozen.basis.mT
+    weight = layer.original_weight("a test").detach()
+    weight = weight @ held @ turn if side == "input" else turn @ held @ weight
+    torch.testing.assert_close(weight, merged, atol=1e-10, rtol=0)
+    (weight * merged.grad).sum().backward()
+    if placement == "opaque":
+        quantise(model)
+    elif placement in ("add", "rotate"):
+        for each in layers.values():
+            each.placement = placement
+    else:
+        model.enable_input_require_grads()
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": placement == "reentrant"})
+    model.train()
+    theta.grad = None
+    model(**batch).loss.backward()
+    torch.testing.assert_close(theta.grad, free.grad, atol=1e-7, rtol=1e-4)  # transformers' norms and loss are float32
+
+
+def test_a_base_that_only_runs():
+    model = quantise(build(make_llama(torch.bfloat16)))
+    optimiser = train(model)
+    before = logits(model)
+    refresh(model, token_batches(2), optimizer=optimiser)
+    assert apart(logits(model), before) <= 0.05
+    train(model, optimiser)
+
+
+def test_other_adapters_stay():
+    model = build()
+    model.add_adapter("second", LoftConfig(target_modules="all-linear", r=6, support="random"))
+    train(model)
+    model.set_adapter("second")
+    train(model)
+    second = logits(model)
+    model.set_adapter("default")
+    first = logits(model)
+    refresh(model, token_batches(2))
+    assert apart(logits(model), first) <= 5e-6
+    train(model)
+    model.set_adapter("second")
+    assert torch.equal(logits(model), second)
+    model.base_model.set_adapter(["default", "second"])
+    both = logits(model)
+    model.base_model.merge_adapter(["default", "second"])
+    assert apart(logits(model), both) <= 1e-5
+    model.base_model.unmerge_adapter()
+    model.delete_adapter("default")
+    assert not any("frozen" in key for key in model.state_dict())
+    model.set_adapter("second")
+    assert torch.equal(logits(model), second)
+
+
+def test_a_compiled_model_falls_back():
+    model = refreshed(target_modules=["q_proj", "o_proj"])
+    wanted = logits(model)
+    compiled = torch.compile(model, backend="aot_eager")
+    assert apart(logits(compiled), wanted) <= 1e-5
+    model.train()
+    compiled(**token_batches(1)[0]).loss.backward()
+    assert all(p.grad.any() for p in model.parameters() if p.requires_grad)
+    torch.compiler.reset()
+
+
+def test_a_model_that_was_compiled_before_sees_the_refresh():
+    model = build(target_modules=["q_proj", "o_proj"])
+    train(model)
+    compiled = torch.compile(model, backend="aot_eager")
+    for i in range(2):
+        wanted = logits(model)
+        assert apart(logits(compiled), wanted) <= 1e-5
+        refresh(model, token_batches(2, seed=i))
+        assert apart(logits(compiled), wanted) <= 1e-5
+        train(model, seed=i)
+    assert apart(logits(compiled), logits(model)) <= 1e-5
+    torch.compiler.reset()
+
+
+# -- the callback ----------------------------------------------------------------------------------------------------------
+
+
+def trainer(output, *, steps=9, model=None, **options):
+    from transformers import Trainer, TrainingArguments
+
+    torch.manual_seed(0)
+    callback = loft_rs.LoftRefreshCallback(**{"every": 2, "batches": 2} | options)
+    arguments = TrainingArguments(
+        output_dir=str(output),
+        per_device_train_batch_size=2,
+        learning_rate=0.02,
+        report_to=[],
+        save_strategy="steps",
+        save_steps=5,
+        logging_strategy="no",
+        disable_tqdm=True,
+        use_cpu=True,
+        max_steps=steps,
+    )
+    data = [{"input_ids": b["input_ids"][0], "labels": b["labels"][0]} for b in token_batches(20)]
+    model = model or build()
+    return model, callback, Trainer(model, arguments, train_dataset=data, callbacks=[callback])
+
+
+def test_the_callback_refreshes_and_resumes_to_the_same_weights(tmp_path):
+    straight, callback, run = trainer(tmp_path / "a")
+    run.train()
+    assert [step for step, _ in callback.reports] == [2, 4, 6, 8]
+    resumed, callback, run = trainer(tmp_path / "b")
+    run.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-5"))
+    assert [step for step, _ in callback.reports] == [6, 8]
+    a, b = straight.state_dict(), resumed.state_dict()
+    assert a.keys() == b.keys() and sum("frozen_basis" in key for key in a) == 14
+    assert apart(logits(resumed), logits(straight)) <= 1e-4
+
+
+def test_the_callback_takes_options():
+    with pytest.raises(ValueError, match="every must be an integer of at least 1, got 0"):
+        loft_rs.LoftRefreshCallback(every=0)
+    with pytest.raises(ValueError, match="batches must be an integer of at least 1"):
+        loft_rs.LoftRefreshCallback(every=5, batches=True)
+
+
+# -- several processes -----------------------------------------------------------------------------------------------------
+
+
+def refresh_on_rank(rank, folder):
+    """One of two processes: a refresh over a share of the batches, and one that only rank 1 fails."""
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2, timeout=timedelta(seconds=120)
+    )
+    model = build(make_llama(torch.float64), calibrated=False)
+    loft_rs.calibrate(model, token_batches(2))
+    optimiser = train(model)  # both alike
+    before = logits(model)
+    report = refresh(model, token_batches(4)[2 * rank : 2 * rank + 2], optimizer=optimiser)
+    found = {"batches": report.batches, "apart": apart(logits(model), before), "state": model.state_dict()}
+    found["optimiser"] = optimiser.state_dict()["state"]
+    train(model, optimiser)
+    kept = snapshot(model, optimiser)
+    try:
+        refresh(model, token_batches(2) if rank == 0 else [], optimizer=optimiser)
+    except Exception as error:
+        found["error"] = type(error).__name__
+    found["unchanged"] = same(snapshot(model, optimiser), kept)
+    torch.save(found, f"{folder}/{rank}.pt")
+    torch.distributed.barrier()
+    os._exit(0)  # gloo's threads can abort a closing interpreter
+
+
+def test_two_processes_refresh_alike(tmp_path):
+    torch.multiprocessing.spawn(refresh_on_rank, (str(tmp_path),), nprocs=2)
+    first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=False) for rank in range(2))
+    assert first["batches"] == second["batches"] == 4 and first["apart"] <= 1e-12
+    assert same(first["state"], second["state"]) and same(first["optimiser"], second["optimiser"])
+    assert (first["error"], second["error"]) == ("RuntimeError", "ValueError")
+    assert first["unchanged"] and second["unchanged"]

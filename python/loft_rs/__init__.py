@@ -14,6 +14,7 @@ from ._registration import register_when_imported
 _HOME = {
     "Budget": "budget",
     "CalibrationReport": "calibration",
+    "Evidence": "evidence",
     "LoftCalibrationCallback": "callback",
     "LoftConfig": "tuner",
     "LoftModel": "tuner",
@@ -30,6 +31,7 @@ _HOME = {
     "save_supports": "support",
     "select_support": "support",
     "set_support": "tuner.selection",
+    "supports_from_sketches": "saved_sketches",
 }
 _MODULES = ("linalg", "nn", "transform", "factor", "layer", "calibration", "export", "tuner", "cli", "support")
 # What the extra `train` brings; a missing one is named in the error.

@@ -7,13 +7,16 @@ With X a layer's input, dX its own input gradient, Y0 its output without bias an
     activation  X^T X                                            output side  Y0^T Y0
 
 Each is seen only through skinny products, summed over the batches (`sketch.py`). Pass 1 accumulates a random sketch (n x k); its
-orthonormal basis Q is held for pass 2, which accumulates the compressed problem and the moment (XQ)^T (XQ). The small problem is
-finished in Rust, and the moment turns P into input-PCA order without another pass. A support that needs no data takes one forward
-pass, for its order alone. The sums are linear in the batches: the processes of a `torch.distributed` run add theirs up after each pass.
+orthonormal basis Q is held for pass 2, which accumulates what S, G or X^T X makes of Q. The small problem is finished in Rust, and a
+moment of the same pass turns P into input-PCA order. `passes=1` makes do with a wider sketch. A support that needs no data takes one
+forward pass, for its order alone. The sums are linear in the batches: the processes of a `torch.distributed` run add theirs up after
+each pass, and saved ones (`saved_sketches.py`) add up anywhere. Pass 1 keeps the even and the odd batches apart, which shows how much
+of a support is theirs (`evidence.py`). With a `Budget` layers are calibrated for twice the rank of an even share, and then given theirs.
 """
 
 from __future__ import annotations
 
+import os
 import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping
@@ -22,17 +25,22 @@ from dataclasses import dataclass, field, replace
 from itertools import chain, islice
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from ._checks import is_int
+from ._io import check_writable
+from .budget import Budget, share_ranks
+from .evidence import Evidence, overlap
 from .linalg import NonFiniteError, orthonormalize
 from .ranks import Ranks
-from .sketch import LayerTap, Sketch, sketch_for
+from .saved_sketches import write_sketches
+from .sketch import LayerTap, Sketch, plan_for, sketch_for
 from .support import Support, blind_support
 from .tuner.config import CALIBRATED_SUPPORTS, DATA_FREE_SUPPORTS, LoftConfig
 from .tuner.layer import Linear
-from .tuner.model import adapted_layers, owners, require_untrained
+from .tuner.model import adapted_layers, owners, require_untrained, set_ranks
 from .tuner.selection import choose_supports
 
 __all__ = ["CalibrationReport", "calibrate", "checked_batches"]
@@ -41,11 +49,18 @@ HEAD_STEPS = 20
 HEAD_LEARNING_RATE = 1e-3
 # Mean losses have gradients that float16 rounds to zero. A power of two changes nothing in the other formats.
 LOSS_SCALE = 1024.0
+SHARED_BY = ("energy", "reproducible")
+# A layer may deserve more than an even share; to how much of it its spectrum is known.
+TRIAL = 2
 
 
 @dataclass(frozen=True)
 class CalibrationReport:
-    """What `calibrate` did. `layers`: module name -> the `Support` stored there (energy with its standard error, values, order)."""
+    """What `calibrate` did.
+
+    layers: module name -> the `Support` stored there (energy with its standard error, values, order)
+    evidence: module name -> `Evidence`, how far that support is the task's and not these batches'; of chosen supports only
+    """
 
     method: str
     order: str
@@ -54,16 +69,26 @@ class CalibrationReport:
     head_steps: int
     seconds: float
     layers: dict[str, Support] = field(repr=False)
+    evidence: dict[str, Evidence] = field(default_factory=dict, repr=False)
 
     def __str__(self) -> str:
         batches = f", {self.batches} batches" if self.batches is not None else ""
         head = f", head warmed up for {self.head_steps} steps" if self.head_steps else ""
         lines = [
             f"{self.method}, {self.order} order: {len(self.layers)} layers, {self.passes} passes{batches}{head}, {self.seconds:.1f} s",
-            f"{'layer':<48} {'rank':>5} {'energy':>8} {'+-':>7}",
+            f"{'layer':<48} {'rank':>5} {'energy':>8} {'+-':>7}"
+            + f" {'agreement':>10} {'reproducible':>13} {'for .9':>7}" * bool(self.evidence),
         ]
         for name, s in self.layers.items():
-            lines.append(f"{name[-48:]:<48} {s.rank:>5} {s.energy:>8.4f} {s.energy_stderr:>7.4f}")
+            line = f"{name[-48:]:<48} {s.rank:>5} {s.energy:>8.4f} {s.energy_stderr:>7.4f}"
+            if e := self.evidence.get(name):
+                line += f" {e.agreement:>10.3f} {e.reproducible:>13.3f} {e.batches_needed():>7.0f}"
+            lines.append(line)
+        if self.evidence:
+            lines.append(
+                "agreement: of the support with that of unlimited data; reproducible: of the captured energy; for .9: batches that an "
+                "agreement of 0.9 takes"
+            )
         return "\n".join(lines)
 
 
@@ -75,6 +100,12 @@ def calibrate(
     max_batches: int = 8,
     adapter_name: str | None = None,
     head_steps: int | None = None,
+    passes: int = 2,
+    oversampling: int | None = None,
+    tol: float | None = None,
+    budget: Budget | None = None,
+    share_by: str = "energy",
+    save_sketches: str | os.PathLike | None = None,
     progress: bool | None = None,
 ) -> CalibrationReport:
     """Choose and store the supports of an untrained LOFT adapter from a task's batches, then order them (`LoftConfig.order`).
@@ -91,6 +122,18 @@ def calibrate(
         adapter_name: default: the active one.
         head_steps: optimiser steps that warm up the `modules_to_save` of a fresh head first, and are kept, since step-0 gradients
             through a random head say little. None: 20 for a gradient support where the adapter has such modules, else 0.
+        passes: 2, or 1 for data that comes only once: the support is then chosen, and ordered, from a wider sketch alone.
+        oversampling: columns of the sketch beyond the rank, n x 4 bytes each, twice; default 16, or 192 for a single pass. More
+            capture more, up to the optimum.
+        tol: stop the first pass once another batch changes the supports by less: 1 - ||P^T P'||_F^2 / r, the mean over the layers. The
+            second pass uses the same batches. Needs a dataloader.
+        budget: in place of the adapter's ranks: even ranks that capture the most for the parameters, none more than twice that of an
+            even share, written into the config's `rank_pattern`. Call this before the optimiser is made: it replaces the parameters.
+            Its transform must be the adapter's; `modules_to_save` are not counted, and every layer keeps a rank of at least 2.
+        share_by: what the budget maximises, the captured "energy", or the part of it that both halves of the batches show
+            ("reproducible").
+        save_sketches: a file for the sketches of a single pass, from which `loft_rs.supports_from_sketches` computes the same
+            supports, also of several files together. With a budget they are those of the wider trial ranks.
         progress: show a progress bar; None: on a terminal only.
 
     In a `torch.distributed` run every process calls this with its own share of the batches, and all get the supports, and the
@@ -110,6 +153,9 @@ def calibrate(
         config = next(iter(layers.values())).loft_config[adapter]
         method, order = config.support, "natural" if config.order == "natural" else "input_pca"
         needs_gradient = method in ("skewgrad", "gradsvd")
+        trial = _checked_options(
+            config, layers, adapter, passes, oversampling, tol, budget, share_by, save_sketches, train_step
+        )
         if method not in CALIBRATED_SUPPORTS and order == "natural":
             raise ValueError(
                 f"support={method!r} with order='natural' takes nothing from data; there is nothing to calibrate"
@@ -123,29 +169,44 @@ def calibrate(
     with _calibrating(model, adapted, head if head_steps else []):
         if head_steps:
             run.warm_up(head, head_steps)
+        plan = {"order": order, "seed": config.seed, "oversampling": oversampling, "single": passes == 1}
         sketches = {
-            name: sketch_for(method, layer, adapter, config.seed, run.loss_scale) for name, layer in layers.items()
+            name: sketch_for(
+                plan_for(method, layer, adapter, rank=trial.get(name), loss_scale=run.loss_scale, **plan),
+                layer,
+                adapter,
+            )
+            for name, layer in layers.items()
         }
-        passes = 0
+        done = 0
         while live := {name: sketch for name, sketch in sketches.items() if not sketch.finished}:
-            passes += 1
-            run.one_pass(live, backward=needs_gradient, label=f"calibration pass {passes}")
+            done += 1
+            run.one_pass(live, backward=needs_gradient, label=f"calibration pass {done}", tol=None if done > 1 else tol)
             with ranks.stage():
                 for name, sketch in live.items():
                     sketch.end_pass(name)
         with ranks.stage():
-            supports = {
-                name: sketch.support(order, passes, config) for name, sketch in sketches.items() if not sketch.silent
-            }
+            heard = {name: sketch for name, sketch in sketches.items() if not sketch.silent}
+            shared = _shared(heard, layers, budget, share_by) if budget else {}
+            supports = {name: sketch.support(done, shared.get(name)) for name, sketch in heard.items()}
             supports |= _unreached({n: layers[n] for n, sketch in sketches.items() if sketch.silent}, config, adapter)
         supports = {name: ranks.first(supports[name]) for name in layers}
+        evidence = {name: ranks.first(sketch.evidence) for name, sketch in heard.items() if sketch.evidence}
+        if save_sketches is not None:
+            names = {id(layer): name for name, layer in adapted.items()}
+            tied = {name: [names[id(each)] for each in layers[name].tied(adapter)] for name in heard}
+            with ranks.stage():
+                if ranks.rank == 0:
+                    write_sketches(save_sketches, heard, tied)
         for parameter in head if head_steps else []:
             ranks.copy_first(parameter.data)
-        used = None if batches is None else ranks.total(len(batches))
+        used = None if batches is None else ranks.total(len(run.batches))
+    if budget:
+        set_ranks(adapted, adapter, {name: support.rank for name, support in supports.items()})
     for name, layer in layers.items():
         if not (sketches[name].silent and layer.ready(adapter)):
             layer.set_basis(adapter, supports[name].basis, supports[name].energy)
-    return CalibrationReport(method, order, passes, used, head_steps, time.perf_counter() - started, supports)
+    return CalibrationReport(method, order, done, used, head_steps, time.perf_counter() - started, supports, evidence)
 
 
 def checked_batches(
@@ -175,6 +236,80 @@ def checked_batches(
             f"dataloader must give batches that are mappings, for model(**batch), or lists or tuples, for model(*batch), got {wrong[0]}"
         )
     return batches
+
+
+def _checked_options(
+    config: LoftConfig,
+    layers: Mapping[str, Linear],
+    adapter: str,
+    passes: Any,
+    oversampling: Any,
+    tol: Any,
+    budget: Any,
+    share_by: Any,
+    save_sketches: Any,
+    train_step: Any,
+) -> dict[str, int]:
+    """The ranks that a budget calibrates the layers for; refuses what does not fit together."""
+    if passes not in (1, 2) or isinstance(passes, bool):
+        raise ValueError(f"passes must be 1 or 2, got {passes!r}")
+    if oversampling is not None and (not is_int(oversampling) or oversampling < 2 or oversampling % 2):
+        raise ValueError(f"oversampling must be None or an even number of at least 2, got {oversampling!r}")
+    if tol is not None and not (isinstance(tol, (int, float)) and 0 < tol < 1):
+        raise ValueError(f"tol must be None or a number between 0 and 1, got {tol!r}")
+    if share_by not in SHARED_BY:
+        raise ValueError(f"share_by must be one of {sorted(SHARED_BY)}, got {share_by!r}")
+    given = {"tol": tol, "budget": budget, "save_sketches": save_sketches, "oversampling": oversampling}
+    for name in [name for name, value in given.items() if value is not None]:
+        if not config.needs_calibration:
+            raise ValueError(f"{name} needs a support that data chooses, but support is {config.support!r}")
+    if tol is not None and train_step is not None:
+        raise ValueError("tol needs a dataloader: a train_step cannot be stopped between two batches")
+    if save_sketches is not None:
+        if passes != 1:
+            raise ValueError("save_sketches needs passes=1: a second pass depends on the first and cannot be added up")
+        check_writable(save_sketches)
+    if share_by != "energy" and budget is None:
+        raise ValueError(f"share_by={share_by!r} needs a budget")
+    if budget is None:
+        return {}
+    if not isinstance(budget, Budget):
+        raise TypeError(f"budget must be a loft_rs.Budget, got {type(budget).__name__}")
+    if budget.transform != config.transform or config.magnitudes:
+        named = config.transform + " with magnitudes" * config.magnitudes
+        raise ValueError(
+            f"budget counts the parameters of {budget.transform!r}, but the adapter's transform is {named}"
+        )
+    if any(each < 2 for each in (budget.floor.values() if isinstance(budget.floor, Mapping) else [budget.floor])):
+        raise ValueError(
+            "budget must have a floor of at least 2 here: exclude a module in the LoftConfig to leave it out"
+        )
+    limits = {name: layer.largest_rank(adapter) for name, layer in layers.items()}
+    if narrow := [name for name, limit in limits.items() if limit < 2]:
+        raise ValueError(f"budget gives even ranks, which these modules are too narrow for: {', '.join(narrow)}")
+    allowed = budget.allowed(limits)
+    even = max(
+        r
+        for r in range(2, max(limits.values()) + 1, 2)
+        if r == 2 or budget.parameters(r) * len(layers) <= budget.params
+    )
+    return {name: min(max(TRIAL * even, ranks.start), ranks[-1]) for name, ranks in allowed.items()}
+
+
+def _shared(
+    sketches: Mapping[str, Sketch], layers: Mapping[str, Linear], budget: Budget, share_by: str
+) -> dict[str, int]:
+    """The rank of every layer, from the spectra that the sketches have found."""
+    if silent := [name for name in layers if name not in sketches]:
+        raise ValueError(
+            f"budget: no calibration batch reached {', '.join(silent)}; exclude these modules in the LoftConfig"
+        )
+    spectra = {name: sketch.spectrum() for name, sketch in sketches.items()}
+    if share_by == "reproducible":
+        spectra = {name: sketch.evidence.reproduced(spectra[name]) for name, sketch in sketches.items()}
+        if any(not np.isfinite(each).all() for each in spectra.values()):
+            raise ValueError("share_by='reproducible' needs two batches or more that reach every layer")
+    return dict(share_ranks(spectra, budget))
 
 
 def _head_steps(steps: int | None, head: list[nn.Parameter], needs_gradient: bool) -> int:
@@ -285,27 +420,54 @@ class _Runner:
             total=total, desc=label, disable=hidden if self.progress is None else not self.progress, leave=False
         )
 
-    def one_pass(self, sketches: Mapping[str, Sketch], *, backward: bool, label: str) -> None:
+    def one_pass(self, sketches: Mapping[str, Sketch], *, backward: bool, label: str, tol: float | None = None) -> None:
+        """tol: after each batch all processes look whether it still changed the supports, and forget the batches that are left."""
         for name, tied in self.layers.items():
             for part, layer in enumerate(tied):
                 tapped = name in sketches
                 layer.tap = LayerTap(sketches[name], self.adapter, part) if tapped else _untapped(self.adapter)
-        with self.ranks.stage(), self.bar(1 if self.batches is None else len(self.batches), label) as bar:
-            for batch in [None] if self.batches is None else self.batches:
-                before = sum(sketch.seen for sketch in sketches.values())
-                self._forward(batch, backward)
-                if sum(sketch.seen for sketch in sketches.values()) == before:
-                    what = "received a gradient" if backward else "was run"
-                    how = (
-                        "train_step must call backward() on a loss of this model"
-                        if batch is None
-                        else "check the batches"
-                    )
-                    raise ValueError(f"{label}: no adapted layer {what}; {how}")
-                bar.update()
+        batches = list(enumerate([None] if self.batches is None else self.batches))
+        steps = [batches]
+        if tol is not None:  # a process may have fewer batches than another
+            steps = [batches[i : i + 1] for i in range(self.ranks.largest(len(batches)))]
+        held: dict[str, np.ndarray] = {}
+        with self.bar(len(batches), label) as bar:
+            for step, some in enumerate(steps):
+                with self.ranks.stage():
+                    self._run(some, sketches, backward, label, bar)
+                if tol is not None:
+                    now = {name: self._so_far(sketch) for name, sketch in sketches.items()}
+                    change = 1 - np.mean([overlap(now[n], held[n]) for n in now]) if held else 1.0
+                    held = now
+                    if self.ranks.first(change < tol):
+                        self.batches = self.batches[: step + 1]
+                        break
         for sketch in sketches.values():
             for value in sketch.pending.values():
                 self.ranks.add_up(value)
+
+    def _so_far(self, sketch: Sketch) -> np.ndarray:
+        """A basis (n x r) of what all processes have sketched until now."""
+        y = sketch.pending["sketch"].sum(0)
+        self.ranks.add_up(y)
+        return sketch.directions(y.double().cpu().numpy())
+
+    def _run(self, batches: list, sketches: Mapping[str, Sketch], backward: bool, label: str, bar: Any) -> None:
+        for index, batch in batches:
+            if batch is not None:
+                for sketch in sketches.values():
+                    sketch.begin_batch((index * self.ranks.size + self.ranks.rank) % 2)
+            before = sum(sketch.seen for sketch in sketches.values())
+            self._forward(batch, backward)
+            if sum(sketch.seen for sketch in sketches.values()) == before:
+                what = "received a gradient" if backward else "was run"
+                how = (
+                    "check the batches"
+                    if batch is not None
+                    else "train_step must call backward() on a loss of this model"
+                )
+                raise ValueError(f"{label}: no adapted layer {what}; {how}")
+            bar.update()
 
     def _forward(self, batch: Any, backward: bool) -> None:
         if batch is None:

@@ -209,6 +209,24 @@ class AdaptedLinear(nn.Module):
             self.loft_group[adapter] = group
         self.loft_kind[adapter], self.loft_side[adapter], self.loft_ready[adapter] = kind, side, not kind.has_support
 
+    def largest_rank(self, adapter: str) -> int:
+        """The largest rank that fits this layer and those it is tied to."""
+        side, kind = self.loft_side[adapter], self.loft_kind[adapter]
+        other = "output" if side == "input" else "input"
+        sizes = [(each.support_width(side), each.support_width(other)) for each in self.tied(adapter)]
+        return min(kind.fit(min(size), *size) for size in sizes)
+
+    def resize(self, adapter: str, rank: int) -> None:
+        """Give an untrained adapter another rank: theta anew, at the identity, and an unset support."""
+        held, trained = self.loft_support[adapter], self.loft_theta[adapter]
+        theta = self.loft_kind[adapter].theta(self.loft_group[adapter].transform, len(held), rank, 0, True)
+        self.loft_theta[adapter] = nn.Parameter(theta.to(trained.device, trained.dtype), trained.requires_grad)
+        self.loft_support[adapter] = held.new_zeros(len(held), rank)
+        self.loft_ready[adapter] = False
+        for layer in self.tied(adapter):
+            for slot in [slot for slot in layer._derived if slot[1] == adapter]:
+                del layer._derived[slot]
+
     def support_width(self, side: str) -> int:
         """The number of rows of P: n on the input side, m on the output side."""
         return self.in_features if side == "input" else self.out_features

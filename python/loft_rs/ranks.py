@@ -58,6 +58,12 @@ class Ranks:
         self.add_up(counts)
         return int(counts)
 
+    def largest(self, count: int) -> int:
+        counts = torch.tensor(count, device=self.device)
+        if self.size > 1:
+            dist.all_reduce(counts, op=dist.ReduceOp.MAX)
+        return int(counts)
+
     def copy_first(self, tensor: Tensor) -> None:
         """Replace `tensor` by what rank 0 holds."""
         if self.size > 1:

@@ -2,19 +2,33 @@
 
 With A the activations on the support's side (X, or Y0 = Y - b on the output side), B the gradient there (dX or dY), k = r + oversampling:
 
-    skewgrad    pass 1  S Omega = (B^T (A Omega) - A^T (B Omega)) / 2        pass 2  Q^T S Q = Skew((B Q)^T (A Q))
+    skewgrad    pass 1  S Omega = (B^T (A Omega) - A^T (B Omega)) / 2        pass 2  S Q, in the same way, and A^T (A Q)
     gradsvd     pass 1  G^T Omega = X^T (dY Omega)                           pass 2  G Q = dY^T (X Q)
     activation  pass 1  A^T (A Omega)                                        pass 2  (A Q)^T (A Q)
 
 where Q is the orthonormal basis of the first pass's sketch. Every sum is linear in the batches, so those of several processes add up,
 and is held in float32 (float64 for a float64 base). A few columns of Omega are probes: they do not enter Q and estimate what Q misses
-of the squared norm, with a standard error.
+of the squared norm, with a standard error. Pass 1 keeps the even and the odd batches apart, for `evidence.py`.
+
+Two passes, skewgrad: S is known on all of span(Q), so P lies in [Q, U], U the part of span(S Q) outside Q, where S is
+
+    [[Q^T S Q, -R^T], [R, U^T S U]],   R = U^T S Q       with U^T S U, of second order, left out.
+
+One pass (`single`; Halko, Martinsson and Tropp 2011, 5.5; Tropp, Yurtsever, Udell and Cevher 2017), from the sketch Y alone:
+
+    skewgrad    Q: the q < k leading left singular vectors of Y; the skew C that minimises ||C (Q^T Omega) - Q^T Y||_F is Q^T S Q
+    gradsvd     P: the r leading left singular vectors of Y
+    activation  the r leading eigenvectors of Y (Omega^T Y)^+ Y^T, Nystroem's
+
+What orders P is its moment P^T M P, M = A^T A. Where only M on a test matrix T (Omega or Q) is known it is Nystroem's, which is
+exact on span(T): (P^T M T) (T^T M T)^+ (P^T M T)^T.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
@@ -23,15 +37,17 @@ import torch
 from torch import Tensor
 
 from . import linalg
+from .evidence import Evidence, evidence_of
 from .support import STORED_METHODS, Support
 
 if TYPE_CHECKING:
     from .layer import AdaptedLinear
-    from .tuner.config import LoftConfig
 
-__all__ = ["LayerTap", "Sketch", "sketch_for"]
+__all__ = ["SKETCHES", "LayerTap", "Plan", "Sketch", "gaussian", "plan_for", "sketch_for"]
 
 OVERSAMPLING = 16
+# Of a single pass. MiniLM and SmolLM2-135M want so many for 0.97 of the optimum (bench/calibration.py), at low ranks and high ones.
+SINGLE_OVERSAMPLING = 192
 PROBES = 8
 
 
@@ -66,6 +82,7 @@ class LayerTap:
 
     def __call__(self, layer: AdaptedLinear, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         sketch, watched = self.sketch, torch.is_grad_enabled()
+        sketch.runs(watched)
         anchor = torch.zeros((), device=x.device, requires_grad=True)
         if sketch.tap_input:
             kept = self._keep(x, None)
@@ -81,13 +98,59 @@ class LayerTap:
             return self.sketch.keep(x.detach(), None if y0 is None else y0.detach())
 
 
-def sketch_for(method: str, layer: AdaptedLinear, adapter: str, seed: int, loss_scale: float = 1.0) -> Sketch:
-    """A fresh sketch of one layer for a calibrated support, or for the order of a support it already has.
+@dataclass(frozen=True)
+class Plan:
+    """What a sketch knows of its layer and of the run: plain data, which is saved with it.
 
-    `loss_scale`: what the loss is multiplied by where the support comes from its gradient.
+    method: skewgrad, gradsvd or activation; any other asks for the order of the support that is there, and is its name
+    rank: the largest that will be asked for. columns: k. single: pass 1 is the only one
+    heights: of the tied layers, which are one layer with all their outputs: S is the sum of theirs, G their stack
+    loss_scale: what the loss is multiplied by where the support comes from its gradient
     """
-    kinds = {"skewgrad": SkewSketch, "gradsvd": GradientSketch, "activation": ActivationSketch}
-    return kinds.get(method, MomentSketch)(layer, adapter, seed, loss_scale)
+
+    method: str
+    side: str
+    order: str
+    seed: int
+    rank: int
+    width: int
+    heights: tuple[int, ...]
+    columns: int
+    single: bool
+    loss_scale: float = 1.0
+
+
+def plan_for(
+    method: str,
+    layer: AdaptedLinear,
+    adapter: str,
+    *,
+    order: str,
+    seed: int,
+    rank: int | None = None,
+    oversampling: int | None = None,
+    single: bool = False,
+    loss_scale: float = 1.0,
+) -> Plan:
+    """The plan of one layer. rank: default the adapter's. oversampling: columns beyond it; default 16, or 192 for a single pass."""
+    side = layer.loft_side[adapter]
+    rank = layer.rank(adapter) if rank is None else rank
+    width, other = layer.support_width(side), "output" if side == "input" else "input"
+    heights = tuple(each.support_width(other) for each in layer.tied(adapter))
+    if oversampling is None:
+        oversampling = SINGLE_OVERSAMPLING if single else OVERSAMPLING
+    columns = min(rank + rank % 2 + oversampling, width)
+    return Plan(method, side, order, seed, rank, width, heights, columns, single, loss_scale)
+
+
+def sketch_for(plan: Plan, layer: AdaptedLinear, adapter: str) -> Sketch:
+    """A fresh sketch of one layer for a calibrated support, or for the order of a support it already has."""
+    held, energy = layer.support(adapter), layer.energy(adapter)
+    dtype = torch.promote_types(held.dtype, torch.float32)
+    kind = SKETCHES.get(plan.method)
+    if kind is None:
+        return MomentSketch(plan, layer.loft_device, dtype, held.to(dtype), energy)
+    return kind(plan, layer.loft_device, dtype)
 
 
 class Sketch:
@@ -98,36 +161,61 @@ class Sketch:
 
     tap_input = False
     pairs = False  # columns come two to a plane, and half a plane captures nothing
+    backward = True  # a gradient is what it waits for
 
-    def __init__(self, layer: AdaptedLinear, adapter: str, seed: int, loss_scale: float = 1.0):
-        self.side, self.rank = layer.loft_side[adapter], layer.rank(adapter)
-        self.width = layer.support_width(self.side)
-        # Tied layers are one layer with all their outputs: S is the sum of theirs, G their stack.
-        heights = [each.support_width("output" if self.side == "input" else "input") for each in layer.tied(adapter)]
-        ends = list(accumulate(heights))
-        self.parts = [slice(end - height, end) for end, height in zip(ends, heights, strict=True)]
+    def __init__(self, plan: Plan, device: torch.device, dtype: torch.dtype):
+        self.plan, self.side, self.rank, self.columns = plan, plan.side, plan.rank, plan.columns
+        ends = list(accumulate(plan.heights))
+        self.parts = [slice(end - height, end) for end, height in zip(ends, plan.heights, strict=True)]
         self.other = ends[-1]
-        self.columns = min(self.rank + self.rank % 2 + OVERSAMPLING, self.width)
-        self.device, self.seed, self.loss_scale = layer.loft_device, seed, loss_scale
-        self.dtype = torch.promote_types(layer.support(adapter).dtype, torch.float32)
+        self.device, self.dtype = device, dtype
+        self.omega = gaussian(self.sketched, plan.columns + PROBES, plan.seed).to(device)
         self.seen = 0  # batches that reached this sketch, over all passes
+        self.half, self.fresh, self.told, self.answered = 1, True, False, True
         self.silent = False  # reached by none, or by zeros only
         self.finished = False
         self.pending: dict[str, Tensor] = {}
         self.sums: dict[str, Tensor] = {}  # of the passes that are over
-        self.basis: Tensor | None = None  # Q (n x k), once the first pass is over
+        self.basis: Tensor | None = None  # Q (n x k), once the first pass of two is over
+        self.evidence: Evidence | None = None
         self.begin_pass()
+
+    @property
+    def sketched(self) -> int:
+        """Rows of Omega."""
+        return self.plan.width
 
     def begin_pass(self) -> None:
         """Fill `pending` with the zeros that the coming pass adds to."""
-        raise AssertionError("each kind of sketch names its sums")
+        if self.basis is None:
+            self.pending = {
+                "sketch": self.zeros(2, self.plan.width, self.columns + PROBES),
+                "batches": torch.zeros(2, dtype=torch.float64, device=self.device),
+            }
+
+    def begin_batch(self, half: int) -> None:
+        """What follows belongs to this half of the batches. Where nobody says so (`train_step`), `runs` finds out."""
+        self.half, self.fresh, self.told = half, True, True
+
+    def runs(self, watched: bool) -> None:
+        """The layer runs: in a new batch, if it has had an answer to the last one, or none is to come."""
+        if not self.told and (self.answered or not (self.backward or watched)):
+            self.half, self.fresh, self.answered = 1 - self.half, True, False
 
     def keep(self, x: Tensor, y0: Tensor | None) -> Tensor | None:
         """Accumulate what the forward shows; return what the backward will need."""
         raise AssertionError("each kind of sketch says what it keeps")
 
     def collect(self, kept: Tensor | None, gradient: Tensor, part: int) -> None:
-        """Accumulate what the backward shows. Forward-only sketches need nothing of it. part: which of the tied layers shows it."""
+        """Accumulate what the backward shows. part: which of the tied layers shows it."""
+        self.answered = True
+        if self.backward:
+            self.seen += 1
+            self.take(kept, _rows(gradient), part)
+
+    def take(self, kept: Tensor, gradient: Tensor, part: int) -> None:
+        """`collect`, of a gradient (N x m or N x n) that the sketch waits for."""
+        raise AssertionError("each kind of sketch that waits for gradients says what it takes")
 
     def activations(self, x: Tensor, y0: Tensor | None) -> Tensor:
         return _rows(x if self.side == "input" else y0)
@@ -138,9 +226,10 @@ class Sketch:
     def plus(self, name: str, value: Tensor) -> None:
         self.pending[name] += value
 
-    def gaussian(self, rows: int) -> Tensor:
-        generator = torch.Generator().manual_seed(self.seed)
-        return torch.randn(rows, self.columns + PROBES, generator=generator).to(self.device)
+    def plus_sketch(self, value: Tensor) -> None:
+        self.pending["sketch"][self.half] += value
+        self.pending["batches"][self.half] += self.fresh
+        self.fresh = False
 
     def end_pass(self, name: str) -> None:
         """Judge the pass by its sums and say whether another one is needed (`finished`)."""
@@ -154,39 +243,83 @@ class Sketch:
         if not bool(main.any()):
             self.silent = self.finished = True
         elif self.basis is None:
-            q = linalg.orthonormalize(main[:, : self.columns].cpu().numpy())
-            self.basis = torch.from_numpy(q).to(main.device)
-            self.begin_pass()
+            self.evidence = evidence_of(
+                self.numpy("sketch"), self.numpy("batches"), self.plan.rank, self.directions, pairs=self.pairs
+            )
+            self.finished = self.plan.single
+            if not self.finished:
+                whole = main.sum(0)
+                self.sums["sketch"] = whole[None, :, self.columns :].clone()  # the probes: Q holds the rest
+                q = linalg.orthonormalize(whole[:, : self.columns].cpu().numpy())
+                self.basis = torch.from_numpy(q).to(main.device)
+                self.begin_pass()
         else:
             self.finished = True
 
     def numpy(self, name: str) -> np.ndarray:
         return self.sums[name].double().cpu().numpy()
 
+    @property
+    def drawn(self) -> np.ndarray:
+        return self.omega.double().cpu().numpy()
+
+    @property
+    def whole(self) -> np.ndarray:
+        """The sketch of all the batches; after a first pass of two only its probes are left."""
+        return self.numpy("sketch").sum(0)
+
+    def probes(self) -> tuple[np.ndarray, np.ndarray]:
+        """(the sketch's last columns, those of Omega)."""
+        return self.whole[:, -PROBES:], self.drawn[:, -PROBES:]
+
+    def directions(self, y: np.ndarray) -> np.ndarray:
+        """A basis (n x r) of what a sketch y (n x k) of these columns shows, strongest first, whole planes together."""
+        return left_vectors(y, self.rank)
+
     def solve(self) -> tuple[np.ndarray, np.ndarray, float, float]:
-        """(V (k x r), all values found, ||S||_F^2 or ||G||_F^2, its standard error) of the compressed problem."""
+        """(basis (n x r at least), all values found, ||S||_F^2 or ||G||_F^2, its standard error)."""
         raise AssertionError("each kind of sketch solves its own problem")
 
-    def support(self, order: str, passes: int, config: LoftConfig) -> Support:
-        v, values, total, spread = self.solve()
-        whole = self.rank - self.rank % 2 if self.pairs else self.rank
+    def solved(self) -> tuple[np.ndarray, np.ndarray, float, float]:
+        """`solve`, once."""
+        if self._solved is None:
+            self._solved = self.solve()
+        return self._solved
+
+    _solved: tuple[np.ndarray, np.ndarray, float, float] | None = None
+
+    def spectrum(self) -> np.ndarray:
+        """Squared values, descending, as many as the plan's rank."""
+        return np.square(np.minimum.accumulate(self.solved()[1][: self.rank])) / self.plan.loss_scale**2
+
+    def moment(self, p: np.ndarray) -> np.ndarray:
+        """P^T M P (r x r) of a basis P (n x r)."""
+        image = self.numpy("moments")
+        test = self.drawn if self.plan.single else self.basis.double().cpu().numpy()
+        return _nystroem(p.T @ image, test.T @ image)
+
+    def support(self, passes: int, rank: int | None = None) -> Support:
+        """The support of the plan's rank, or a smaller one."""
+        rank, plan = rank or self.rank, self.plan
+        p, values, total, spread = self.solved()
+        p, whole = p[:, :rank], rank - rank % 2 if self.pairs else rank
         captured = float(np.sum(values[:whole] ** 2))
         energy = min(captured / total, 1.0)
         last = values[whole - 1] if whole else 0.0
-        following = values[self.rank] if len(values) > self.rank else math.nan
+        following = values[rank] if len(values) > rank else math.nan
         return Support(
-            basis=_ordered_basis(self.basis.double().cpu().numpy() @ v, v, self.numpy("moment"), order),
+            basis=_ordered_basis(p, None if plan.order == "natural" else self.moment(p)),
             energy=energy,
             energy_stderr=energy * spread / total,
-            values=np.append(values[:whole], np.zeros(self.rank - whole)) / self.loss_scale,
-            residuals=np.full(self.rank, math.nan),
+            values=np.append(values[:whole], np.zeros(rank - whole)) / plan.loss_scale,
+            residuals=np.full(rank, math.nan),
             gap=float((last - following) / last) if last > 0 else math.nan,
             passes=passes,
             seconds=math.nan,
-            method=config.support if config.support in STORED_METHODS else "custom",
+            method=plan.method if plan.method in STORED_METHODS else "custom",
             side=self.side,
-            seed=config.seed,
-            order=order,
+            seed=plan.seed,
+            order=plan.order,
         )
 
 
@@ -195,128 +328,185 @@ class SkewSketch(Sketch):
 
     pairs = True
 
-    def __init__(self, layer: AdaptedLinear, adapter: str, seed: int, loss_scale: float = 1.0):
-        super().__init__(layer, adapter, seed, loss_scale)
+    def __init__(self, plan: Plan, device: torch.device, dtype: torch.dtype):
+        super().__init__(plan, device, dtype)
         self.tap_input = self.side == "input"
-        self.omega = self.gaussian(self.width)
 
     def begin_pass(self) -> None:
-        k = self.columns
-        if self.basis is None:
-            self.pending = {"sketch": self.zeros(self.width, k + PROBES)}
-        else:
-            self.pending = {"moment": self.zeros(k, k), "compressed": self.zeros(k, k)}
+        super().begin_pass()
+        test = self.columns + PROBES
+        if self.basis is not None:
+            test = self.columns
+            self.pending = {"image": self.zeros(self.plan.width, test)}
+        if self.plan.order != "natural" and (self.plan.single or self.basis is not None):
+            self.pending["moments"] = self.zeros(self.plan.width, test)
 
     def keep(self, x: Tensor, y0: Tensor | None) -> Tensor:
         a = self.activations(x, y0)
-        if self.basis is None:
-            return a
-        aq = _product(a, self.basis)
-        self.plus("moment", _inner(aq, aq))
-        return aq
+        if "moments" in self.pending:
+            self.plus("moments", _inner(a, _product(a, self.omega if self.basis is None else self.basis)))
+        return a
 
-    def collect(self, kept: Tensor, gradient: Tensor, part: int) -> None:
-        self.seen += 1
-        b = _rows(gradient)
+    def take(self, kept: Tensor, gradient: Tensor, part: int) -> None:
+        test = self.omega if self.basis is None else self.basis
+        image = (_inner(gradient, _product(kept, test)) - _inner(kept, _product(gradient, test))) / 2
         if self.basis is None:
-            self.plus("sketch", (_inner(b, _product(kept, self.omega)) - _inner(kept, _product(b, self.omega))) / 2)
+            self.plus_sketch(image)
         else:
-            self.plus("compressed", _inner(_product(b, self.basis), kept))
+            self.plus("image", image)
+
+    def directions(self, y: np.ndarray) -> np.ndarray:
+        p = left_vectors(y, self.rank)
+        v, _ = linalg.skew_planes(_skew_core(p.T @ self.drawn[:, : y.shape[1]], p.T @ y), self.rank)
+        return p @ v
+
+    def compressed(self) -> tuple[np.ndarray, np.ndarray]:
+        """(B (n x q) with orthonormal columns, B^T S B or what is known of it)."""
+        k, n = self.columns, self.plan.width
+        if self.plan.single:
+            complete = k == n  # nothing is missed: the probes tell of S as the others do
+            y, omega = self.whole[:, : None if complete else k], self.drawn[:, : None if complete else k]
+            q = left_vectors(y, k if complete else min(k, self.rank + (k - self.rank) // 3))
+            return q, _skew_core(q.T @ omega, q.T @ y)
+        q, image = self.basis.double().cpu().numpy(), self.numpy("image")
+        inner = q.T @ image
+        if k == n:
+            return q, (inner - inner.T) / 2
+        outside = image - q @ inner
+        u = left_vectors(outside - q @ (q.T @ outside), min(k, n - k))
+        b = linalg.orthonormalize(np.hstack([q, u]))
+        inner, r = (inner - inner.T) / 2, b[:, k:].T @ image
+        return b, np.block([[inner, -r.T], [r, np.zeros((len(r), len(r)))]])
 
     def solve(self) -> tuple[np.ndarray, np.ndarray, float, float]:
-        c = self.numpy("compressed")
-        c = (c - c.T) / 2
+        b, c = self.compressed()
         # Whole planes, and the one after them for the gap.
         planes = min(len(c) - len(c) % 2, self.rank + self.rank % 2 + 2)
         v, sigma = linalg.skew_planes(c, max(planes, self.rank))
-        probes, omega = self.numpy("sketch")[:, self.columns :], self.omega.double().cpu().numpy()[:, self.columns :]
+        probes, omega = self.probes()
         # E ||S w||^2 = ||S||_F^2; the compressed part, known exactly, is the control variate.
-        q = self.basis.double().cpu().numpy()
-        missed = np.sum(probes**2, 0) - np.sum((c @ (q.T @ omega)) ** 2, 0)
+        missed = np.sum(probes**2, 0) - np.sum((c @ (b.T @ omega)) ** 2, 0)
         known = float(np.sum(c**2))
-        return v[:, : self.rank], sigma, max(known + float(missed.mean()), known), _standard_error(missed)
+        p = b @ v[:, : self.rank]
+        if self.plan.single and len(c) < self.plan.width:
+            # C was fitted and its planes chosen on the same columns. The probes had no part in either: E (P^T S w) (P^T w)^T = P^T S P.
+            fitted = v[:, : self.rank].T @ c @ v[:, : self.rank]
+            told = np.sum((p.T @ probes) * (fitted @ (p.T @ omega)), 0)
+            sigma = sigma * min(1.0, max(0.0, float(told.mean() / np.sum(fitted**2))))
+            return p, sigma, float(np.sum(self.whole**2) / self.whole.shape[1]), _standard_error(np.sum(probes**2, 0))
+        return p, sigma, max(known + float(missed.mean()), known), _standard_error(missed)
 
 
 class GradientSketch(Sketch):
     """G = dY^T X (input side), or its transpose (output side): right singular vectors either way."""
 
-    def __init__(self, layer: AdaptedLinear, adapter: str, seed: int, loss_scale: float = 1.0):
-        super().__init__(layer, adapter, seed, loss_scale)
-        self.omega = self.gaussian(self.other)
+    @property
+    def sketched(self) -> int:
+        return self.other
 
     def begin_pass(self) -> None:
+        super().begin_pass()
         k = self.columns
-        if self.basis is None:
-            self.pending = {"sketch": self.zeros(self.width, k + PROBES)}
-        else:
+        if self.basis is not None:
             self.pending = {"moment": self.zeros(k, k), "image": self.zeros(self.other, k)}
+        elif self.plan.single and self.plan.order != "natural":
+            self.pending["moments"] = self.zeros(self.plan.width, k + PROBES)
+
+    @cached_property
+    def test(self) -> Tensor:
+        """What M is multiplied with in a single pass; Omega has the other side's rows."""
+        return gaussian(self.plan.width, self.columns + PROBES, self.plan.seed).to(self.device)
 
     def keep(self, x: Tensor, y0: Tensor | None) -> Tensor:
+        a = self.activations(x, y0)
         if self.basis is None:
+            if "moments" in self.pending:
+                self.plus("moments", _inner(a, _product(a, self.test)))
             return _rows(x)
-        aq = _product(self.activations(x, y0), self.basis)
+        aq = _product(a, self.basis)
         self.plus("moment", _inner(aq, aq))
         return aq if self.side == "input" else _rows(x)
 
-    def collect(self, kept: Tensor, gradient: Tensor, part: int) -> None:
-        self.seen += 1
-        dy, rows = _rows(gradient), self.parts[part]
-        own, other = (kept, dy) if self.side == "input" else (dy, kept)
+    def take(self, kept: Tensor, gradient: Tensor, part: int) -> None:
+        rows = self.parts[part]
+        own, other = (kept, gradient) if self.side == "input" else (gradient, kept)
         if self.basis is None:
-            self.plus("sketch", _inner(own, _product(other, self.omega[rows])))
+            self.plus_sketch(_inner(own, _product(other, self.omega[rows])))
         else:
             self.pending["image"][rows] += _inner(other, own if self.side == "input" else _product(own, self.basis))
 
+    def moment(self, p: np.ndarray) -> np.ndarray:
+        if self.plan.single:
+            image = self.numpy("moments")
+            return _nystroem(p.T @ image, self.test.double().cpu().numpy().T @ image)
+        return _within(p, self.basis, self.numpy("moment"))
+
     def solve(self) -> tuple[np.ndarray, np.ndarray, float, float]:
-        image = self.numpy("image")
+        probes, _ = self.probes()
+        if self.plan.single:
+            y = self.whole
+            squares, _ = _descending(y[:, : self.columns].T @ y[:, : self.columns])
+            p = left_vectors(y[:, : self.columns], self.rank)
+            captured, total = np.sum((p.T @ probes) ** 2, 0), np.sum(probes**2, 0)
+            # Y's values are too large by what P was fitted to; of the probes, which had no part in that, P captures what is there.
+            values = np.sqrt(squares[: self.rank] * max(captured.mean(), 0) / np.sum(squares[: self.rank]))
+            return p, values, float(total.mean()), _standard_error(total)
+        image, q = self.numpy("image"), self.basis.double().cpu().numpy()
         squares, v = _descending(image.T @ image)
-        probes, q = self.numpy("sketch")[:, self.columns :], self.basis.double().cpu().numpy()
         missed = np.sum((probes - q @ (q.T @ probes)) ** 2, 0)
-        return (
-            v[:, : self.rank],
-            np.sqrt(squares),
-            float(np.sum(image**2)) + float(missed.mean()),
-            _standard_error(missed),
-        )
+        total = float(np.sum(image**2)) + float(missed.mean())
+        return q @ v[:, : self.rank], np.sqrt(squares), total, _standard_error(missed)
 
 
 class ActivationSketch(Sketch):
     """X^T X (or Y0^T Y0): forward passes only."""
 
-    def __init__(self, layer: AdaptedLinear, adapter: str, seed: int, loss_scale: float = 1.0):
-        super().__init__(layer, adapter, seed, loss_scale)
-        self.omega = self.gaussian(self.width)
+    backward = False
 
     def begin_pass(self) -> None:
-        k = self.columns
+        super().begin_pass()
         if self.basis is None:
-            norm = torch.zeros((), dtype=torch.float64, device=self.device)
-            self.pending = {"sketch": self.zeros(self.width, k + PROBES), "norm": norm}
+            self.pending["norm"] = torch.zeros((), dtype=torch.float64, device=self.device)
         else:
-            self.pending = {"moment": self.zeros(k, k)}
+            self.pending = {"moment": self.zeros(self.columns, self.columns)}
 
     def keep(self, x: Tensor, y0: Tensor | None) -> None:
         self.seen += 1
         a = self.activations(x, y0)
         if self.basis is None:
-            self.plus("sketch", _inner(a, _product(a, self.omega)))
+            self.plus_sketch(_inner(a, _product(a, self.omega)))
             self.plus("norm", a.float().square().sum(dtype=torch.float64))
         else:
             aq = _product(a, self.basis)
             self.plus("moment", _inner(aq, aq))
 
+    def moment(self, p: np.ndarray) -> np.ndarray:
+        if self.plan.single:
+            return _nystroem(p.T @ self.whole, self.drawn.T @ self.whole)
+        return _within(p, self.basis, self.numpy("moment"))
+
     def solve(self) -> tuple[np.ndarray, np.ndarray, float, float]:
-        squares, v = _descending(self.numpy("moment"))
-        return v[:, : self.rank], np.sqrt(squares), float(self.sums["norm"]), 0.0
+        if self.plan.single:
+            q = left_vectors(self.whole, min(self.whole.shape))
+            moment = self.moment(q)
+        else:
+            q, moment = self.basis.double().cpu().numpy(), self.numpy("moment")
+        squares, v = _descending(moment)
+        return q @ v[:, : self.rank], np.sqrt(squares), float(self.sums["norm"]), 0.0
 
 
 class MomentSketch(Sketch):
     """Only sum z^T z, z = A P, for the order inside a support that the layer already has."""
 
-    def __init__(self, layer: AdaptedLinear, adapter: str, seed: int, loss_scale: float = 1.0):
-        super().__init__(layer, adapter, seed, loss_scale)
-        self.basis = layer.support(adapter).to(self.dtype)
-        self.energy = layer.energy(adapter)
+    backward = False
+
+    def __init__(self, plan: Plan, device: torch.device, dtype: torch.dtype, basis: Tensor, energy: float):
+        super().__init__(plan, device, dtype)
+        self.basis, self.energy = basis, energy
+
+    @property
+    def sketched(self) -> int:
+        return 0
 
     def begin_pass(self) -> None:
         self.pending = {"moment": self.zeros(self.rank, self.rank)}
@@ -327,10 +517,25 @@ class MomentSketch(Sketch):
         self.plus("moment", _inner(z, z))
 
     def solve(self) -> tuple[np.ndarray, np.ndarray, float, float]:
-        return np.eye(self.rank), np.full(self.rank, math.nan), math.nan, 0.0
+        return self.basis.double().cpu().numpy(), np.full(self.rank, math.nan), math.nan, 0.0
 
-    def support(self, order: str, passes: int, config: LoftConfig) -> Support:
-        return replace(super().support(order, passes, config), energy=self.energy)
+    def moment(self, p: np.ndarray) -> np.ndarray:
+        return self.numpy("moment")
+
+    def support(self, passes: int, rank: int | None = None) -> Support:
+        return replace(super().support(passes, rank), energy=self.energy)
+
+
+SKETCHES: dict[str, type[Sketch]] = {
+    "skewgrad": SkewSketch,
+    "gradsvd": GradientSketch,
+    "activation": ActivationSketch,
+}
+
+
+def gaussian(rows: int, columns: int, seed: int) -> Tensor:
+    """Omega (rows x columns), which depends on the three numbers alone."""
+    return torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed))
 
 
 def _rows(tensor: Tensor) -> Tensor:
@@ -361,11 +566,38 @@ def _standard_error(samples: np.ndarray) -> float:
     return float(np.std(samples, ddof=1) / math.sqrt(len(samples)))
 
 
-def _ordered_basis(p: np.ndarray, v: np.ndarray, moment: np.ndarray, order: str) -> np.ndarray:
-    """P (n x r), its columns turned to the eigenvectors of sum z^T z = V^T moment V where the order is `input_pca`."""
-    if order == "input_pca":
-        _, turn = _descending(v.T @ moment @ v)
-        p = p @ turn
+def left_vectors(y: np.ndarray, count: int) -> np.ndarray:
+    """The leading left singular vectors (n x count) of y (n x k), by its Gram matrix; completed where y has fewer."""
+    _, v = _descending(y.T @ y)
+    return linalg.orthonormalize(np.pad(y @ v[:, :count], ((0, 0), (0, max(0, count - y.shape[1])))))
+
+
+def _skew_core(z: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """The skew C (q x q) that minimises ||C Z - B||_F: C Z Z^T + Z Z^T C = B Z^T - Z B^T."""
+    weights, u = np.linalg.eigh(z @ z.T)
+    right = u.T @ (b @ z.T - z @ b.T) @ u
+    c = u @ (right / np.maximum(weights[:, None] + weights, np.finfo(np.float64).tiny)) @ u.T
+    return (c - c.T) / 2
+
+
+def _nystroem(left: np.ndarray, core: np.ndarray) -> np.ndarray:
+    """L C^+ L^T of a positive semidefinite C that was summed in float32: eigenvalues that may be its rounding are left out."""
+    weights, u = np.linalg.eigh((core + core.T) / 2)
+    kept = weights > 64 * np.finfo(np.float32).eps * weights[-1]
+    half = (left @ u[:, kept]) / np.sqrt(weights[kept])
+    return half @ half.T
+
+
+def _within(p: np.ndarray, basis: Tensor, moment: np.ndarray) -> np.ndarray:
+    """P^T M P of a P in span(Q), from Q^T M Q."""
+    v = basis.double().cpu().numpy().T @ p
+    return v.T @ moment @ v
+
+
+def _ordered_basis(p: np.ndarray, moment: np.ndarray | None) -> np.ndarray:
+    """P (n x r), its columns turned to the eigenvectors of sum z^T z = P^T M P where that is given."""
+    if moment is not None:
+        p = p @ _descending(moment)[1]
     p = linalg.orthonormalize(p)  # in order: it only mends rounding
     largest = np.take_along_axis(p, np.abs(p).argmax(0)[None], 0)
     return np.ascontiguousarray(p * np.where(largest < 0, -1.0, 1.0), dtype=np.float32)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 import zlib
 from contextlib import contextmanager
@@ -29,6 +30,7 @@ __all__ = [
     "owners",
     "require_supports",
     "require_untrained",
+    "set_ranks",
 ]
 
 
@@ -320,6 +322,18 @@ def require_untrained(layers: dict[str, Linear], adapter: str, caller: str) -> N
     merged = [name for name, layer in layers.items() if layer.merged]
     if merged:
         raise ValueError(f"{caller} needs an unmerged model: call unmerge_adapter() first")
+
+
+def set_ranks(layers: dict[str, Linear], adapter: str, ranks: dict[str, int]) -> None:
+    """Give the owners among `layers` these ranks, and write them into the config, which is saved with the adapter."""
+    for name, rank in ranks.items():
+        if layers[name].rank(adapter) != rank:
+            layers[name].resize(adapter, rank)
+    held = {name: layer.rank(adapter) for name, layer in layers.items()}
+    for layer in layers.values():
+        config = layer.loft_config[adapter]
+        # PEFT reads a key as the end of a name, and a regular expression: "^" is the start.
+        config.rank_pattern = {f"^{re.escape(name)}": rank for name, rank in held.items() if rank != config.r}
 
 
 def orthogonality_error(model: nn.Module, adapter_name: str | None = None) -> float:

@@ -1,0 +1,122 @@
+"""Evidence: how far a support would change with other batches, from the sketches of two halves of them.
+
+With Y_h = S_h Omega the sketch of half h over its number of batches b_h, and P_h (n x r) chosen from Y_h alone, so that the other half
+has no part in it (every product below is of P_h and both halves, summed over h):
+
+    overlap        t = ||P_0^T P_1||_F^2 / r, chance being r / n
+    reproducible   beta = <P_h^T Y_0, P_h^T Y_1> / ||P_h^T Y_h||_F^2, and 2 beta / (1 + beta) for all B batches (Spearman-Brown)
+
+The first product is signal alone, since the noise of the halves is independent; the second is signal and noise, the noise falling as
+1 / b. Their difference is the noise, direction by direction. The overlap of a support with that of unlimited data is modelled the same
+way: with t free of chance a half has sqrt(t), and the odds of an overlap grow as the batches, so all have 2 sqrt(t) / (1 + sqrt(t)).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+
+__all__ = ["Evidence", "evidence_of", "overlap"]
+
+
+@dataclass(frozen=True, eq=False)
+class Evidence:
+    """How far a layer's support is that of its task and not of its batches; everything nan with a single batch, or none in one half.
+
+    agreement: expected ||P^T P'||_F^2 / r with the support P' of unlimited data, in [0, 1]
+    halves: the same of two supports, each from one half of the batches: measured, not modelled
+    angles: (r,) principal angles between those two, radians, ascending
+    reproducible: the part of the squared objective captured in the sample that other data would show too; at most 1, and below 0 where
+        the halves contradict each other
+    snr: signal over noise at all the batches, of every plane (skewgrad) or direction, strongest first; 0 where no signal is seen
+    batches: how many there were, of all processes
+    """
+
+    agreement: float
+    halves: float
+    angles: np.ndarray = field(repr=False)
+    reproducible: float
+    snr: np.ndarray = field(repr=False)
+    batches: int
+    chance: float
+
+    def batches_needed(self, agreement: float = 0.9) -> float:
+        """Batches for an expected agreement: B o* / o with o = (t - chance) / (1 - t), the odds of the agreement t; inf where t is chance.
+
+        ValueError for an agreement outside (0, 1).
+        """
+        if not 0 < agreement < 1:
+            raise ValueError(f"agreement must lie between 0 and 1, got {agreement!r}")
+        if math.isnan(self.agreement):
+            return math.nan
+        wanted, found = (max(t - self.chance, 0) / max(1 - t, 1e-12) for t in (agreement, self.agreement))
+        return math.ceil(self.batches * wanted / found - 1e-9) if found else math.inf
+
+    def reproduced(self, squares: np.ndarray) -> np.ndarray:
+        """The part of squared values (r,), descending, that other data would show too: each times snr / (1 + snr) of its plane.
+
+        A single direction's ratio is noisy: the result is the nearest descending sequence with the same sums of what is pooled.
+        """
+        share = np.repeat(self.snr / (1 + self.snr), max(1, len(squares) // max(1, len(self.snr))))
+        pools: list[list[float]] = []  # [mean, length]
+        for value in squares * np.pad(share, (0, len(squares) - len(share))):
+            pools.append([float(value), 1])
+            while len(pools) > 1 and pools[-2][0] < pools[-1][0]:
+                (mean, length), (before, more) = pools.pop(), pools.pop()
+                pools.append([(mean * length + before * more) / (length + more), length + more])
+        return np.concatenate([np.full(length, mean) for mean, length in pools])
+
+
+def overlap(p: np.ndarray, q: np.ndarray) -> float:
+    """||P^T Q||_F^2 / r of two orthonormal bases (n x r): 1 where the spans are equal, r / n by chance."""
+    return float(np.sum((p.T @ q) ** 2) / p.shape[1])
+
+
+def evidence_of(
+    halves: np.ndarray, batches: np.ndarray, rank: int, choose: Callable[[np.ndarray], np.ndarray], *, pairs: bool
+) -> Evidence:
+    """halves (2, n, k) and batches (2,): the sketches and how many batches each has seen. choose: the support (n x rank) that one shows.
+
+    pairs: two neighbouring directions are one plane.
+    """
+    count, chance = int(batches.sum()), rank / halves.shape[1]
+    planes = rank // 2 if pairs else rank
+    if not batches.all() or not halves.any((1, 2)).all():
+        return Evidence(math.nan, math.nan, np.full(rank, math.nan), math.nan, np.full(planes, math.nan), count, chance)
+    y = halves / batches[:, None, None]
+    p = [choose(each) for each in y]
+    # signal: s^2, twice; own: s^2 + n^2 / b_h, of each half.
+    signal = sum(np.sum((each.T @ y[0]) * (each.T @ y[1]), 1) for each in p) / 2
+    own = sum(np.sum((each.T @ half) ** 2, 1) for each, half in zip(p, y, strict=True)) / 2
+    if pairs:
+        signal, own = (each[: 2 * planes].reshape(-1, 2).sum(1) for each in (signal, own))
+    noise = (own - signal) * 2 / (np.sum(1 / batches) * count)  # n^2 / B
+    # Of halves that agree to rounding the noise is none, or less.
+    least = np.finfo(np.float64).eps * np.maximum(own, np.finfo(np.float64).tiny)
+    halved = overlap(*p)
+    return Evidence(
+        agreement=_all_of(halved, chance),
+        halves=halved,
+        angles=np.sort(np.arccos(np.clip(np.linalg.svd(p[0].T @ p[1], compute_uv=False), 0, 1))),
+        reproducible=_reproducible(float(signal.sum()), float(noise.sum())),
+        snr=np.maximum(signal, 0) / np.maximum(noise, least),
+        batches=count,
+        chance=chance,
+    )
+
+
+def _reproducible(signal: float, noise: float) -> float:
+    """s^2 / (s^2 + n^2 / B), which is 2 beta / (1 + beta) of equal halves; the captured energy itself is never negative."""
+    whole = signal + max(noise, 0.0)
+    return min(1.0, signal / whole) if whole > 0 else -1.0
+
+
+def _all_of(halves: float, chance: float) -> float:
+    """The agreement of all the batches, of the overlap of two halves."""
+    if chance >= 1:
+        return 1.0
+    half = math.sqrt(max(halves - chance, 0.0) / (1 - chance))
+    return chance + (1 - chance) * 2 * half / (1 + half)

@@ -172,7 +172,14 @@ def calibrate(
         plan = {"order": order, "seed": config.seed, "oversampling": oversampling, "single": passes == 1}
         sketches = {
             name: sketch_for(
-                plan_for(method, layer, adapter, rank=trial.get(name), loss_scale=run.loss_scale, **plan),
+                plan_for(
+                    method,
+                    layer,
+                    adapter,
+                    rank=trial.get(name),
+                    loss_scale=run.loss_scale if needs_gradient else 1.0,
+                    **plan,
+                ),
                 layer,
                 adapter,
             )

@@ -53,7 +53,7 @@ class Evidence:
         if math.isnan(self.agreement):
             return math.nan
         wanted, found = (max(t - self.chance, 0) / max(1 - t, 1e-12) for t in (agreement, self.agreement))
-        return math.ceil(self.batches * wanted / found - 1e-9) if found else math.inf
+        return max(1, math.ceil(self.batches * wanted / found - 1e-9)) if found else math.inf
 
     def reproduced(self, squares: np.ndarray) -> np.ndarray:
         """The part of squared values (r,), descending, that other data would show too: each times snr / (1 + snr) of its plane.
@@ -72,7 +72,7 @@ class Evidence:
 
 def overlap(p: np.ndarray, q: np.ndarray) -> float:
     """||P^T Q||_F^2 / r of two orthonormal bases (n x r): 1 where the spans are equal, r / n by chance."""
-    return float(np.sum((p.T @ q) ** 2) / p.shape[1])
+    return min(1.0, float(np.sum((p.T @ q) ** 2) / p.shape[1]))
 
 
 def evidence_of(

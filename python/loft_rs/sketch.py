@@ -139,7 +139,9 @@ def plan_for(
     heights = tuple(each.support_width(other) for each in layer.tied(adapter))
     if oversampling is None:
         oversampling = SINGLE_OVERSAMPLING if single else OVERSAMPLING
-    columns = min(rank + rank % 2 + oversampling, width)
+    # A single gradsvd pass samples the other side's rows: a sketch as wide as the layer leaves nothing to its second pass, but not here.
+    most = sum(heights) if single and method == "gradsvd" else width
+    columns = min(rank + rank % 2 + oversampling, most)
     return Plan(method, side, order, seed, rank, width, heights, columns, single, loss_scale)
 
 

@@ -34,9 +34,9 @@ def unchanged(model, before):
 # -- evidence ----------------------------------------------------------------------------------------------------------------
 
 
-def noisy_sketches(batches, *, noise, n=60, r=6, k=30, seed=0):
+def noisy_sketches(batches, *, noise, n=60, r=6, k=30, seed=0, draws=0):
     """(sketches of two halves of `batches` matrices, signal plus independent noise, the signal's planes)."""
-    draw = np.random.default_rng(seed)
+    draw = np.random.default_rng(seed + draws)
     u, v = basis_of(n, r, seed), basis_of(n, r, seed + 1)
     signal = u @ np.diag(np.linspace(3, 2, r)) @ v.T
     omega, halves = draw.standard_normal((n, k)), np.zeros((2, n, k))
@@ -70,25 +70,26 @@ def test_a_single_batch_tells_nothing():
 
 
 @pytest.mark.parametrize("batches", [4, 16, 64])
-def test_the_agreement_and_the_reproducible_part_are_those_with_the_truth(batches):
+def test_the_agreement_and_the_reproducible_part_are_those_of_other_data(batches):
     agreements, fractions, needed = [], [], []
     for seed in range(12):
         halves, counts, truth = noisy_sketches(batches, noise=4, seed=seed)
         e, p = told(halves, counts), left_vectors(halves.sum(0), 6)
-        agreements.append((e.agreement, overlap(p, truth)))
+        other = left_vectors(noisy_sketches(batches, noise=4, seed=seed, draws=99)[0].sum(0), 6)
+        agreements.append((e.agreement, overlap(p, other), overlap(p, truth)))
         y, clean = halves.sum(0) / batches, noisy_sketches(batches, noise=0, seed=seed)[0].sum(0) / batches
         fractions.append((e.reproducible, np.sum((p.T @ clean) * (p.T @ y)) / np.sum((p.T @ y) ** 2)))
         needed.append(e.batches_needed(0.9))
-    told_, true = np.mean(agreements, 0)
-    assert told_ == pytest.approx(true, abs=0.06)
+    told_, true, limit = np.mean(agreements, 0)
+    assert told_ == pytest.approx(true, abs=0.06) and told_ <= limit + 0.03
     told_, true = np.mean(fractions, 0)
     assert told_ == pytest.approx(true, abs=0.12)
-    # With as many batches as most of them ask for, the supports agree as asked.
+    # With as many batches as most of them ask for, the supports agree as asked: with others, and so with the truth.
     count = int(np.median(needed))
     reached = [
         overlap(left_vectors(h.sum(0), 6), u) for h, _, u in (noisy_sketches(count, noise=4, seed=s) for s in range(6))
     ]
-    assert np.mean(reached) == pytest.approx(0.9, abs=0.05)
+    assert np.mean(reached) >= 0.87
 
 
 @given(squares=st.lists(st.floats(0, 1e6), min_size=2, max_size=12), seed=st.integers(0, 99))

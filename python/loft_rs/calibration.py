@@ -86,8 +86,8 @@ class CalibrationReport:
             lines.append(line)
         if self.evidence:
             lines.append(
-                "agreement: of the support with that of unlimited data; reproducible: of the captured energy; for .9: batches that an "
-                "agreement of 0.9 takes"
+                "agreement: of the support with that of as many other batches; reproducible: of the captured energy; for .9: batches "
+                "that an agreement of 0.9 takes"
             )
         return "\n".join(lines)
 

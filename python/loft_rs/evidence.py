@@ -7,8 +7,9 @@ has no part in it (every product below is of P_h and both halves, summed over h)
     reproducible   beta = <P_h^T Y_0, P_h^T Y_1> / ||P_h^T Y_h||_F^2, and 2 beta / (1 + beta) for all B batches (Spearman-Brown)
 
 The first product is signal alone, since the noise of the halves is independent; the second is signal and noise, the noise falling as
-1 / b. Their difference is the noise, direction by direction. The overlap of a support with that of unlimited data is modelled the same
-way: with t free of chance a half has sqrt(t), and the odds of an overlap grow as the batches, so all have 2 sqrt(t) / (1 + sqrt(t)).
+1 / b. Their difference is the noise, direction by direction. The overlap of two supports is modelled the same way: with t free of
+chance, its odds t / (1 - t) grow as the batches, so all B batches and as many others have 2 t / (1 + t). With the support of unlimited
+data the overlap is no less than that. (Taking a half's overlap with it to be sqrt(t) says up to 0.3 too much on real gradients.)
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ __all__ = ["Evidence", "evidence_of", "overlap"]
 class Evidence:
     """How far a layer's support is that of its task and not of its batches; everything nan with a single batch, or none in one half.
 
-    agreement: expected ||P^T P'||_F^2 / r with the support P' of unlimited data, in [0, 1]
+    agreement: expected ||P^T P'||_F^2 / r with the support P' of as many other batches, in [0, 1]
     halves: the same of two supports, each from one half of the batches: measured, not modelled
     angles: (r,) principal angles between those two, radians, ascending
     reproducible: the part of the squared objective captured in the sample that other data would show too; at most 1, and below 0 where
@@ -115,8 +116,8 @@ def _reproducible(signal: float, noise: float) -> float:
 
 
 def _all_of(halves: float, chance: float) -> float:
-    """The agreement of all the batches, of the overlap of two halves."""
+    """The agreement of all the batches and as many others, from the overlap of two halves."""
     if chance >= 1:
         return 1.0
-    half = math.sqrt(max(halves - chance, 0.0) / (1 - chance))
-    return chance + (1 - chance) * 2 * half / (1 + half)
+    t = max(halves - chance, 0.0) / (1 - chance)
+    return chance + (1 - chance) * 2 * t / (1 + t)

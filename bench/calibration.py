@@ -199,7 +199,7 @@ def split_half(report: Report, data: Path) -> None:
     for support in ("skewgrad", "gradsvd"):
         for b in (2, 4, 8, 16) if support == "skewgrad" else (2, 8):
             rows = []
-            for some, others in shares(batches, b, 2 if b < 8 else 1):
+            for some, others in shares(batches, b, 1):
                 model = adapted(base, names, rank, support)
                 told = calibrate(model, some, max_batches=b, progress=False)
                 base = unadapted(model)

@@ -12,7 +12,7 @@ import torch
 from reference import make_bert, make_llama, token_batches
 from test_calibration import Perceptron, X, perceptron
 
-from loft_rs import LoftConfig, calibrate
+from loft_rs import Budget, LoftConfig, calibrate, supports_from_sketches
 from loft_rs.tuner.model import adapted_layers
 
 
@@ -144,3 +144,50 @@ def test_two_processes_calibrate_as_one_with_all_the_batches(tmp_path):
     # A NaN that is only seen in the sums is everyone's.
     assert all(found["errors"][5].startswith("NonFiniteError: layer bert.") for found in (first, second))
     assert first["unchanged"] and second["unchanged"]
+
+
+def statistics_on_rank(rank, folder):
+    """One of two processes with unequal shares: what calibrate finds out about its supports, and where it stops."""
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2, timeout=timedelta(seconds=120)
+    )
+    found = statistics_of(token_batches(5)[rank::2], token_batches(1) * (4 - rank), f"{folder}/{rank}.safetensors")
+    torch.save(found, f"{folder}/{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def statistics_of(batches, alike, path):
+    options = {"support": "skewgrad", "target_modules": ["q_proj", "down_proj"]}
+    budgeted = build(make_llama().double(), **options)
+    return {
+        "single": calibrate(build(make_llama().double(), **options), batches, passes=1, save_sketches=path),
+        "budget": calibrate(budgeted, batches, budget=Budget(params=50), share_by="reproducible"),
+        "ranks": dict(budgeted.peft_config["default"].rank_pattern),
+        "stopped": calibrate(build(make_llama().double(), **options), alike, tol=1e-3).batches,
+        "all": calibrate(build(make_llama().double(), **options), batches, tol=1e-9).batches,
+    }
+
+
+def test_two_processes_find_out_what_one_does_and_stop_together(tmp_path):
+    torch.multiprocessing.spawn(statistics_on_rank, (str(tmp_path),), nprocs=2)
+    first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=False) for rank in range(2))
+    alone = statistics_of(token_batches(5), token_batches(1) * 7, tmp_path / "alone.safetensors")
+    assert first["ranks"] == second["ranks"] == alone["ranks"] and alone["ranks"]
+    # Of equal batches the second look sees no change: after two of one process, after two of each of two.
+    assert (first["stopped"], second["stopped"], alone["stopped"]) == (4, 4, 2)
+    assert first["all"] == second["all"] == alone["all"] == 5
+    for kind in ("single", "budget"):
+        for name, e in alone[kind].evidence.items():
+            for found in (first, second):
+                told = found[kind].evidence[name]
+                assert told.batches == e.batches == 5
+                assert told.halves == pytest.approx(e.halves, abs=1e-6)
+                assert told.reproducible == pytest.approx(e.reproducible, abs=1e-6)
+                np.testing.assert_array_equal(found[kind].layers[name].basis, first[kind].layers[name].basis)
+            np.testing.assert_allclose(first[kind].layers[name].basis, alone[kind].layers[name].basis, atol=1e-4)
+    # One process writes the sketches of all.
+    assert not (tmp_path / "1.safetensors").exists()
+    one, other = (supports_from_sketches(tmp_path / f"{name}.safetensors") for name in ("0", "alone"))
+    for name in one:
+        np.testing.assert_allclose(one[name].basis, other[name].basis, atol=1e-4)

@@ -394,7 +394,8 @@ class SkewSketch(Sketch):
             # C was fitted and its planes chosen on the same columns. The probes had no part in either: E (P^T S w) (P^T w)^T = P^T S P.
             fitted = v[:, : self.rank].T @ c @ v[:, : self.rank]
             told = np.sum((p.T @ probes) * (fitted @ (p.T @ omega)), 0)
-            sigma = sigma * min(1.0, max(0.0, float(told.mean() / np.sum(fitted**2))))
+            # C is P^T S P and an error with no part in it, so <C, P^T S P> = ||P^T S P||^2.
+            sigma = sigma * math.sqrt(min(1.0, max(0.0, float(told.mean() / np.sum(fitted**2)))))
             return p, sigma, float(np.sum(self.whole**2) / self.whole.shape[1]), _standard_error(np.sum(probes**2, 0))
         return p, sigma, max(known + float(missed.mean()), known), _standard_error(missed)
 

@@ -3,8 +3,8 @@
     quality       captured ||P^T S P||_F^2 (gradsvd: ||G P||_F^2) over that of the best P, from dense gradients of the same batches in
                   float32, by passes and sketch columns k; mean and least over the layers; the stated energy over the true one, and
                   how much of the off-diagonal of sum z^T z is left by the input-PCA order that one sketch gave
-    split-half    MiniLM on MRPC, one draw a size, on 2 to 16 batches of 8: the reported agreement, batches_needed(0.7) and reproducible part, against
-                  the overlap with a support from 16 times the data, and the captured part that shows in that data. Means over layers
+    split-half    MiniLM on MRPC, one draw of 2 to 16 batches of 8: the reported agreement, batches_needed(0.7) and reproducible part,
+                  against the overlap with a support from 16 times the data, and the captured part that shows there. Medians over layers
 
 MiniLM-L6 and SmolLM2-135M come as packages (`matrices.py`); the texts are sentence pairs of MRPC and problems of GSM8K, in `--data`.
 """

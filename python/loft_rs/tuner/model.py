@@ -14,6 +14,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper, get_pattern_key
 from torch import nn
 
 from ..factor import LowRank
+from ..kinds import Householder
 from ..layer import feature_sizes
 from ..siblings import SHARED_INPUT, Siblings, named_groups
 from ..transform import DeltaGroup
@@ -115,7 +116,10 @@ class LoftModel(BaseTuner):
         wanted = config.rank_pattern.get(get_pattern_key(list(config.rank_pattern), key), config.r)
         base = target.get_base_layer() if isinstance(target, Linear) else target
         own, other = feature_sizes(base)[:: 1 if config.side == "input" else -1]
-        fitted = config.kind.fit(wanted, own, other)
+        try:
+            fitted = config.kind.fit(wanted, own, other)
+        except ValueError as error:
+            raise ValueError(f"{key}: {error}") from None
         if fitted != wanted:
             self._lowered[key] = (wanted, fitted)
         return fitted
@@ -338,6 +342,7 @@ def check_state(model: nn.Module, state_dict: dict, prefix: str, *_: Any) -> Non
     """
     expected: dict[str, dict[str, torch.Tensor]] = {}
     refreshed: dict[str, tuple[str, str]] = {}
+    vectors: set[str] = set()
     waiting: set[str] = set()
     for name, module in model.named_modules():
         if isinstance(module, Linear):
@@ -347,6 +352,9 @@ def check_state(model: nn.Module, state_dict: dict, prefix: str, *_: Any) -> Non
                 held = getattr(module, kind)
                 for adapter in held.keys():
                     expected.setdefault(adapter, {})[f"{prefix}{name}.{kind}.{adapter}"] = held[adapter]
+            vectors |= {
+                f"{prefix}{name}.loft_theta.{a}" for a, k in module.loft_kind.items() if isinstance(k, Householder)
+            }
             for adapter in module.loft_support.keys():
                 places = (f"{prefix}{name}.loft_frozen_{part}.{adapter}" for part in ("basis", "delta"))
                 refreshed[f"{prefix}{name}.loft_theta.{adapter}"] = tuple(places)
@@ -357,6 +365,7 @@ def check_state(model: nn.Module, state_dict: dict, prefix: str, *_: Any) -> Non
             continue
         problems += [f"{key} is missing" for key in tensors if key not in given]
         problems += [p for key in tensors if key in given for p in _tensor_problems(key, state_dict[key], tensors[key])]
+    problems += [f"{key} holds a zero vector" for key in sorted(vectors & given) if not _columns_set(state_dict[key])]
     known = {key for tensors in expected.values() for key in tensors}
     for key, places in refreshed.items():
         if key in given:
@@ -396,6 +405,11 @@ def _unset_factor(layer: Linear, adapter: str, rank: int) -> LowRank:
     """The identity in the shape of a frozen factor, to be filled from a file."""
     like = layer.support(adapter)  # theta may be on the meta device
     return LowRank(like.new_zeros(len(like), rank), like.new_zeros(rank, rank))
+
+
+def _columns_set(u: torch.Tensor) -> bool:
+    """Whether no column of U (n x r) is all zero: a reflection needs its vector."""
+    return u.is_meta or u.dim() != 2 or bool(u.any(0).all())
 
 
 def _tensor_problems(key: str, value: torch.Tensor, held: torch.Tensor) -> list[str]:

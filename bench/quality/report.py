@@ -194,6 +194,7 @@ def tables(lines: Lines, times: Lines) -> str:
 def plot(lines: Lines, times: Lines, path: Path) -> None:
     """Score against trained parameters, a panel a task; and against step time and memory where the task was timed. Filled: on the front."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import NullFormatter
 
     rows = rows_of(lines)
     panels: list[tuple[str, str, dict[str, float]]] = []
@@ -201,7 +202,8 @@ def plot(lines: Lines, times: Lines, path: Path) -> None:
         panels.append(
             (task, "trained parameters", {row.method: row.trained for row in rows if row.task == task and row.trained})
         )
-        timed = {line["method"]: line for line in times if line["task"] == task and not line.get("error")}
+        scored = {row.method for row in rows if row.task == task}
+        timed = {line["method"]: line for line in times if line["task"] == task and line["method"] in scored}
         for label, key in (
             ("ms a step", "eager_ms"),
             ("MiB a step", "step_mib"),
@@ -226,7 +228,12 @@ def plot(lines: Lines, times: Lines, path: Path) -> None:
             )
             axis.annotate(row.method, (cost[row.method], value), xytext=(4, 3), textcoords="offset points", fontsize=6)
         axis.set(title=task, xlabel=label, ylabel=mine[0].metric if mine else "", xscale="log")
+        costs = [cost[row.method] for row in mine]
+        axis.set_xlim(min(costs) / 2, max(costs) * 4)  # room for the names
+        axis.xaxis.set_minor_formatter(NullFormatter())
         axis.grid(alpha=0.3)
+    for axis in figure.axes[len(panels) :]:
+        axis.remove()
     with whole_file(path) as part:
         figure.savefig(part, format="png", dpi=110)
 

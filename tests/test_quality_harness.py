@@ -109,10 +109,8 @@ def test_students_quantiles(protocol):
             assert value == pytest.approx(scipy_stats.t.ppf(0.975, freedom), abs=5.1e-5)
 
 
-@given(st.lists(st.floats(-1, 1), min_size=2, max_size=8), st.floats(-1, 1))
-def test_a_paired_difference_forgets_what_both_share(values, shift):
-    sys.path.insert(0, str(HERE))
-    protocol = importlib.import_module("protocol")
+@given(values=st.lists(st.floats(-1, 1), min_size=2, max_size=8), shift=st.floats(-1, 1))
+def test_a_paired_difference_forgets_what_both_share(protocol, values, shift):
     a = dict(enumerate(values))
     value, half, count = protocol.paired({seed: each + shift for seed, each in a.items()}, {**a, 99: 0.0})
     assert count == len(values)

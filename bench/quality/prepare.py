@@ -31,7 +31,7 @@ from tasks import TASKS
 GLUE = {"mrpc": 400, "cola": 1000, "sst2": 1000}  # rows of train that tune
 SST2_TRAIN = 20_000
 SIB_TRAIN = ("eng_Latn", "deu_Latn", "fra_Latn", "spa_Latn")
-GSM8K_TUNE, GSM8K_TOKENS = 500, 256
+GSM8K_TUNE, GSM8K_TOKENS = 500, 320
 ANSWER = "Question: {question}\nAnswer:"
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import weakref
+from datetime import timedelta
 
 import numpy as np
 import peft
@@ -654,3 +656,83 @@ def test_wrapped_models_are_refused_with_what_to_do(tmp_path):
     next(iter(model.parameters())).ds_id = 0  # what DeepSpeed marks a partitioned weight with
     with pytest.raises(ValueError, match=r"ZeRO-3 has partitioned: call it before deepspeed\.initialize"):
         calibrate(model, token_batches(1))
+
+
+# -- several processes -----------------------------------------------------------------------------------------------------
+
+DEGREES = {"support": "skewgrad", "r": 8}
+
+
+def wide():
+    return make_llama(torch.float64)
+
+
+def calibrate_on_rank(rank, size, folder):
+    """One of `size` processes, each with its share of four batches: plain, sharded by FSDP2, wrapped in DDP afterwards, and failing."""
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=size, timeout=timedelta(seconds=120)
+    )
+    from torch.distributed.fsdp import fully_shard
+
+    share = token_batches(4)[rank * 4 // size : (rank + 1) * 4 // size]
+    found = {}
+    plain = build(wide(), **DEGREES)
+    found["plain"] = bases(report := calibrate(plain, share, memory="250KiB"))
+    found["batches"], found["groups"] = report.batches, report.memory.groups
+    found["offloaded"] = bases(calibrate(build(wide(), **DEGREES), share, offload=True))
+
+    sharded = build(wide(), **DEGREES)
+    for block in sharded.base_model.model.model.layers:
+        fully_shard(block)
+    fully_shard(sharded)
+    found["fsdp2"] = bases(calibrate(sharded, share))
+    sharded.train()(**share[0]).loss.backward()
+    found["fsdp2 trains"] = all(bool(p.grad.full_tensor().any()) for p in sharded.parameters() if p.requires_grad)
+
+    wrapped = nn.parallel.DistributedDataParallel(plain.train())
+    try:
+        calibrate(wrapped, share)
+    except ValueError as error:
+        found["wrapped"] = str(error)
+    wrapped(**share[0]).loss.backward()
+    found["gradients"] = [p.grad for p in plain.parameters() if p.requires_grad]
+
+    before = {name: value.clone() for name, value in sharded.state_dict().items()}
+    for what, batches, model in (
+        ("uneven", share[: 0 if rank else 1] or token_batches(3), sharded),
+        ("failing", share if rank else [{"input_ids": share[0]["input_ids"]}], build(wide(), **DEGREES)),
+    ):
+        try:
+            calibrate(model, batches)
+        except Exception as error:
+            found[what] = f"{type(error).__name__}: {error}"
+    local = lambda t: t.to_local() if hasattr(t, "to_local") else t  # noqa: E731
+    found["kept"] = all(torch.equal(local(v), local(before[n])) for n, v in sharded.state_dict().items())
+    torch.save(found, f"{folder}/{rank}.pt")
+    torch.distributed.barrier()
+    os._exit(0)  # gloo's threads can abort a closing interpreter
+
+
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="needs torch.distributed")
+@pytest.mark.parametrize("size", [2, 4])
+def test_processes_get_the_supports_of_one_with_all_the_batches(size, tmp_path):
+    torch.multiprocessing.spawn(calibrate_on_rank, (size, str(tmp_path)), nprocs=size)
+    ranks = [torch.load(tmp_path / f"{rank}.pt", weights_only=False) for rank in range(size)]
+    wanted = bases(calibrate(build(wide(), **DEGREES), token_batches(4)))
+    for found in ranks:
+        assert found["batches"] == 4 and found["groups"] > 1
+        for kind in ("plain", "offloaded", "fsdp2"):
+            assert list(found[kind]) == list(wanted)
+            for name, basis in found[kind].items():
+                # float64 sums in another order, stored in float32
+                np.testing.assert_allclose(basis, wanted[name], atol=1e-6, rtol=0)
+                np.testing.assert_array_equal(basis, ranks[0][kind][name])
+        assert found["fsdp2 trains"] and found["kept"]
+        assert "pass model.module (accelerate: accelerator.unwrap_model(model)) in every process" in found["wrapped"]
+        for one, other in zip(found["gradients"], ranks[0]["gradients"], strict=True):
+            assert bool(one.any()) and torch.equal(one, other)
+    assert any("equally many batches under FSDP2" in found["uneven"] for found in ranks)
+    assert all(found["uneven"].startswith(("ValueError", "RuntimeError: calibrate failed on rank")) for found in ranks)
+    assert ranks[0]["failing"].startswith("ValueError: dataloader batches gave no loss")
+    assert all(found["failing"].startswith("RuntimeError: calibrate failed on rank 0") for found in ranks[1:])

@@ -52,7 +52,7 @@ class Footprint:
 
 
 def _shown(size: int) -> str:
-    return f"{size / 2**20:.1f} MiB"
+    return f"{size / 2**20:.1f} MiB" if size >= 2**20 else f"{size / 2**10:.1f} KiB"
 
 
 def byte_count(memory: int | str | None) -> int | None:

@@ -14,6 +14,7 @@ pass, for its order alone. The sums are linear in the batches: the processes of 
 
 from __future__ import annotations
 
+import logging
 import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping
@@ -26,17 +27,19 @@ import torch
 from torch import Tensor, nn
 
 from ._checks import is_int
+from .footprint import Footprint, Survey, byte_count, checkpointed_blocks
 from .linalg import NonFiniteError, orthonormalize
 from .ranks import Ranks
 from .sketch import LayerTap, Sketch, sketch_for
 from .support import Support, blind_support
 from .tuner.config import CALIBRATED_SUPPORTS, DATA_FREE_SUPPORTS, LoftConfig
 from .tuner.layer import Linear
-from .tuner.model import adapted_layers, owners, require_untrained
+from .tuner.model import adapted_layers, owners, require_plain, require_untrained
 from .tuner.selection import choose_supports
 
 __all__ = ["CalibrationReport", "calibrate", "checked_batches"]
 
+_LOG = logging.getLogger(__name__)
 HEAD_STEPS = 20
 HEAD_LEARNING_RATE = 1e-3
 # Mean losses have gradients that float16 rounds to zero. A power of two changes nothing in the other formats.
@@ -45,7 +48,10 @@ LOSS_SCALE = 1024.0
 
 @dataclass(frozen=True)
 class CalibrationReport:
-    """What `calibrate` did. `layers`: module name -> the `Support` stored there (energy with its standard error, values, order)."""
+    """What `calibrate` did. `layers`: module name -> the `Support` stored there (energy with its standard error, values, order).
+
+    `memory`: the bytes it was to take above the frozen training step, as it was known before it started.
+    """
 
     method: str
     order: str
@@ -54,6 +60,7 @@ class CalibrationReport:
     head_steps: int
     seconds: float
     layers: dict[str, Support] = field(repr=False)
+    memory: Footprint | None = None
 
     def __str__(self) -> str:
         batches = f", {self.batches} batches" if self.batches is not None else ""
@@ -62,6 +69,8 @@ class CalibrationReport:
             f"{self.method}, {self.order} order: {len(self.layers)} layers, {self.passes} passes{batches}{head}, {self.seconds:.1f} s",
             f"{'layer':<48} {'rank':>5} {'energy':>8} {'+-':>7}",
         ]
+        if self.memory is not None:
+            lines.insert(1, f"memory: {self.memory}")
         for name, s in self.layers.items():
             lines.append(f"{name[-48:]:<48} {s.rank:>5} {s.energy:>8.4f} {s.energy_stderr:>7.4f}")
         return "\n".join(lines)
@@ -75,12 +84,15 @@ def calibrate(
     max_batches: int = 8,
     adapter_name: str | None = None,
     head_steps: int | None = None,
+    memory: int | str | None = None,
+    offload: bool = False,
     progress: bool | None = None,
 ) -> CalibrationReport:
     """Choose and store the supports of an untrained LOFT adapter from a task's batches, then order them (`LoftConfig.order`).
 
     Args:
-        model: a PEFT model with a LOFT adapter, on any device, not wrapped in DDP and not compiled.
+        model: a PEFT model with a LOFT adapter, on any device and of any base, not wrapped in DDP and not compiled; FSDP2 (`fully_shard`)
+            and gradient checkpointing stay as they are.
         dataloader: batches as the model takes them: a mapping gives `model(**batch)`, a list or tuple `model(*batch)`. Gradient
             supports need `.loss` in the output, so the batches must carry labels. The first `max_batches` are kept and used in every
             pass. The loss is scaled, so that float16 gradients do not vanish.
@@ -91,17 +103,26 @@ def calibrate(
         adapter_name: default: the active one.
         head_steps: optimiser steps that warm up the `modules_to_save` of a fresh head first, and are kept, since step-0 gradients
             through a random head say little. None: 20 for a gradient support where the adapter has such modules, else 0.
+        memory: the most bytes, or a string as "512MiB", that this may take on the model's device above the frozen training step. Layers
+            are then calibrated in groups, each over the same batches again, with the same result. None: all layers at once. With a
+            train_step only the sketches count, since nothing is known of its batches. What it takes is in the report (`memory`), and
+            logged before the first pass.
+        offload: hold the sketches on the CPU between batches.
         progress: show a progress bar; None: on a terminal only.
 
     In a `torch.distributed` run every process calls this with its own share of the batches, and all get the supports, and the
-    warmed-up head, that one process with all the batches would get (rank 0's, bit for bit); an error in one raises in all.
+    warmed-up head, that one process with all the batches would get (rank 0's, bit for bit); an error in one raises in all. Under FSDP2
+    every process must have equally many batches. DeepSpeed ZeRO-3, FSDP1: calibrate before they take the model.
 
     Dropout is off, gradients of parameters are left as they were, no base parameter is ever asked for one. A layer that no batch
     reaches keeps the support it has, or gets a random one, with a warning. TypeError or ValueError for a bad argument, a trained
-    adapter or batches without loss or gradient; `loft_rs.NonFiniteError` names the layer that saw NaN or Inf. The adapter and the
+    adapter, batches without loss or gradient, or a layer that alone needs more than `memory`; `loft_rs.NonFiniteError` names the batch
+    and the layer that saw NaN or Inf. The adapter and the
     head are changed only once everything has succeeded.
     """
     started = time.perf_counter()
+    require_plain(model, "calibrate")
+    limit = byte_count(memory)
     ranks = Ranks(next(model.parameters()).device)
     with ranks.stage():
         adapter, adapted = adapted_layers(model, adapter_name)
@@ -117,35 +138,64 @@ def calibrate(
         batches = checked_batches(dataloader, train_step, max_batches)
         head = _head_parameters(model)
         head_steps = _head_steps(head_steps, head, needs_gradient)
+        sharded = any("FSDPModule" in {kind.__name__ for kind in type(m).__mro__} for m in model.modules())
+        if sharded and head_steps:
+            raise ValueError(
+                "head_steps cannot warm up a head that FSDP2 has sharded: calibrate before fully_shard, or give 0"
+            )
         run = _Runner(model, layers, adapter, batches, train_step, ranks, progress)
         if method not in CALIBRATED_SUPPORTS and not all(layer.ready(adapter) for layer in layers.values()):
             choose_supports(layers, config, adapter)  # built to be loaded, and never was
+    if sharded and batches is not None:
+        total = ranks.total(len(batches))
+        with ranks.stage():
+            if total != ranks.size * len(batches):
+                raise ValueError(
+                    f"dataloader must give every process equally many batches under FSDP2: {total} in all, {len(batches)} here"
+                )
     with _calibrating(model, adapted, head if head_steps else []):
         if head_steps:
             run.warm_up(head, head_steps)
-        sketches = {
-            name: sketch_for(method, layer, adapter, config.seed, run.loss_scale) for name, layer in layers.items()
-        }
-        passes = 0
-        while live := {name: sketch for name, sketch in sketches.items() if not sketch.finished}:
-            passes += 1
-            run.one_pass(live, backward=needs_gradient, label=f"calibration pass {passes}")
-            with ranks.stage():
-                for name, sketch in live.items():
-                    sketch.end_pass(name)
+        survey = Survey(method, model, layers, adapter, offload)
+        run.show(survey)
         with ranks.stage():
-            supports = {
-                name: sketch.support(order, passes, config) for name, sketch in sketches.items() if not sketch.silent
+            groups, footprint = survey.groups(limit)
+        groups, footprint = ranks.first((groups, footprint))
+        if ranks.rank == 0:
+            _LOG.info("calibrate: %s", footprint)
+        passes, supports, silent = 0, {}, {}
+        home = torch.device("cpu") if offload else None
+        for number, group in enumerate(groups, 1):
+            sketches = {
+                name: sketch_for(method, layers[name], adapter, config.seed, run.loss_scale, home) for name in group
             }
-            supports |= _unreached({n: layers[n] for n, sketch in sketches.items() if sketch.silent}, config, adapter)
+            turn = 0
+            while live := {name: sketch for name, sketch in sketches.items() if not sketch.finished}:
+                turn += 1
+                of = f", group {number} of {len(groups)}" if len(groups) > 1 else ""
+                label = f"calibration pass {turn}{of}"
+                run.one_pass(live, backward=needs_gradient, label=label, last=number == len(groups))
+                with ranks.stage():
+                    for name, sketch in live.items():
+                        sketch.end_pass(name)
+            with ranks.stage():
+                supports |= {
+                    n: sketch.support(order, turn, config) for n, sketch in sketches.items() if not sketch.silent
+                }
+            silent |= {name: layers[name] for name, sketch in sketches.items() if sketch.silent}
+            passes = max(passes, turn)
+        with ranks.stage():
+            supports |= _unreached(silent, config, adapter)
         supports = {name: ranks.first(supports[name]) for name in layers}
         for parameter in head if head_steps else []:
             ranks.copy_first(parameter.data)
         used = None if batches is None else ranks.total(len(batches))
     for name, layer in layers.items():
-        if not (sketches[name].silent and layer.ready(adapter)):
+        if not (name in silent and layer.ready(adapter)):
             layer.set_basis(adapter, supports[name].basis, supports[name].energy)
-    return CalibrationReport(method, order, passes, used, head_steps, time.perf_counter() - started, supports)
+    return CalibrationReport(
+        method, order, passes, used, head_steps, time.perf_counter() - started, supports, footprint
+    )
 
 
 def checked_batches(
@@ -227,19 +277,68 @@ def _evaluate(module: nn.Module, *_: Any) -> None:
     module.training = False
 
 
-def _untapped(adapter: str) -> Callable[..., Tensor]:
-    """The tap of a layer that has nothing to show: its adapter is at the identity."""
-    return lambda layer, x, *args, **kwargs: layer.at_identity(x, adapter, *args, **kwargs)
+def _train(module: nn.Module, *_: Any) -> None:
+    module.training = True
+
+
+def _evaluating(block: nn.Module) -> tuple[Callable[..., None], Callable[..., Any]]:
+    """(forward pre-hook, checkpoint function) with which a block is checkpointed, as transformers does in training mode alone, and yet
+    runs in evaluation mode."""
+    checkpoint, running = block._gradient_checkpointing_func, []
+
+    def hook(*_: Any) -> None:
+        block.training = torch.is_grad_enabled() and not running
+
+    def run(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        def evaluated(*inner: Any) -> Any:
+            running.append(True)
+            block.training = False
+            try:
+                return function(*inner)
+            finally:
+                running.pop()
+                block.training = True
+
+        return checkpoint(evaluated, *args, **kwargs)
+
+    return hook, run
+
+
+def _untapped(adapter: str, reach: bool = False) -> Callable[..., Tensor]:
+    """The tap of a layer that has nothing to show: its adapter is at the identity. reach: its input gets a gradient, so that the loss
+    has a backward pass whichever layers are tapped."""
+
+    def run(layer: Linear, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if reach and torch.is_grad_enabled() and not x.requires_grad:
+            x = x.detach().requires_grad_()
+        return layer.at_identity(x, adapter, *args, **kwargs)
+
+    return run
 
 
 @contextmanager
 def _calibrating(model: nn.Module, layers: Mapping[str, Linear], head: list[nn.Parameter]):
-    """Dropout off whatever a train_step says, no parameter with a gradient; at the end all is put back, after an error the head too."""
+    """Dropout off whatever a train_step says, no cache, no parameter with a gradient; at the end all is put back, after an error the head
+    too."""
     training = [(module, module.training) for module in model.modules()]
     gradients = [(p, p.grad) for p in model.parameters()]
     weights = [p.detach().clone() for p in head]
-    hooks = [module.register_forward_pre_hook(_evaluate) for module in model.modules()]
+    blocks = checkpointed_blocks(model)
+    # A quantised layer may take another way in evaluation mode, without a backward pass (bitsandbytes on a CPU).
+    bases = {module for layer in layers.values() for module in layer.base_layer.modules()}
+    hooks = [
+        module.register_forward_pre_hook(_train if module in bases else _evaluate)
+        for module in model.modules()
+        if module not in blocks
+    ]
+    configs = {id(c): c for m in model.modules() if getattr(c := getattr(m, "config", None), "use_cache", False)}
+    for config in configs.values():  # with a cache transformers does not see that sequences are packed
+        config.use_cache = False
     model.eval()
+    checkpoints = [(block, block._gradient_checkpointing_func) for block in blocks]
+    for block in blocks:
+        hook, block._gradient_checkpointing_func = _evaluating(block)
+        hooks.append(block.register_forward_pre_hook(hook))
     for parameter, _ in gradients:  # backward would add to it in place
         parameter.grad = None
     try:
@@ -253,6 +352,10 @@ def _calibrating(model: nn.Module, layers: Mapping[str, Linear], head: list[nn.P
             layer.tap = None
         for hook in hooks:
             hook.remove()
+        for block, checkpoint in checkpoints:
+            block._gradient_checkpointing_func = checkpoint
+        for config in configs.values():
+            config.use_cache = True
         for parameter, gradient in gradients:
             parameter.grad = gradient
         for module, mode in training:
@@ -276,6 +379,7 @@ class _Runner:
         self.layers = {name: layer.tied(adapter) for name, layer in layers.items()}
         self.ranks, self.progress = ranks, progress
         self.loss_scale = 1.0 if batches is None else LOSS_SCALE
+        self.reached: set[int] = set()  # batches that some layer of the groups so far has seen
 
     def bar(self, total: int, label: str):
         from tqdm.auto import tqdm
@@ -285,36 +389,54 @@ class _Runner:
             total=total, desc=label, disable=hidden if self.progress is None else not self.progress, leave=False
         )
 
-    def one_pass(self, sketches: Mapping[str, Sketch], *, backward: bool, label: str) -> None:
+    def show(self, survey: Survey) -> None:
+        """One forward pass without gradient over the largest batch, where there is one to be had."""
+        with self.ranks.stage():
+            if self.batches is None:
+                return
+            for name, tied in self.layers.items():
+                for layer in tied:
+                    layer.tap = survey.tap(name, self.adapter)
+            self._forward(max(self.batches, key=_size), backward=False)
+
+    def one_pass(self, sketches: Mapping[str, Sketch], *, backward: bool, label: str, last: bool) -> None:
+        """Add one pass to these sketches. last: they are those of the last group, so that a batch no layer has seen is an error."""
         for name, tied in self.layers.items():
             for part, layer in enumerate(tied):
                 tapped = name in sketches
-                layer.tap = LayerTap(sketches[name], self.adapter, part) if tapped else _untapped(self.adapter)
+                reach = backward and self.batches is None
+                layer.tap = LayerTap(sketches[name], self.adapter, part) if tapped else _untapped(self.adapter, reach)
+        again = any(sketch.sums for sketch in sketches.values())  # which this pass saw the time before
         with self.ranks.stage(), self.bar(1 if self.batches is None else len(self.batches), label) as bar:
-            for batch in [None] if self.batches is None else self.batches:
+            for number, batch in enumerate([None] if self.batches is None else self.batches):
+                where = "train_step" if batch is None else f"batch {number}"
                 before = sum(sketch.seen for sketch in sketches.values())
-                self._forward(batch, backward)
-                if sum(sketch.seen for sketch in sketches.values()) == before:
+                self._forward(batch, backward, where)
+                if sum(sketch.seen for sketch in sketches.values()) > before:
+                    self.reached.add(number)
+                elif again or (last and number not in self.reached):
                     what = "received a gradient" if backward else "was run"
                     how = (
                         "train_step must call backward() on a loss of this model"
                         if batch is None
-                        else "check the batches"
+                        else "check that its loss depends on an adapted layer"
                     )
-                    raise ValueError(f"{label}: no adapted layer {what}; {how}")
+                    raise ValueError(f"{label}, {where}: no adapted layer {what}; {how}")
+                _require_finite(sketches, f"{label}, {where}")
                 bar.update()
         for sketch in sketches.values():
             for value in sketch.pending.values():
                 self.ranks.add_up(value)
 
-    def _forward(self, batch: Any, backward: bool) -> None:
+    def _forward(self, batch: Any, backward: bool, where: str = "a batch") -> None:
         if batch is None:
             with torch.enable_grad():
                 self.train_step()
         elif backward:
             with torch.enable_grad():
-                loss = self._loss(batch)
-                loss.backward(torch.full_like(loss, self.loss_scale))
+                loss = self._loss(batch, where)
+                if loss.requires_grad:
+                    loss.backward(torch.full_like(loss, self.loss_scale))
         else:
             with torch.no_grad():
                 self._call(batch)
@@ -323,7 +445,7 @@ class _Runner:
         batch = _to_device(batch, self.ranks.device)
         return self.model(**batch) if isinstance(batch, Mapping) else self.model(*batch)
 
-    def _loss(self, batch: Any) -> Tensor:
+    def _loss(self, batch: Any, where: str) -> Tensor:
         output = self._call(batch)
         loss = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
         if loss is None:
@@ -331,7 +453,9 @@ class _Runner:
                 "dataloader batches gave no loss: add labels to them, or pass train_step= with your own loss"
             )
         if not bool(torch.isfinite(loss.detach())):
-            raise NonFiniteError(f"dataloader gave a batch whose loss is {float(loss.detach())}; nothing was changed")
+            raise NonFiniteError(
+                f"{where} of the dataloader has a loss that is {float(loss.detach())}; nothing was changed"
+            )
         return loss
 
     def warm_up(self, head: list[nn.Parameter], steps: int) -> None:
@@ -356,6 +480,27 @@ class _Runner:
                     parameter.data.copy_(value)
                     parameter.grad = None
                 bar.update()
+
+
+def _require_finite(sketches: Mapping[str, Sketch], where: str) -> None:
+    """NonFiniteError where a batch has brought NaN: it fills whole rows of a sum, so that one column tells, read at once for all layers."""
+    columns: dict[torch.device, list[Tensor]] = {}
+    for sketch in sketches.values():
+        for value in sketch.pending.values():
+            columns.setdefault(value.device, []).append(
+                value.reshape(-1)[:: value.shape[-1] if value.dim() else 1].float()
+            )
+    if not all(bool(torch.isfinite(torch.cat(each)).all()) for each in columns.values()):
+        for name, sketch in sketches.items():
+            sketch.require_finite(name, where)
+
+
+def _size(batch: Any) -> int:
+    """The number of entries of a batch's tensors."""
+    if isinstance(batch, Tensor):
+        return batch.numel()
+    values = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, (list, tuple)) else ()
+    return sum(map(_size, values))
 
 
 def _to_device(batch: Any, device: torch.device) -> Any:

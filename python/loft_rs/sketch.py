@@ -14,6 +14,7 @@ of the squared norm, with a standard error.
 from __future__ import annotations
 
 import math
+import weakref
 from dataclasses import replace
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any
@@ -29,10 +30,12 @@ if TYPE_CHECKING:
     from .layer import AdaptedLinear
     from .tuner.config import LoftConfig
 
-__all__ = ["LayerTap", "Sketch", "sketch_for"]
+__all__ = ["LayerTap", "Sketch", "output_product", "sketch_for"]
 
 OVERSAMPLING = 16
 PROBES = 8
+# Omega depends on its size, the seed and the device alone: layers of one width hold one between them.
+_GAUSSIANS: weakref.WeakValueDictionary[tuple, Tensor] = weakref.WeakValueDictionary()
 
 
 class _Tap(torch.autograd.Function):
@@ -67,13 +70,14 @@ class LayerTap:
     def __call__(self, layer: AdaptedLinear, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         sketch, watched = self.sketch, torch.is_grad_enabled()
         anchor = torch.zeros((), device=x.device, requires_grad=True)
+        if sketch.backward and not watched:  # the first of the two forward passes of a checkpointed block
+            return layer.at_identity(x, self.adapter, *args, **kwargs)
         if sketch.tap_input:
             kept = self._keep(x, None)
             x = _Tap.apply(x, kept, anchor, sketch, self.part) if watched else x
             return layer.at_identity(x, self.adapter, *args, **kwargs)
         y = layer.at_identity(x, self.adapter, *args, **kwargs)
-        bias = getattr(layer.get_base_layer(), "bias", None)
-        kept = self._keep(x, y if bias is None else y.detach() - bias.detach())
+        kept = self._keep(x, output_product(layer, y.detach()))
         return _Tap.apply(y, kept, anchor, sketch, self.part) if watched else y
 
     def _keep(self, x: Tensor, y0: Tensor | None) -> Tensor | None:
@@ -81,13 +85,27 @@ class LayerTap:
             return self.sketch.keep(x.detach(), None if y0 is None else y0.detach())
 
 
-def sketch_for(method: str, layer: AdaptedLinear, adapter: str, seed: int, loss_scale: float = 1.0) -> Sketch:
+def output_product(layer: AdaptedLinear, y: Tensor) -> Tensor:
+    """Y0 = Y - b (N x m)."""
+    bias = getattr(layer.get_base_layer(), "bias", None)
+    return y if bias is None else y - bias.detach()
+
+
+def sketch_for(
+    method: str,
+    layer: AdaptedLinear,
+    adapter: str,
+    seed: int,
+    loss_scale: float = 1.0,
+    home: torch.device | str | None = None,
+) -> Sketch:
     """A fresh sketch of one layer for a calibrated support, or for the order of a support it already has.
 
-    `loss_scale`: what the loss is multiplied by where the support comes from its gradient.
+    `loss_scale`: what the loss is multiplied by where the support comes from its gradient. home: the device that holds it between
+    batches; None: the layer's own.
     """
     kinds = {"skewgrad": SkewSketch, "gradsvd": GradientSketch, "activation": ActivationSketch}
-    return kinds.get(method, MomentSketch)(layer, adapter, seed, loss_scale)
+    return kinds.get(method, MomentSketch)(layer, adapter, seed, loss_scale, home)
 
 
 class Sketch:
@@ -97,9 +115,10 @@ class Sketch:
     """
 
     tap_input = False
+    backward = False  # whether it takes a gradient
     pairs = False  # columns come two to a plane, and half a plane captures nothing
 
-    def __init__(self, layer: AdaptedLinear, adapter: str, seed: int, loss_scale: float = 1.0):
+    def __init__(self, layer: AdaptedLinear, adapter: str, seed: int, loss_scale: float, home: Any):
         self.side, self.rank = layer.loft_side[adapter], layer.rank(adapter)
         self.width = layer.support_width(self.side)
         # Tied layers are one layer with all their outputs: S is the sum of theirs, G their stack.
@@ -108,13 +127,15 @@ class Sketch:
         self.parts = [slice(end - height, end) for end, height in zip(ends, heights, strict=True)]
         self.other = ends[-1]
         self.columns = min(self.rank + self.rank % 2 + OVERSAMPLING, self.width)
-        self.device, self.seed, self.loss_scale = layer.loft_device, seed, loss_scale
+        self.seed, self.loss_scale = seed, loss_scale
+        self.home = torch.device(home or layer.support(adapter).device)
         self.dtype = torch.promote_types(layer.support(adapter).dtype, torch.float32)
         self.seen = 0  # batches that reached this sketch, over all passes
         self.silent = False  # reached by none, or by zeros only
         self.finished = False
         self.pending: dict[str, Tensor] = {}
-        self.sums: dict[str, Tensor] = {}  # of the passes that are over
+        self.sums: dict[str, Tensor] = {}  # of the passes that are over, on the CPU
+        self.omega: Tensor | None = None
         self.basis: Tensor | None = None  # Q (n x k), once the first pass is over
         self.begin_pass()
 
@@ -133,35 +154,57 @@ class Sketch:
         return _rows(x if self.side == "input" else y0)
 
     def zeros(self, *shape: int) -> Tensor:
-        return torch.zeros(shape, dtype=self.dtype, device=self.device)
+        return torch.zeros(shape, dtype=self.dtype, device=self.home)
 
     def plus(self, name: str, value: Tensor) -> None:
-        self.pending[name] += value
+        self.pending[name] += value.to(self.home)
 
     def gaussian(self, rows: int) -> Tensor:
-        generator = torch.Generator().manual_seed(self.seed)
-        return torch.randn(rows, self.columns + PROBES, generator=generator).to(self.device)
+        shape = (rows, self.columns + PROBES)
+        held = _GAUSSIANS.get((*shape, self.seed, self.home))
+        if held is None:
+            on_meta = self.home.type == "meta"
+            generator = None if on_meta else torch.Generator().manual_seed(self.seed)
+            drawn = torch.randn(shape, generator=generator, device="meta" if on_meta else "cpu")
+            held = _GAUSSIANS[(*shape, self.seed, self.home)] = drawn.to(self.home)
+        return held
+
+    def held(self) -> int:
+        """Bytes of its tensors now, without Omega's, which other sketches share."""
+        return sum(held.nbytes for held in (*self.pending.values(), self.basis) if held is not None)
+
+    def workspace(self, rows: int, dtype: torch.dtype, device: str, offload: bool) -> int:
+        """Bytes, at most, of what `keep` and `collect` make and drop for so many rows in `dtype` on a device of this type."""
+        tall, k, size = max(self.width, self.other), self.columns + PROBES, self.dtype.itemsize
+        narrow = dtype.itemsize < size and (dtype, device) != (torch.bfloat16, "cuda")
+        wide = (
+            rows * tall * (size * narrow + dtype.itemsize * (not self.tap_input))
+        )  # a copy in float32; the tap's own of Y
+        return wide + 2 * rows * k * size + (3 + offload) * tall * k * size
+
+    def start_second_pass(self, basis: Tensor) -> None:
+        self.basis = basis.to(self.home)
+        self.begin_pass()
+
+    def require_finite(self, name: str, when: str) -> None:
+        for what, value in self.pending.items():
+            if not bool(torch.isfinite(value).all()):
+                raise linalg.NonFiniteError(f"layer {name} saw NaN or Inf in {when} ({what}); nothing was changed")
 
     def end_pass(self, name: str) -> None:
         """Judge the pass by its sums and say whether another one is needed (`finished`)."""
-        for what, value in self.pending.items():
-            if not bool(torch.isfinite(value).all()):
-                raise linalg.NonFiniteError(
-                    f"layer {name} saw NaN or Inf while calibrating ({what}); nothing was changed"
-                )
-        self.sums |= self.pending
+        self.require_finite(name, "calibration")
+        self.sums |= {what: value.cpu() for what, value in self.pending.items()}
         main = self.sums.get("sketch", self.sums.get("moment"))
         if not bool(main.any()):
             self.silent = self.finished = True
         elif self.basis is None:
-            q = linalg.orthonormalize(main[:, : self.columns].cpu().numpy())
-            self.basis = torch.from_numpy(q).to(main.device)
-            self.begin_pass()
+            self.start_second_pass(torch.from_numpy(linalg.orthonormalize(main[:, : self.columns].numpy())))
         else:
             self.finished = True
 
     def numpy(self, name: str) -> np.ndarray:
-        return self.sums[name].double().cpu().numpy()
+        return self.sums[name].double().numpy()
 
     def solve(self) -> tuple[np.ndarray, np.ndarray, float, float]:
         """(V (k x r), all values found, ||S||_F^2 or ||G||_F^2, its standard error) of the compressed problem."""
@@ -193,10 +236,10 @@ class Sketch:
 class SkewSketch(Sketch):
     """S = (B^T A - A^T B) / 2 with B the gradient at A."""
 
-    pairs = True
+    backward = pairs = True
 
-    def __init__(self, layer: AdaptedLinear, adapter: str, seed: int, loss_scale: float = 1.0):
-        super().__init__(layer, adapter, seed, loss_scale)
+    def __init__(self, layer: AdaptedLinear, adapter: str, seed: int, loss_scale: float, home: Any):
+        super().__init__(layer, adapter, seed, loss_scale, home)
         self.tap_input = self.side == "input"
         self.omega = self.gaussian(self.width)
 
@@ -240,8 +283,10 @@ class SkewSketch(Sketch):
 class GradientSketch(Sketch):
     """G = dY^T X (input side), or its transpose (output side): right singular vectors either way."""
 
-    def __init__(self, layer: AdaptedLinear, adapter: str, seed: int, loss_scale: float = 1.0):
-        super().__init__(layer, adapter, seed, loss_scale)
+    backward = True
+
+    def __init__(self, layer: AdaptedLinear, adapter: str, seed: int, loss_scale: float, home: Any):
+        super().__init__(layer, adapter, seed, loss_scale, home)
         self.omega = self.gaussian(self.other)
 
     def begin_pass(self) -> None:
@@ -265,7 +310,8 @@ class GradientSketch(Sketch):
         if self.basis is None:
             self.plus("sketch", _inner(own, _product(other, self.omega[rows])))
         else:
-            self.pending["image"][rows] += _inner(other, own if self.side == "input" else _product(own, self.basis))
+            image = _inner(other, own if self.side == "input" else _product(own, self.basis))
+            self.pending["image"][rows] += image.to(self.home)
 
     def solve(self) -> tuple[np.ndarray, np.ndarray, float, float]:
         image = self.numpy("image")
@@ -283,14 +329,14 @@ class GradientSketch(Sketch):
 class ActivationSketch(Sketch):
     """X^T X (or Y0^T Y0): forward passes only."""
 
-    def __init__(self, layer: AdaptedLinear, adapter: str, seed: int, loss_scale: float = 1.0):
-        super().__init__(layer, adapter, seed, loss_scale)
+    def __init__(self, layer: AdaptedLinear, adapter: str, seed: int, loss_scale: float, home: Any):
+        super().__init__(layer, adapter, seed, loss_scale, home)
         self.omega = self.gaussian(self.width)
 
     def begin_pass(self) -> None:
         k = self.columns
         if self.basis is None:
-            norm = torch.zeros((), dtype=torch.float64, device=self.device)
+            norm = torch.zeros((), dtype=torch.float64, device=self.home)
             self.pending = {"sketch": self.zeros(self.width, k + PROBES), "norm": norm}
         else:
             self.pending = {"moment": self.zeros(k, k)}
@@ -313,9 +359,9 @@ class ActivationSketch(Sketch):
 class MomentSketch(Sketch):
     """Only sum z^T z, z = A P, for the order inside a support that the layer already has."""
 
-    def __init__(self, layer: AdaptedLinear, adapter: str, seed: int, loss_scale: float = 1.0):
-        super().__init__(layer, adapter, seed, loss_scale)
-        self.basis = layer.support(adapter).to(self.dtype)
+    def __init__(self, layer: AdaptedLinear, adapter: str, seed: int, loss_scale: float, home: Any):
+        super().__init__(layer, adapter, seed, loss_scale, home)
+        self.basis = layer.support(adapter).to(self.home, self.dtype)
         self.energy = layer.energy(adapter)
 
     def begin_pass(self) -> None:
@@ -340,12 +386,12 @@ def _rows(tensor: Tensor) -> Tensor:
 def _product(a: Tensor, b: Tensor) -> Tensor:
     """A B of a large A and a skinny B, in float32 or wider: half-precision products are slow on a CPU, and float16 could overflow.
 
-    bfloat16 on a GPU is multiplied as it is, B rounded to it, and summed in float32.
+    B comes to A's device. bfloat16 on a GPU is multiplied as it is, B rounded to it, and summed in float32.
     """
     if a.is_cuda and a.dtype == torch.bfloat16:
-        return torch.mm(a, b.to(a.dtype), out_dtype=torch.float32)
+        return torch.mm(a, b.to(a.device, a.dtype), out_dtype=torch.float32)
     work = torch.promote_types(torch.promote_types(a.dtype, b.dtype), torch.float32)
-    return a.to(work) @ b.to(work)
+    return a.to(work) @ b.to(a.device, work)
 
 
 def _inner(a: Tensor, b: Tensor) -> Tensor:

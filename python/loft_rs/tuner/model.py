@@ -28,6 +28,7 @@ __all__ = [
     "note_frozen_ranks",
     "orthogonality_error",
     "owners",
+    "require_plain",
     "require_supports",
     "require_untrained",
 ]
@@ -306,6 +307,30 @@ def require_supports(layers: dict[str, Linear], adapter: str, caller: str) -> No
         raise ValueError(
             f"{caller} needs supports, but adapter {adapter!r} has none yet in {unset[0]}: call loft_rs.calibrate(model, dataloader) "
             "and train it first"
+        )
+
+
+def require_plain(model: nn.Module, caller: str) -> None:
+    """ValueError for a model whose wrapper, or whose partitioned weights, would not let a tap see its layers."""
+    kinds = {kind.__name__ for kind in type(model).__mro__}
+    if "DistributedDataParallel" in kinds or "DataParallel" in kinds:
+        raise ValueError(
+            f"{caller} needs the model itself, not {type(model).__name__}: pass model.module (accelerate: "
+            "accelerator.unwrap_model(model)) in every process, or call this before wrapping it"
+        )
+    if hasattr(model, "_orig_mod") or any(module._compiled_call_impl is not None for module in model.modules()):
+        raise ValueError(
+            f"{caller} needs an eager model: call it before torch.compile, or pass the model that was compiled (model._orig_mod)"
+        )
+    if any("FullyShardedDataParallel" in {kind.__name__ for kind in type(m).__mro__} for m in model.modules()):
+        raise ValueError(
+            f"{caller} cannot see into FSDP1's flat parameters: call it before wrapping, or use fully_shard"
+        )
+    if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
+        raise ValueError(
+            f"{caller} cannot read weights that DeepSpeed ZeRO-3 has partitioned: call it before deepspeed.initialize or "
+            "accelerator.prepare, or choose the supports in a run without ZeRO-3 (loft_rs.save_supports(path, report.layers)) and build "
+            "the adapter with LoftConfig(support=path)"
         )
 
 

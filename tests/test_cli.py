@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import warnings
 
 import numpy as np
 import pytest
@@ -272,6 +273,29 @@ def test_export_lora_and_merge_keep_the_output(trained, tmp_path, capsys):
             peft.PeftModel.from_pretrained(base, tmp_path / "lora").eval()(tokens).logits, wanted, atol=1e-5, rtol=0
         )
         torch.testing.assert_close(merged(tokens).logits, wanted, atol=1e-5, rtol=0)
+
+
+def test_an_oft_adapter_is_exported_to_a_lora_of_the_rank_asked_for(trained, tmp_path, capsys):
+    peft, transformers = pytest.importorskip("peft"), pytest.importorskip("transformers")
+    from loft_rs import LoftConfig
+
+    base = transformers.AutoModelForCausalLM.from_pretrained(trained[0] / "base")
+    config = LoftConfig.oft(8, target_modules=["q_proj"], task_type="CAUSAL_LM", init_weights=False)
+    peft.get_peft_model(base, config).save_pretrained(tmp_path / "oft")
+    arguments = ("export-lora", tmp_path / "oft", "--out", tmp_path / "lora")
+    capsys.readouterr()
+    said = fails(capsys, *arguments)
+    assert "loft-rs merge" in said and "--approximate-rank" in said
+    with warnings.catch_warnings():
+        warnings.simplefilter("default")
+        assert main([*map(str, arguments), "--approximate-rank", "4"]) == 0
+    assert "relative error" in capsys.readouterr().err
+    assert json.loads((tmp_path / "lora" / "adapter_config.json").read_text())["r"] == 4
+    config = peft.OFTConfig(oft_block_size=8, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    base = transformers.AutoModelForCausalLM.from_pretrained(trained[0] / "base")
+    peft.get_peft_model(base, config).save_pretrained(tmp_path / "peft")
+    capsys.readouterr()
+    assert "loft-rs convert" in fails(capsys, "inspect", tmp_path / "peft")
 
 
 def test_merge_takes_the_tokenizer_along(trained, tmp_path, capsys):

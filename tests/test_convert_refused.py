@@ -139,6 +139,15 @@ def test_files_and_folders_that_do_not_do_are_named(plain, tmp_path):
     convolution.mid = nn.Conv2d(3, 3, 3)
     with pytest.raises(ValueError, match="module 'mid' of base_model is a Conv2d; only linear layers"):
         convert_adapter(source, tmp_path / "b", convolution)
+    for name, folders in (("src", (None, tmp_path / "b")), ("dst", (source, 3))):
+        with pytest.raises(TypeError, match=f"{name} must be the path of a folder"):
+            convert_adapter(*folders)
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text("{}")
+    with pytest.raises(ValueError, match="dst: .*model holds a model"):
+        convert_adapter(source, tmp_path / "model")
+    with pytest.raises(ValueError, match="base_model: .*hra holds an adapter"):
+        convert_adapter(source, tmp_path / "b", tmp_path / "hra")
     (source / WEIGHTS).write_bytes((source / WEIGHTS).read_bytes()[:-3])
     with pytest.raises(ValueError, match="not a safetensors file, or a damaged one"):
         convert_adapter(source, tmp_path / "b")

@@ -325,3 +325,21 @@ def test_a_step_captured_in_a_cuda_graph_trains_as_the_eager_one(tied, transform
         torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-3)
         moved = max(moved, float(b.detach().abs().max()))
     assert moved > 1e-2
+
+
+@pytest.mark.parametrize("config", [LoftConfig.oft(8), LoftConfig.boft(8, 2), LoftConfig.hra(8), LoftConfig.psoft(8)])
+def test_recovered_methods_take_no_rows_and_changes_in_place(config):
+    config = copy.deepcopy(config)
+    config.target_modules, config.init_weights = ["0"], False
+    base = torch.nn.Sequential(torch.nn.Linear(64, 96, bias=False)).cuda()
+    model = peft.get_peft_model(base, config)
+    x = torch.randn(16, 64, device="cuda")
+    grads = []
+    for follow in (lambda y: y.add_(1).relu_(), lambda y: (y + 1).relu()):
+        follow(model(x)).square().sum().backward()
+        grads.append([p.grad.clone() for p in model.parameters() if p.requires_grad])
+        model.zero_grad()
+    for a, b in zip(*grads, strict=True):
+        torch.testing.assert_close(a, b)
+    model(x[:0]).sum().backward()
+    assert not any(p.grad.any() for p in model.parameters() if p.requires_grad)

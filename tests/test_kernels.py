@@ -84,6 +84,7 @@ def test_turns_in_the_interpreter():
 @pytest.mark.parametrize("permuted", [False, True])
 def test_turns_on_a_gpu(b, permuted, dtype):
     assert kernels.turns(torch.zeros(2, b, device="cuda", dtype=dtype), b)
+    assert not kernels.turns(torch.zeros(0, b, device="cuda", dtype=dtype), b)
     for rows, n in ((5, b), (1000, 4 * b)):
         turned, back, product = turn_errors(rows, n, b, permuted, dtype, "cuda")
         assert max(turned, back) <= torch.finfo(dtype).eps * (b**0.5 if dtype == torch.float32 else 1)

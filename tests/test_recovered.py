@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -12,7 +13,8 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from loft_rs.factor import Blocks, RotateBlocks, householder
+from loft_rs import factor as factors_module
+from loft_rs.factor import Blocks, RotateBlocks, ScaleOutput, householder
 from loft_rs.kinds import Householder, Partition, butterfly
 
 EPS = torch.finfo(torch.float64).eps
@@ -145,13 +147,23 @@ peft = pytest.importorskip("peft")
 from loft_rs import LoftConfig, calibrate, export_lora, lora_factors, orthogonality_error  # noqa: E402
 from loft_rs.inspection import inspect_adapter, text_table  # noqa: E402
 
+
+def gram_schmidt(r: int, **options) -> LoftConfig:
+    with (
+        pytest.warns(UserWarning, match="starts at a reflection")
+        if options.get("init_weights", True)
+        else nullcontext()
+    ):
+        return LoftConfig.hra(r, gram_schmidt=True, **options)
+
+
 CONFIGS = {
     "oft": lambda **o: LoftConfig.oft(8, **o),
     "oft shared": lambda **o: LoftConfig.oft(8, share=True, **o),
     "oft neumann": lambda **o: LoftConfig.oft(4, neumann_terms=3, **o),
     "boft": lambda **o: LoftConfig.boft(4, 2, **o),
     "hra": lambda **o: LoftConfig.hra(6, **o),
-    "hra gram-schmidt": lambda **o: LoftConfig.hra(4, gram_schmidt=True, **o),
+    "hra gram-schmidt": lambda **o: gram_schmidt(4, **o),
     "psoft": lambda **o: LoftConfig.psoft(8, **o),
     "psoft neumann": lambda **o: LoftConfig.psoft(8, neumann_terms=2, **o),
 }
@@ -248,6 +260,101 @@ def test_half_precision_bases_keep_their_parameters_in_float32(name, dtype):
     assert torch.linalg.norm(low(X.to(dtype)).float() - y) <= 3e-2 * torch.linalg.norm(y)
     low(X.to(dtype)).float().square().sum().backward()
     assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in low.parameters() if p.requires_grad)
+
+
+class Quantised(nn.Linear):
+    """8-bit weights with a scale for each row, as a quantised layer of any package: no dense weight to read."""
+
+    def __init__(self, linear: nn.Linear):
+        super().__init__(linear.in_features, linear.out_features, bias=linear.bias is not None)
+        scale = linear.weight.detach().abs().amax(1, keepdim=True) / 127
+        self.register_buffer("scale", scale)
+        self.weight = nn.Parameter((linear.weight.detach() / scale).round().to(torch.int8), requires_grad=False)
+        self.bias = linear.bias
+
+    def forward(self, x):
+        return nn.functional.linear(x, self.weight * self.scale, self.bias)
+
+
+# PSOFT takes its support from a dense weight.
+@pytest.mark.parametrize("name", [name for name in CONFIGS if "psoft" not in name])
+def test_quantised_bases_are_turned_as_dense_ones(name):
+    quantised, dense = Net(), Net()
+    for module in ("up", "down", "out"):
+        layer = Quantised(getattr(quantised, module))
+        getattr(dense, module).weight.data = layer.weight * layer.scale
+        setattr(quantised, module, layer)
+    pair = [build(name, base, init_weights=False) for base in (quantised, dense)]
+    pair[0].load_state_dict({k: v for k, v in pair[1].state_dict().items() if "loft_" in k}, strict=False)
+    for model in pair:
+        train(model)
+    torch.testing.assert_close(pair[0](X), pair[1](X), atol=1e-5, rtol=1e-5)
+    with pytest.raises(TypeError, match="dense base weight"):
+        pair[0].merge_adapter()
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_what_follows_may_change_the_output_in_place(name):
+    class InPlace(Net):
+        def forward(self, x):
+            return self.out(torch.tanh(self.down(self.up(x).mul_(0.5)).add_(1).relu_()))
+
+    grads = []
+    for _ in range(2):
+        model = build(name, InPlace().double(), init_weights=False)  # the same start: Net sets the seed
+        if grads:  # the second copies what the layers give, and so has nothing to protect
+            for module in ("up", "down", "out"):
+                getattr(model.base_model.model, module).register_forward_hook(lambda m, a, y: y.clone())
+        model(X.double()).square().sum().backward()
+        grads.append([p.grad for p in model.parameters() if p.requires_grad])
+    for a, b in zip(*grads, strict=True):
+        torch.testing.assert_close(a, b, atol=0, rtol=1e-12)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_autocast_leaves_the_rotation_in_float32(name):
+    """Under autocast a float32 base layer multiplies in bf16, and the small matrices are computed as without it."""
+    model = build(name, init_weights=False)
+    layer = model.base_model.model.up
+    whole = layer.factor("default").apply(X)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(layer.factor("default").apply(X), whole)
+        y = model(X)
+        y.float().square().sum().backward()
+    exact = model(X).detach()
+    assert torch.linalg.norm(y.float() - exact) <= 3e-2 * torch.linalg.norm(exact)
+    assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_no_rows_at_all(name):
+    model = build(name, init_weights=False)
+    y = model(X[:0])
+    assert y.shape == (0, 32)
+    y.sum().backward()
+    assert not any(p.grad.any() for p in model.parameters() if p.requires_grad)
+
+
+@given(st.integers(1, 7), st.integers(1, 9), st.sampled_from([(), (3,), (2, 3)]), st.integers(0, 99))
+def test_output_scale_against_float64(rows, m, leading, seed):
+    shape = (*leading, rows, m) if leading else (m,)
+    y, scale, g = random(*shape, seed=seed), random(m, seed=seed + 1), random(*shape, seed=seed + 2)
+    scale[0] = -1  # a factor of 0
+    inputs = y.requires_grad_(), scale.requires_grad_()
+    wanted = torch.autograd.grad(y * (1 + scale), inputs, g)
+    for got, expected in zip(torch.autograd.grad(ScaleOutput.apply(y, scale), inputs, g), wanted, strict=True):
+        torch.testing.assert_close(got, expected, atol=EPS * 100, rtol=0)
+
+
+def test_output_scale_sums_half_precision_in_float32(monkeypatch):
+    monkeypatch.setattr(factors_module, "_SUMMED", 64)  # several pieces
+    y, g = (1e-4 * random(40, 8, seed=s).to(torch.float16) for s in (0, 1))  # whose products float16 takes for 0
+    scale = torch.zeros(8, requires_grad=True)
+    ScaleOutput.apply(y, scale).backward(g)
+    exact = (y.double() * g.double()).sum(0)
+    assert float((scale.grad - exact).abs().max()) <= 40 * torch.finfo(torch.float32).eps * float(
+        (y.double() * g.double()).abs().sum(0).max()
+    )
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
@@ -380,6 +487,61 @@ def test_what_chooses_supports_refuses_adapters_without_one(name):
 def test_options_that_do_not_go_together_are_named(options, message):
     with pytest.raises(ValueError, match=message):
         LoftConfig(r=4, **options)
+
+
+def test_outputs_are_turned_and_scaled_in_the_order_of_merging():
+    """A scale and an output rotation do not commute."""
+    model = build("boft", init_weights=False)
+    with torch.no_grad():
+        model.base_model.model.up.loft_scale["default"].copy_(torch.linspace(-0.5, 0.5, 64))
+    other = LoftConfig(r=4, target_modules=["up"], support="random", side="output", init_weights=False)
+    model.add_adapter("second", other)
+    for order in (["default", "second"], ["second", "default"]):
+        model.base_model.set_adapter(order)
+        y = model(X).detach()
+        model.merge_adapter(order)
+        torch.testing.assert_close(model(X), y, atol=2e-6, rtol=1e-6)
+        model.unmerge_adapter()
+
+
+@pytest.mark.parametrize(
+    "make, what",
+    [
+        (lambda: LoftConfig.hra(3), "r = 3 is odd"),
+        (lambda: LoftConfig.hra(4, rank_pattern={"up": 5}), r"rank_pattern\['up'\] = 5 is odd"),
+        (lambda: LoftConfig.hra(4, gram_schmidt=True), "starts at a reflection"),
+    ],
+)
+def test_vectors_that_do_not_start_at_the_base_model_warn(make, what, recwarn):
+    with pytest.warns(UserWarning, match=what):
+        make()
+    recwarn.clear()
+    LoftConfig.hra(4)
+    assert not recwarn
+
+
+def test_fields_that_a_method_sets_are_named():
+    with pytest.raises(TypeError, match=r"LoftConfig\.oft sets r itself"):
+        LoftConfig.oft(32, r=8)
+    with pytest.raises(ValueError, match=r"r \(the block size\) must be a positive integer"):
+        LoftConfig.oft(0)
+
+
+def test_a_width_without_a_block_size_is_named():
+    with pytest.raises(ValueError, match="0: no block size near 8 divides a layer 37 wide; leave it out"):
+        peft.get_peft_model(nn.Sequential(nn.Linear(37, 8)), LoftConfig.oft(8, target_modules=["0"]))
+    assert Partition().fit(2, 7 * 11, 8) == 7
+
+
+def test_a_zero_vector_is_refused_when_loaded(tmp_path):
+    model = build("hra")
+    state = {k: v.clone() for k, v in model.state_dict().items()}
+    key = next(key for key in state if "loft_theta" in key)
+    state[key][:, 1] = 0
+    before = model(X)
+    with pytest.raises(ValueError, match="holds a zero vector"):
+        model.load_state_dict(state)
+    assert torch.equal(model(X), before)
 
 
 def test_factors_beyond_the_width_are_named():

@@ -259,3 +259,15 @@ def test_a_compiled_model_sees_a_step():
     after = compiled(x)
     assert not torch.allclose(after, before)
     torch.testing.assert_close(after, model(x))
+
+
+def test_an_input_changed_in_place_in_inference_mode_is_seen():
+    model = build()
+    block = blocks(model)[0]
+    x = torch.randn(5, 24, dtype=torch.float64)
+    with torch.inference_mode():
+        inner = x.clone()
+        block.q(inner)
+        inner.mul_(2)
+        found = block.k(inner)
+    torch.testing.assert_close(found, block.k(2 * x))

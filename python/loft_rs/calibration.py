@@ -16,6 +16,7 @@ of a support is theirs (`evidence.py`). With a `Budget` layers are calibrated fo
 
 from __future__ import annotations
 
+import logging
 import os
 import time
 import warnings
@@ -33,6 +34,7 @@ from ._checks import is_int
 from ._io import check_writable
 from .budget import Budget, share_ranks
 from .evidence import Evidence, overlap
+from .footprint import Footprint, Survey, byte_count, checkpointed_blocks
 from .linalg import NonFiniteError, orthonormalize
 from .ranks import Ranks
 from .saved_sketches import write_sketches
@@ -40,11 +42,12 @@ from .sketch import LayerTap, Sketch, plan_for, sketch_for
 from .support import Support, blind_support
 from .tuner.config import CALIBRATED_SUPPORTS, DATA_FREE_SUPPORTS, LoftConfig
 from .tuner.layer import Linear
-from .tuner.model import adapted_layers, owners, require_untrained, set_ranks
+from .tuner.model import adapted_layers, owners, require_plain, require_untrained, set_ranks
 from .tuner.selection import choose_supports
 
 __all__ = ["CalibrationReport", "calibrate", "checked_batches"]
 
+_LOG = logging.getLogger(__name__)
 HEAD_STEPS = 20
 HEAD_LEARNING_RATE = 1e-3
 # Mean losses have gradients that float16 rounds to zero. A power of two changes nothing in the other formats.
@@ -60,6 +63,7 @@ class CalibrationReport:
 
     layers: module name -> the `Support` stored there (energy with its standard error, values, order)
     evidence: module name -> `Evidence`, how far that support is the task's and not these batches'; of chosen supports only
+    memory: the bytes it was to take above the frozen training step, as it was known before it started
     """
 
     method: str
@@ -70,6 +74,7 @@ class CalibrationReport:
     seconds: float
     layers: dict[str, Support] = field(repr=False)
     evidence: dict[str, Evidence] = field(default_factory=dict, repr=False)
+    memory: Footprint | None = None
 
     def __str__(self) -> str:
         batches = f", {self.batches} batches" if self.batches is not None else ""
@@ -79,6 +84,8 @@ class CalibrationReport:
             f"{'layer':<48} {'rank':>5} {'energy':>8} {'+-':>7}"
             + f" {'agreement':>10} {'reproducible':>13} {'for .9':>7}" * bool(self.evidence),
         ]
+        if self.memory is not None:
+            lines.insert(1, f"memory: {self.memory}")
         for name, s in self.layers.items():
             line = f"{name[-48:]:<48} {s.rank:>5} {s.energy:>8.4f} {s.energy_stderr:>7.4f}"
             if e := self.evidence.get(name):
@@ -106,12 +113,15 @@ def calibrate(
     budget: Budget | None = None,
     share_by: str = "energy",
     save_sketches: str | os.PathLike | None = None,
+    memory: int | str | None = None,
+    offload: bool = False,
     progress: bool | None = None,
 ) -> CalibrationReport:
     """Choose and store the supports of an untrained LOFT adapter from a task's batches, then order them (`LoftConfig.order`).
 
     Args:
-        model: a PEFT model with a LOFT adapter, on any device, not wrapped in DDP and not compiled.
+        model: a PEFT model with a LOFT adapter, on any device and of any base, not wrapped in DDP and not compiled; FSDP2 (`fully_shard`)
+            and gradient checkpointing stay as they are.
         dataloader: batches as the model takes them: a mapping gives `model(**batch)`, a list or tuple `model(*batch)`. Gradient
             supports need `.loss` in the output, so the batches must carry labels. The first `max_batches` are kept and used in every
             pass. The loss is scaled, so that float16 gradients do not vanish.
@@ -134,17 +144,25 @@ def calibrate(
             ("reproducible").
         save_sketches: a file for the sketches of a single pass, from which `loft_rs.supports_from_sketches` computes the same
             supports, also of several files together. With a budget they are those of the wider trial ranks.
+        memory: the most bytes, or a string as "512MiB", that this may take on the model's device above the frozen training step. Layers
+            are then calibrated in groups, each over the same batches again, with the same result up to what a backward pass on a GPU
+            does not repeat to the bit. None: all layers at once. With a train_step only the sketches count, since nothing is known of
+            its batches. What it takes is in the report (`memory`), and logged before the first pass.
+        offload: hold the sketches on the CPU between batches.
         progress: show a progress bar; None: on a terminal only.
 
     In a `torch.distributed` run every process calls this with its own share of the batches, and all get the supports, and the
-    warmed-up head, that one process with all the batches would get (rank 0's, bit for bit); an error in one raises in all.
+    warmed-up head, that one process with all the batches would get (rank 0's, bit for bit); an error in one raises in all. Under FSDP2
+    every process must have equally many batches. DeepSpeed ZeRO-3, FSDP1: calibrate before they take the model.
 
     Dropout is off, gradients of parameters are left as they were, no base parameter is ever asked for one. A layer that no batch
     reaches keeps the support it has, or gets a random one, with a warning. TypeError or ValueError for a bad argument, a trained
-    adapter or batches without loss or gradient; `loft_rs.NonFiniteError` names the layer that saw NaN or Inf. The adapter and the
-    head are changed only once everything has succeeded.
+    adapter, batches without loss or gradient, or a layer that alone needs more than `memory`; `loft_rs.NonFiniteError` names the batch
+    and the layer that saw NaN or Inf. The adapter and the head are changed only once everything has succeeded.
     """
     started = time.perf_counter()
+    require_plain(model, "calibrate")
+    limit = byte_count(memory)
     ranks = Ranks(next(model.parameters()).device)
     with ranks.stage():
         adapter, adapted = adapted_layers(model, adapter_name)
@@ -163,42 +181,75 @@ def calibrate(
         batches = checked_batches(dataloader, train_step, max_batches)
         head = _head_parameters(model)
         head_steps = _head_steps(head_steps, head, needs_gradient)
+        sharded = any("FSDPModule" in {kind.__name__ for kind in type(m).__mro__} for m in model.modules())
+        if sharded and head_steps:
+            raise ValueError(
+                "head_steps cannot warm up a head that FSDP2 has sharded: calibrate before fully_shard, or give 0"
+            )
         run = _Runner(model, layers, adapter, batches, train_step, ranks, progress)
         if method not in CALIBRATED_SUPPORTS and not all(layer.ready(adapter) for layer in layers.values()):
             choose_supports(layers, config, adapter)  # built to be loaded, and never was
+    if sharded and batches is not None:
+        total = ranks.total(len(batches))
+        with ranks.stage():
+            if total != ranks.size * len(batches):
+                raise ValueError(
+                    f"dataloader must give every process equally many batches under FSDP2: {total} in all, {len(batches)} here"
+                )
     with _calibrating(model, adapted, head if head_steps else []):
         if head_steps:
             run.warm_up(head, head_steps)
-        plan = {"order": order, "seed": config.seed, "oversampling": oversampling, "single": passes == 1}
-        sketches = {
-            name: sketch_for(
-                plan_for(
-                    method,
-                    layer,
-                    adapter,
-                    rank=trial.get(name),
-                    loss_scale=run.loss_scale if needs_gradient else 1.0,
-                    **plan,
-                ),
-                layer,
-                adapter,
-            )
-            for name, layer in layers.items()
+        options = {"order": order, "seed": config.seed, "oversampling": oversampling, "single": passes == 1}
+        options["loss_scale"] = run.loss_scale if needs_gradient else 1.0
+        plans = {
+            name: plan_for(method, layer, adapter, rank=trial.get(name), **options) for name, layer in layers.items()
         }
-        done = 0
-        while live := {name: sketch for name, sketch in sketches.items() if not sketch.finished}:
-            done += 1
-            run.one_pass(live, backward=needs_gradient, label=f"calibration pass {done}", tol=None if done > 1 else tol)
-            with ranks.stage():
-                for name, sketch in live.items():
-                    sketch.end_pass(name)
+        survey = Survey(plans, model, layers, adapter, offload)
+        run.show(survey)
         with ranks.stage():
-            heard = {name: sketch for name, sketch in sketches.items() if not sketch.silent}
-            shared = _shared(heard, layers, budget, share_by) if budget else {}
-            supports = {name: sketch.support(done, shared.get(name)) for name, sketch in heard.items()}
-            supports |= _unreached({n: layers[n] for n, sketch in sketches.items() if sketch.silent}, config, adapter)
+            groups, footprint = survey.groups(limit)
+            if tol is not None and len(groups) > 1:
+                raise ValueError(
+                    "tol needs all layers at once, to stop at one batch for all: give more memory, or no tol"
+                )
+        groups, footprint = ranks.first((groups, footprint))
+        if ranks.rank == 0:
+            _LOG.info("calibrate: %s", footprint)
+        done, supports, silent, heard, evidence = 0, {}, {}, {}, {}
+        home = torch.device("cpu") if offload else None
+        for number, group in enumerate(groups, 1):
+            sketches = {name: sketch_for(plans[name], layers[name], adapter, home) for name in group}
+            turn = 0
+            while live := {name: sketch for name, sketch in sketches.items() if not sketch.finished}:
+                turn += 1
+                of = f", group {number} of {len(groups)}" if len(groups) > 1 else ""
+                run.one_pass(
+                    live,
+                    backward=needs_gradient,
+                    label=f"calibration pass {turn}{of}",
+                    last=number == len(groups),
+                    tol=None if turn > 1 else tol,
+                )
+                with ranks.stage():
+                    for name, sketch in live.items():
+                        sketch.end_pass(name)
+            done = max(done, turn)
+            silent |= {name: layers[name] for name, sketch in sketches.items() if sketch.silent}
+            found = {name: sketch for name, sketch in sketches.items() if not sketch.silent}
+            evidence |= {name: ranks.first(sketch.evidence) for name, sketch in found.items() if sketch.evidence}
+            with ranks.stage():
+                if budget is None:
+                    supports |= {name: sketch.support(turn) for name, sketch in found.items()}
+                if budget or save_sketches is not None:  # which need them all
+                    for name, sketch in found.items():
+                        sketch.retire()
+                        heard[name] = sketch
+        with ranks.stage():
+            if budget:
+                shared = _shared(heard, layers, budget, share_by)
+                supports = {name: sketch.support(done, shared[name]) for name, sketch in heard.items()}
+            supports |= _unreached(silent, config, adapter)
         supports = {name: ranks.first(supports[name]) for name in layers}
-        evidence = {name: ranks.first(sketch.evidence) for name, sketch in heard.items() if sketch.evidence}
         if save_sketches is not None:
             names = {id(layer): name for name, layer in adapted.items()}
             tied = {name: [names[id(each)] for each in layers[name].tied(adapter)] for name in heard}
@@ -211,9 +262,10 @@ def calibrate(
     if budget:
         set_ranks(adapted, adapter, {name: support.rank for name, support in supports.items()})
     for name, layer in layers.items():
-        if not (sketches[name].silent and layer.ready(adapter)):
+        if not (name in silent and layer.ready(adapter)):
             layer.set_basis(adapter, supports[name].basis, supports[name].energy)
-    return CalibrationReport(method, order, done, used, head_steps, time.perf_counter() - started, supports, evidence)
+    seconds = time.perf_counter() - started
+    return CalibrationReport(method, order, done, used, head_steps, seconds, supports, evidence, footprint)
 
 
 def checked_batches(
@@ -369,19 +421,68 @@ def _evaluate(module: nn.Module, *_: Any) -> None:
     module.training = False
 
 
-def _untapped(adapter: str) -> Callable[..., Tensor]:
-    """The tap of a layer that has nothing to show: its adapter is at the identity."""
-    return lambda layer, x, *args, **kwargs: layer.at_identity(x, adapter, *args, **kwargs)
+def _train(module: nn.Module, *_: Any) -> None:
+    module.training = True
+
+
+def _evaluating(block: nn.Module) -> tuple[Callable[..., None], Callable[..., Any]]:
+    """(forward pre-hook, checkpoint function) with which a block is checkpointed, as transformers does in training mode alone, and yet
+    runs in evaluation mode."""
+    checkpoint, running = block._gradient_checkpointing_func, []
+
+    def hook(*_: Any) -> None:
+        block.training = torch.is_grad_enabled() and not running
+
+    def run(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        def evaluated(*inner: Any) -> Any:
+            running.append(True)
+            block.training = False
+            try:
+                return function(*inner)
+            finally:
+                running.pop()
+                block.training = True
+
+        return checkpoint(evaluated, *args, **kwargs)
+
+    return hook, run
+
+
+def _untapped(adapter: str, reach: bool = False) -> Callable[..., Tensor]:
+    """The tap of a layer that has nothing to show: its adapter is at the identity. reach: its input gets a gradient, so that the loss
+    has a backward pass whichever layers are tapped."""
+
+    def run(layer: Linear, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if reach and torch.is_grad_enabled() and not x.requires_grad:
+            x = x.detach().requires_grad_()
+        return layer.at_identity(x, adapter, *args, **kwargs)
+
+    return run
 
 
 @contextmanager
 def _calibrating(model: nn.Module, layers: Mapping[str, Linear], head: list[nn.Parameter]):
-    """Dropout off whatever a train_step says, no parameter with a gradient; at the end all is put back, after an error the head too."""
+    """Dropout off whatever a train_step says, no cache, no parameter with a gradient; at the end all is put back, after an error the head
+    too."""
     training = [(module, module.training) for module in model.modules()]
     gradients = [(p, p.grad) for p in model.parameters()]
     weights = [p.detach().clone() for p in head]
-    hooks = [module.register_forward_pre_hook(_evaluate) for module in model.modules()]
+    blocks = checkpointed_blocks(model)
+    # A quantised layer may take another way in evaluation mode, without a backward pass (bitsandbytes on a CPU).
+    bases = {module for layer in layers.values() for module in layer.base_layer.modules()}
+    hooks = [
+        module.register_forward_pre_hook(_train if module in bases else _evaluate)
+        for module in model.modules()
+        if module not in blocks
+    ]
+    configs = {id(c): c for m in model.modules() if getattr(c := getattr(m, "config", None), "use_cache", False)}
+    for config in configs.values():  # with a cache transformers does not see that sequences are packed
+        config.use_cache = False
     model.eval()
+    checkpoints = [(block, block._gradient_checkpointing_func) for block in blocks]
+    for block in blocks:
+        hook, block._gradient_checkpointing_func = _evaluating(block)
+        hooks.append(block.register_forward_pre_hook(hook))
     for parameter, _ in gradients:  # backward would add to it in place
         parameter.grad = None
     try:
@@ -395,6 +496,10 @@ def _calibrating(model: nn.Module, layers: Mapping[str, Linear], head: list[nn.P
             layer.tap = None
         for hook in hooks:
             hook.remove()
+        for block, checkpoint in checkpoints:
+            block._gradient_checkpointing_func = checkpoint
+        for config in configs.values():
+            config.use_cache = True
         for parameter, gradient in gradients:
             parameter.grad = gradient
         for module, mode in training:
@@ -418,6 +523,7 @@ class _Runner:
         self.layers = {name: layer.tied(adapter) for name, layer in layers.items()}
         self.ranks, self.progress = ranks, progress
         self.loss_scale = 1.0 if batches is None else LOSS_SCALE
+        self.reached: set[int] = set()  # batches that some layer of the groups so far has seen
 
     def bar(self, total: int, label: str):
         from tqdm.auto import tqdm
@@ -427,12 +533,26 @@ class _Runner:
             total=total, desc=label, disable=hidden if self.progress is None else not self.progress, leave=False
         )
 
-    def one_pass(self, sketches: Mapping[str, Sketch], *, backward: bool, label: str, tol: float | None = None) -> None:
-        """tol: after each batch all processes look whether it still changed the supports, and forget the batches that are left."""
+    def show(self, survey: Survey) -> None:
+        """One forward pass without gradient over the largest batch, where there is one to be had."""
+        with self.ranks.stage():
+            if self.batches is None:
+                return
+            for name, tied in self.layers.items():
+                for layer in tied:
+                    layer.tap = survey.tap(name, self.adapter)
+            self._forward(max(self.batches, key=_size), backward=False)
+
+    def one_pass(
+        self, sketches: Mapping[str, Sketch], *, backward: bool, label: str, last: bool, tol: float | None = None
+    ) -> None:
+        """Add one pass to these sketches. last: they are those of the last group, so that a batch no layer has seen is an error.
+        tol: after each batch all processes look whether it still changed the supports, and forget the batches that are left."""
         for name, tied in self.layers.items():
             for part, layer in enumerate(tied):
                 tapped = name in sketches
-                layer.tap = LayerTap(sketches[name], self.adapter, part) if tapped else _untapped(self.adapter)
+                reach = backward and self.batches is None
+                layer.tap = LayerTap(sketches[name], self.adapter, part) if tapped else _untapped(self.adapter, reach)
         batches = list(enumerate([None] if self.batches is None else self.batches))
         steps = [batches]
         if tol is not None:  # a process may have fewer batches than another
@@ -441,7 +561,7 @@ class _Runner:
         with self.bar(len(batches), label) as bar:
             for step, some in enumerate(steps):
                 with self.ranks.stage():
-                    self._run(some, sketches, backward, label, bar)
+                    self._run(some, sketches, backward, label, last, bar)
                 if tol is not None:
                     now = {name: self._so_far(sketch) for name, sketch in sketches.items()}
                     change = 1 - np.mean([overlap(now[n], held[n]) for n in now]) if held else 1.0
@@ -459,31 +579,39 @@ class _Runner:
         self.ranks.add_up(y)
         return sketch.directions(y.double().cpu().numpy())
 
-    def _run(self, batches: list, sketches: Mapping[str, Sketch], backward: bool, label: str, bar: Any) -> None:
-        for index, batch in batches:
+    def _run(
+        self, batches: list, sketches: Mapping[str, Sketch], backward: bool, label: str, last: bool, bar: Any
+    ) -> None:
+        again = any(sketch.sums for sketch in sketches.values())  # which this pass saw the time before
+        for number, batch in batches:
+            where = "train_step" if batch is None else f"batch {number}"
             if batch is not None:
                 for sketch in sketches.values():
-                    sketch.begin_batch((index * self.ranks.size + self.ranks.rank) % 2)
+                    sketch.begin_batch((number * self.ranks.size + self.ranks.rank) % 2)
             before = sum(sketch.seen for sketch in sketches.values())
-            self._forward(batch, backward)
-            if sum(sketch.seen for sketch in sketches.values()) == before:
+            self._forward(batch, backward, where)
+            if sum(sketch.seen for sketch in sketches.values()) > before:
+                self.reached.add(number)
+            elif again or (last and number not in self.reached):
                 what = "received a gradient" if backward else "was run"
                 how = (
-                    "check the batches"
-                    if batch is not None
-                    else "train_step must call backward() on a loss of this model"
+                    "train_step must call backward() on a loss of this model"
+                    if batch is None
+                    else "check that its loss depends on an adapted layer"
                 )
-                raise ValueError(f"{label}: no adapted layer {what}; {how}")
+                raise ValueError(f"{label}, {where}: no adapted layer {what}; {how}")
+            _require_finite(sketches, f"{label}, {where}")
             bar.update()
 
-    def _forward(self, batch: Any, backward: bool) -> None:
+    def _forward(self, batch: Any, backward: bool, where: str = "a batch") -> None:
         if batch is None:
             with torch.enable_grad():
                 self.train_step()
         elif backward:
             with torch.enable_grad():
-                loss = self._loss(batch)
-                loss.backward(torch.full_like(loss, self.loss_scale))
+                loss = self._loss(batch, where)
+                if loss.requires_grad:
+                    loss.backward(torch.full_like(loss, self.loss_scale))
         else:
             with torch.no_grad():
                 self._call(batch)
@@ -492,7 +620,7 @@ class _Runner:
         batch = _to_device(batch, self.ranks.device)
         return self.model(**batch) if isinstance(batch, Mapping) else self.model(*batch)
 
-    def _loss(self, batch: Any) -> Tensor:
+    def _loss(self, batch: Any, where: str) -> Tensor:
         output = self._call(batch)
         loss = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
         if loss is None:
@@ -500,7 +628,9 @@ class _Runner:
                 "dataloader batches gave no loss: add labels to them, or pass train_step= with your own loss"
             )
         if not bool(torch.isfinite(loss.detach())):
-            raise NonFiniteError(f"dataloader gave a batch whose loss is {float(loss.detach())}; nothing was changed")
+            raise NonFiniteError(
+                f"{where} of the dataloader has a loss that is {float(loss.detach())}; nothing was changed"
+            )
         return loss
 
     def warm_up(self, head: list[nn.Parameter], steps: int) -> None:
@@ -514,8 +644,9 @@ class _Runner:
         with self.bar(steps, "head warm-up") as bar:
             for step in range(steps):
                 with self.ranks.stage():
-                    batch = None if self.batches is None else self.batches[step % len(self.batches)]
-                    self._forward(batch, backward=True)
+                    number = 0 if self.batches is None else step % len(self.batches)
+                    batch = None if self.batches is None else self.batches[number]
+                    self._forward(batch, backward=True, where=f"batch {number}")
                 for parameter, value in zip(head, wide, strict=True):
                     gradient = torch.zeros_like(value) if parameter.grad is None else parameter.grad.to(value.dtype)
                     self.ranks.add_up(gradient)
@@ -525,6 +656,27 @@ class _Runner:
                     parameter.data.copy_(value)
                     parameter.grad = None
                 bar.update()
+
+
+def _require_finite(sketches: Mapping[str, Sketch], where: str) -> None:
+    """NonFiniteError where a batch has brought NaN: it fills whole rows of a sum, so that one column tells, read at once for all layers."""
+    columns: dict[torch.device, list[Tensor]] = {}
+    for sketch in sketches.values():
+        for value in sketch.pending.values():
+            columns.setdefault(value.device, []).append(
+                value.reshape(-1)[:: value.shape[-1] if value.dim() else 1].float()
+            )
+    if not all(bool(torch.isfinite(torch.cat(each)).all()) for each in columns.values()):
+        for name, sketch in sketches.items():
+            sketch.require_finite(name, where)
+
+
+def _size(batch: Any) -> int:
+    """The number of entries of a batch's tensors."""
+    if isinstance(batch, Tensor):
+        return batch.numel()
+    values = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, (list, tuple)) else ()
+    return sum(map(_size, values))
 
 
 def _to_device(batch: Any, device: torch.device) -> Any:

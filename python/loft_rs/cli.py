@@ -164,6 +164,12 @@ def _inspect_parser(commands: argparse._SubParsersAction) -> None:
 def _export_parser(commands: argparse._SubParsersAction) -> None:
     export = commands.add_parser("export-lora", help="write an adapter as an exact LoRA for any LoRA server")
     _adapter_arguments(export)
+    export.add_argument(
+        "--approximate-rank",
+        type=int,
+        metavar="R",
+        help="of an OFT or BOFT adapter, which has no exact LoRA form: the nearest LoRA of this rank",
+    )
     export.set_defaults(command=_export_lora, extra="train")
 
 
@@ -180,7 +186,8 @@ def _convert_parser(commands: argparse._SubParsersAction) -> None:
         "--base",
         type=Path,
         metavar="DIR",
-        help="the base model, which PSOFT needs (default: the one the adapter names)",
+        help="the base model, which PSOFT needs, and LOFT on its way to PSOFT or to BOFT without an output scale "
+        "(default: the one the adapter names)",
     )
     convert.set_defaults(command=_convert, extra="train")
 
@@ -299,7 +306,7 @@ def _export_lora(options: argparse.Namespace) -> None:
 
     check_writable(options.out, folder=True)
     check_target(options.out)
-    export_lora(_load(options, _base_folder(options)), options.out)
+    export_lora(_load(options, _base_folder(options)), options.out, approximate_rank=options.approximate_rank)
     print(f"The LoRA is in {options.out}")
 
 

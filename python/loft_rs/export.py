@@ -7,7 +7,6 @@ HRA          P the trained vectors, in the same way. OFT and BOFT have full rank
 
 from __future__ import annotations
 
-import json
 import os
 import warnings
 from pathlib import Path
@@ -17,8 +16,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from ._checks import is_int
 from ._io import whole_directory
-from .inspection import CONFIG_FILE
+from .inspection import CONFIG_FILE, read_peft_config
 from .layer import is_conv1d
 from .tuner.layer import Linear
 from .tuner.model import adapted_layers, require_supports
@@ -72,7 +72,7 @@ def export_lora(
                 f"the adapter also trains {kind}={trained if isinstance(trained, dict) else sorted(trained)}, which a LoRA server "
                 "cannot load; pass drop_modules_to_save=True to export without them"
             )
-    if approximate_rank is not None and (not isinstance(approximate_rank, int) or approximate_rank < 1):
+    if approximate_rank is not None and (not is_int(approximate_rank) or approximate_rank < 1):
         raise ValueError(f"approximate_rank must be a positive integer or None, got {approximate_rank!r}")
     full = [name for name, layer in layers.items() if layer.full_rank(adapter)]
     if full and approximate_rank is None:
@@ -132,14 +132,8 @@ def _nearest_lora(layer: Linear, adapter: str, rank: int) -> tuple[Tensor, Tenso
 
 def check_target(path: str | os.PathLike) -> None:
     """ValueError where the folder to write holds a LOFT adapter, whose files the LoRA's would replace."""
-    file = Path(path) / CONFIG_FILE
-    if not file.is_file():
-        return
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError:
-        return
-    if isinstance(config, dict) and config.get("peft_type") == "LOFT":
+    folder = Path(path)
+    if (folder / CONFIG_FILE).is_file() and read_peft_config(folder).get("peft_type") == "LOFT":
         raise ValueError(f"{path} holds a LOFT adapter, which the LoRA would overwrite; give another folder")
 
 

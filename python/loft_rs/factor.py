@@ -9,7 +9,7 @@ What the `autograd.Function`s do, and keep for the backward pass:
 
     RotateActivations   Y = X R^T                       z = X P (N x r), and X only where P is trained
     RotateBlocks        Y = X ... F_1^T F_0^T           X (N x n), once for all factors
-    ScaleOutput         Y' = Y diag(1 + s)              Y' (N x m)
+    ScaleOutput         Y' = Y diag(1 + s)              Y (N x m)
     AddLowRank          Y = X W^T + b + (X L) E^T Rt^T  z alone; the adapter's term first, the base product accumulated on it; for one
                                                         layer or for several that read the same X
 
@@ -29,6 +29,7 @@ from . import kernels
 from .inspection import ORTHONORMAL
 
 __all__ = [
+    "HALF",
     "AddInputs",
     "AddLowRank",
     "Blocks",
@@ -45,7 +46,7 @@ __all__ = [
     "no_autocast",
 ]
 
-_HALF = (torch.bfloat16, torch.float16)
+HALF = (torch.bfloat16, torch.float16)
 
 
 def gram_root(basis: Tensor) -> Tensor | None:
@@ -194,6 +195,10 @@ class Blocks(NamedTuple):
     def _wide(self, n: int) -> Blocks:
         """The same R for `RotateBlocks`, which wants few large blocks: neighbouring blocks put together, up to `_LEAST_BLOCK`, and all
         factors multiplied into one where a block of `_LARGEST_BLOCK` holds the stretch inside which they act."""
+        with no_autocast(self.delta.device.type):
+            return self._put_together(n)
+
+    def _put_together(self, n: int) -> Blocks:
         m, _, b, _ = self.delta.shape
         stretch = b if self.permutations is None else self.stretch
         if stretch is None or stretch > max(b, _LARGEST_BLOCK):
@@ -227,7 +232,7 @@ def no_autocast(device_type: str) -> AbstractContextManager:
 
 def _small_product(a: Tensor, b: Tensor) -> Tensor:
     """a^T b (r x r), accumulated over the tokens and kept in float32: a half-precision result would round the gradient."""
-    if a.dtype in _HALF and a.is_cuda:
+    if a.dtype in HALF and a.is_cuda:
         return torch.mm(a.mT, b, out_dtype=torch.float32)
     return a.mT @ b
 
@@ -297,7 +302,7 @@ def _turn_back(g: Tensor, rows: Tensor, d: Tensor, order: Tensor | None, needs_x
     if not torch.compiler.is_compiling() and kernels.turns(rows, b):
         return kernels.turn_back(g, rows, d, order, needs_x)
     left, right = (_by_block(r if order is None else r.index_select(1, order), b) for r in (g, rows))
-    half = {"out_dtype": torch.float32} if g.dtype in _HALF and g.is_cuda else {}
+    half = {"out_dtype": torch.float32} if g.dtype in HALF and g.is_cuda else {}
     return _turn(g, d, order) if needs_x else None, torch.bmm(left.mT, right, **half)
 
 
@@ -343,10 +348,25 @@ class RotateBlocks(torch.autograd.Function):
         )
 
 
-class ScaleOutput(torch.autograd.Function):
-    """Y' = Y diag(1 + s) for rows Y (..., m).  dY = dY' diag(1 + s);  ds = (dY' * Y').sum / (1 + s).
+# Entries of a product that is summed at once: what a large GPU's cache, or 16 MiB of a CPU's memory, holds in float32.
+_SUMMED = 1 << 22
 
-    Y' is kept and not Y, because what follows a layer often keeps it too. A scale of exactly 0 has lost its Y, and gets no gradient.
+
+def _column_products(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+    """(a * b).sum(0) of a and b (N, m), in `dtype`: products of half-precision gradients would underflow in their own."""
+    if torch.compiler.is_compiling():  # which fuses the two
+        return (a.to(dtype) * b.to(dtype)).sum(0)
+    total = torch.zeros(a.shape[1], dtype=dtype, device=a.device)
+    step = max(1, _SUMMED // a.shape[1])
+    for left, right in zip(a.split(step), b.split(step), strict=True):
+        total += torch.mul(left.to(dtype), right).sum(0)
+    return total
+
+
+class ScaleOutput(torch.autograd.Function):
+    """Y' = Y diag(1 + s) for rows Y (..., m).  dY = dY' diag(1 + s);  ds = the sum of dY' * Y over the rows.
+
+    Y is kept and not Y', which what follows may change in place, as it may a linear layer's output.
     """
 
     @staticmethod
@@ -354,17 +374,16 @@ class ScaleOutput(torch.autograd.Function):
         factor = 1 + scale
         # Into y's own dtype, with no float32 of Y's size in between.
         out = torch.mul(y, factor, out=torch.empty_like(y))
-        ctx.save_for_backward(out, factor)
+        ctx.save_for_backward(y if ctx.needs_input_grad[1] else None, factor)
         return out
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, g: Tensor):
-        out, factor = ctx.saved_tensors
+        y, factor = ctx.saved_tensors
         d_scale = None
-        if ctx.needs_input_grad[1]:
-            product = (g * out).flatten(0, -2).sum(0, dtype=factor.dtype) / factor
-            d_scale = product.where(factor != 0, 0.0)
+        if y is not None:
+            d_scale = _column_products(g.reshape(-1, g.shape[-1]), y.reshape(-1, y.shape[-1]), factor.dtype)
         dy = torch.mul(g, factor, out=torch.empty_like(g)) if ctx.needs_input_grad[0] else None
         return dy, d_scale
 

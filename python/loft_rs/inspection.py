@@ -92,7 +92,9 @@ def read_config(folder: Path) -> dict:
     """`adapter_config.json`, checked to be a LOFT one that this package knows."""
     file, config = folder / CONFIG_FILE, read_peft_config(folder)
     if config.get("peft_type") != "LOFT":
-        raise ValueError(f"{file}: peft_type is {config.get('peft_type')!r}, not 'LOFT'")
+        known = ("OFT", "BOFT", "HRA", "PSOFT")
+        hint = "; loft-rs convert makes a LOFT adapter of it" if config.get("peft_type") in known else ""
+        raise ValueError(f"{file}: peft_type is {config.get('peft_type')!r}, not 'LOFT'{hint}")
     if config.get("loft_format_version") != FORMAT_VERSION:
         raise ValueError(
             f"{file}: format version {config.get('loft_format_version')!r} is not known to this loft_rs, "
@@ -169,6 +171,8 @@ def _with_frozen(what: str, parts: dict, basis: np.ndarray, delta: np.ndarray, c
 
 def _of_blocks(what: str, parts: dict, theta: np.ndarray, config: dict) -> tuple[np.ndarray, int, int, float]:
     """(T (m, n/b, b, b), n, b, NaN)."""
+    if theta.ndim != (4 if config.get("transform") == "free" else 3):
+        raise ValueError(f"{what} has a theta of shape {theta.shape}; (factors, blocks, entries) is expected")
     entries = theta.shape[-1]
     b = entries if config.get("transform") == "free" else (1 + round((1 + 8 * entries) ** 0.5)) // 2
     turned = np.stack([[np.eye(b) + _delta(what, block, b, config) for block in factor] for factor in theta])

@@ -135,6 +135,7 @@ def turns(rows: Tensor, b: int) -> bool:
     """Whether `turn` and `turn_back` serve rows (N, n) and blocks of b."""
     return (
         rows.is_cuda
+        and len(rows) > 0
         and b in TURNED_BLOCKS
         and rows.dtype in (torch.float32, torch.bfloat16, torch.float16)
         and _turning() is not None

@@ -83,12 +83,18 @@ class Partition:
 
     def fit(self, rank: int, own: int, other: int) -> int:
         if self.factors == 1:
-            sizes = [b for b in range(1, own + 1) if own % b == 0]
+            # Blocks of one coordinate turn nothing (`free` ones scale it), and far larger ones are not what was asked for.
+            sizes = [b for b in range(min(rank, 2), min(own, 4 * rank) + 1) if own % b == 0]
         else:
             sizes = [b for b in range(2, own + 1, 2) if own % (b << (self.factors - 1)) == 0]
+            if not sizes:
+                raise ValueError(
+                    f"factors={self.factors} is more than a layer {own} wide has: {own} must be a multiple of 2^{self.factors}"
+                )
         if not sizes:
             raise ValueError(
-                f"factors={self.factors} is more than a layer {own} wide has: {own} must be a multiple of 2^{self.factors}"
+                f"no block size near {rank} divides a layer {own} wide; leave it out with exclude_modules, or name a divisor of {own} "
+                "for it in rank_pattern"
             )
         return min(sizes, key=lambda b: (abs(b - rank), b))
 

@@ -19,15 +19,13 @@ import torch
 from torch import Tensor, nn
 
 from . import compiled
-from .factor import AddInputs, AddLowRank, Blocks, Frozen, Joined, LowRank, ScaleOutput, gram_root, no_autocast
+from .factor import HALF, AddInputs, AddLowRank, Blocks, Frozen, Joined, LowRank, ScaleOutput, gram_root, no_autocast
 from .kinds import Kind, Partition, Supported
 from .siblings import Siblings
 from .support import SIDES
 from .transform import DeltaGroup, get_transform
 
 __all__ = ["AdaptedLinear", "LoftLinear", "choose_placement", "dense_weight", "feature_sizes"]
-
-_HALF = (torch.bfloat16, torch.float16)
 
 
 class TensorDict(nn.Module):
@@ -105,7 +103,7 @@ def choose_placement(in_features: int, out_features: int, side: str, dtype: torc
     would round a small rotation away before the base product sees it, so there it is always `add`.
     """
     own, other = (in_features, out_features) if side == "input" else (out_features, in_features)
-    return "rotate" if dtype not in _HALF and other >= 2 * own else "add"
+    return "rotate" if dtype not in HALF and other >= 2 * own else "add"
 
 
 def _key(tensor: Tensor) -> tuple:
@@ -351,7 +349,7 @@ class AdaptedLinear(nn.Module):
         base = self.get_base_layer()
         weight = base.weight if getattr(base, "weight", None) is not None else next(base.parameters())
         dtype = getattr(base, "compute_dtype", None) or weight.dtype
-        return weight.device, dtype if dtype in (*_HALF, torch.float64) else torch.float32
+        return weight.device, dtype if dtype in (*HALF, torch.float64) else torch.float32
 
     def get_base_layer(self) -> nn.Module:
         """The innermost wrapped layer."""
@@ -386,16 +384,16 @@ class AdaptedLinear(nn.Module):
         for adapter in reversed([a for a in adapters if self.loft_side[a] == "input"]):
             x = self.factor(adapter, x.dtype).apply(x)
         y = self.base_layer(x, *args, **kwargs)
-        outputs = [a for a in adapters if self.loft_side[a] == "output"]
-        scales = [self.loft_scale[a] for a in adapters if a in self.loft_scale]
-        if outputs or scales:
+        after = [a for a in adapters if self.loft_side[a] == "output" or a in self.loft_scale]
+        if after:
             bias = getattr(self.get_base_layer(), "bias", None)
             bias = None if bias is None else bias.to(y.dtype)
             y = y if bias is None else y - bias
-            for adapter in outputs:
-                y = self.factor(adapter, y.dtype).apply(y)
-            for scale in scales:
-                y = ScaleOutput.apply(y, scale)
+            for adapter in after:
+                if self.loft_side[adapter] == "output":
+                    y = self.factor(adapter, y.dtype).apply(y)
+                if adapter in self.loft_scale:
+                    y = ScaleOutput.apply(y, self.loft_scale[adapter])
             y = y if bias is None else y + bias
         return y
 
@@ -533,7 +531,8 @@ class AdaptedLinear(nn.Module):
         if self.full_rank(adapter):
             raise ValueError(
                 f"adapter {adapter!r} rotates blocks of all coordinates, so its change of the weight has full rank and no exact LoRA form; "
-                "merge it (merge_and_unload), or pass approximate_rank to export_lora for the best LoRA of that rank"
+                "merge it (merge_and_unload, loft-rs merge), or give export_lora an approximate_rank (loft-rs export-lora "
+                "--approximate-rank) for the best LoRA of that rank"
             )
         weight = self.original_weight("the LoRA form")
         work = torch.promote_types(weight.dtype, torch.float32)

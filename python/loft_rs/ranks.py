@@ -51,7 +51,10 @@ class Ranks:
     def add_up(self, tensor: Tensor) -> None:
         """Replace `tensor` by its sum over the processes."""
         if self.size > 1:
-            dist.all_reduce(tensor)
+            shared = tensor.to(self.device)
+            dist.all_reduce(shared)
+            if shared is not tensor:
+                tensor.copy_(shared)
 
     def total(self, count: int) -> int:
         counts = torch.tensor(count, device=self.device)

@@ -35,7 +35,7 @@ from .ranks import Ranks
 from .transform import skew
 from .tuner.config import CALIBRATED_SUPPORTS, DATA_FREE_SUPPORTS, LoftConfig
 from .tuner.layer import Linear
-from .tuner.model import adapted_layers, note_frozen_ranks, owners
+from .tuner.model import adapted_layers, note_frozen_ranks, owners, require_plain
 from .tuner.selection import choose_supports
 
 __all__ = ["refresh"]
@@ -84,6 +84,7 @@ def refresh(
     started = time.perf_counter()
     if moments not in MOMENTS:
         raise ValueError(f"moments must be one of {sorted(MOMENTS)}, got {moments!r}")
+    require_plain(model, "refresh")
     ranks = Ranks(next(model.parameters()).device)
     with ranks.stage():
         adapter, adapted = adapted_layers(model, adapter_name)

@@ -51,7 +51,7 @@ def _key(adapter: str, x: Tensor) -> tuple:
     """What else than x itself the results depend on; last, whether a backward pass computes them again."""
     kind = x.device.type
     cast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
-    return adapter, 0 if x.is_inference() else x._version, torch.is_grad_enabled(), cast, in_backward()
+    return adapter, x._version, torch.is_grad_enabled(), cast, in_backward()
 
 
 class Siblings:
@@ -72,7 +72,7 @@ class Siblings:
 
     def take(self, layer: AdaptedLinear, adapter: str, x: Tensor) -> Tensor | None:
         """The layer's output, where it was computed along with that of another for this x."""
-        if not self._results or self._x() is not x or self._key != _key(adapter, x):
+        if not self._results or self._x() is not x or x.is_inference() or self._key != _key(adapter, x):
             return None
         return self._results.pop(id(layer), None)
 
@@ -80,6 +80,8 @@ class Siblings:
         """The layer's output, and for `take` those of the others that read this x; its own alone where another has led for x."""
         from .layer import add_low_rank
 
+        if x.is_inference():  # nothing tells whether it was changed in place before the others are called with it
+            return add_low_rank(x, Joined.of((inputs,)), [(layer, adapter)])
         key = _key(adapter, x)
         if layer is not self._leader and self._x is not None and self._x() is x and self._key == key:
             return add_low_rank(x, Joined.of((inputs,)), [(layer, adapter)])

@@ -27,6 +27,7 @@ exact on span(T): (P^T M T) (T^T M T)^+ (P^T M T)^T.
 from __future__ import annotations
 
 import math
+import weakref
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import accumulate
@@ -43,12 +44,14 @@ from .support import STORED_METHODS, Support
 if TYPE_CHECKING:
     from .layer import AdaptedLinear
 
-__all__ = ["SKETCHES", "LayerTap", "Plan", "Sketch", "gaussian", "plan_for", "sketch_for"]
+__all__ = ["SKETCHES", "LayerTap", "Plan", "Sketch", "gaussian", "output_product", "plan_for", "sketch_for"]
 
 OVERSAMPLING = 16
 # Of a single pass. MiniLM and SmolLM2-135M want so many for 0.97 of the optimum (bench/calibration.py), at low ranks and high ones.
 SINGLE_OVERSAMPLING = 192
 PROBES = 8
+# Omega depends on its size, the seed and the device alone: layers of one width hold one between them.
+_GAUSSIANS: weakref.WeakValueDictionary[tuple, Tensor] = weakref.WeakValueDictionary()
 
 
 class _Tap(torch.autograd.Function):
@@ -82,6 +85,8 @@ class LayerTap:
 
     def __call__(self, layer: AdaptedLinear, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         sketch, watched = self.sketch, torch.is_grad_enabled()
+        if sketch.backward and not watched:  # the first of the two forward passes of a checkpointed block
+            return layer.at_identity(x, self.adapter, *args, **kwargs)
         sketch.runs(watched)
         anchor = torch.zeros((), device=x.device, requires_grad=True)
         if sketch.tap_input:
@@ -89,13 +94,18 @@ class LayerTap:
             x = _Tap.apply(x, kept, anchor, sketch, self.part) if watched else x
             return layer.at_identity(x, self.adapter, *args, **kwargs)
         y = layer.at_identity(x, self.adapter, *args, **kwargs)
-        bias = getattr(layer.get_base_layer(), "bias", None)
-        kept = self._keep(x, y if bias is None else y.detach() - bias.detach())
+        kept = self._keep(x, output_product(layer, y.detach()))
         return _Tap.apply(y, kept, anchor, sketch, self.part) if watched else y
 
     def _keep(self, x: Tensor, y0: Tensor | None) -> Tensor | None:
         with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
             return self.sketch.keep(x.detach(), None if y0 is None else y0.detach())
+
+
+def output_product(layer: AdaptedLinear, y: Tensor) -> Tensor:
+    """Y0 = Y - b (N x m)."""
+    bias = getattr(layer.get_base_layer(), "bias", None)
+    return y if bias is None else y - bias.detach()
 
 
 @dataclass(frozen=True)
@@ -145,14 +155,17 @@ def plan_for(
     return Plan(method, side, order, seed, rank, width, heights, columns, single, loss_scale)
 
 
-def sketch_for(plan: Plan, layer: AdaptedLinear, adapter: str) -> Sketch:
-    """A fresh sketch of one layer for a calibrated support, or for the order of a support it already has."""
+def sketch_for(plan: Plan, layer: AdaptedLinear, adapter: str, home: torch.device | str | None = None) -> Sketch:
+    """A fresh sketch of one layer for a calibrated support, or for the order of a support it already has.
+
+    home: the device that holds it between batches; None: the layer's own.
+    """
     held, energy = layer.support(adapter), layer.energy(adapter)
-    dtype = torch.promote_types(held.dtype, torch.float32)
+    home, dtype = torch.device(home or held.device), torch.promote_types(held.dtype, torch.float32)
     kind = SKETCHES.get(plan.method)
     if kind is None:
-        return MomentSketch(plan, layer.loft_device, dtype, held.to(dtype), energy)
-    return kind(plan, layer.loft_device, dtype)
+        return MomentSketch(plan, home, dtype, held.to(home, dtype), energy)
+    return kind(plan, home, dtype)
 
 
 class Sketch:
@@ -165,19 +178,19 @@ class Sketch:
     pairs = False  # columns come two to a plane, and half a plane captures nothing
     backward = True  # a gradient is what it waits for
 
-    def __init__(self, plan: Plan, device: torch.device, dtype: torch.dtype):
+    def __init__(self, plan: Plan, home: torch.device, dtype: torch.dtype):
         self.plan, self.side, self.rank, self.columns = plan, plan.side, plan.rank, plan.columns
         ends = list(accumulate(plan.heights))
         self.parts = [slice(end - height, end) for end, height in zip(ends, plan.heights, strict=True)]
         self.other = ends[-1]
-        self.device, self.dtype = device, dtype
-        self.omega = gaussian(self.sketched, plan.columns + PROBES, plan.seed).to(device)
+        self.home, self.dtype = home, dtype
+        self.omega = gaussian(self.sketched, plan.columns + PROBES, plan.seed, home)
         self.seen = 0  # batches that reached this sketch, over all passes
         self.half, self.fresh, self.told, self.answered = 1, True, False, True
         self.silent = False  # reached by none, or by zeros only
         self.finished = False
         self.pending: dict[str, Tensor] = {}
-        self.sums: dict[str, Tensor] = {}  # of the passes that are over
+        self.sums: dict[str, Tensor] = {}  # of the passes that are over, on the CPU
         self.basis: Tensor | None = None  # Q (n x k), once the first pass of two is over
         self.evidence: Evidence | None = None
         self.begin_pass()
@@ -192,7 +205,7 @@ class Sketch:
         if self.basis is None:
             self.pending = {
                 "sketch": self.zeros(2, self.plan.width, self.columns + PROBES),
-                "batches": torch.zeros(2, dtype=torch.float64, device=self.device),
+                "batches": torch.zeros(2, dtype=torch.float64, device=self.home),
             }
 
     def begin_batch(self, half: int) -> None:
@@ -223,24 +236,53 @@ class Sketch:
         return _rows(x if self.side == "input" else y0)
 
     def zeros(self, *shape: int) -> Tensor:
-        return torch.zeros(shape, dtype=self.dtype, device=self.device)
+        return torch.zeros(shape, dtype=self.dtype, device=self.home)
 
     def plus(self, name: str, value: Tensor) -> None:
-        self.pending[name] += value
+        self.pending[name] += value.to(self.home)
 
     def plus_sketch(self, value: Tensor) -> None:
-        self.pending["sketch"][self.half] += value
+        self.pending["sketch"][self.half] += value.to(self.home)
         self.pending["batches"][self.half] += self.fresh
         self.fresh = False
 
-    def end_pass(self, name: str) -> None:
-        """Judge the pass by its sums and say whether another one is needed (`finished`)."""
+    def gaussians(self) -> list[Tensor]:
+        """What it multiplies with that was drawn at random, and that others share."""
+        return [self.omega]
+
+    def held(self) -> int:
+        """Bytes of its tensors now, without those that others share."""
+        return sum(held.nbytes for held in (*self.pending.values(), self.basis) if held is not None)
+
+    def workspace(self, rows: int, dtype: torch.dtype, device: str, offload: bool) -> int:
+        """Bytes, at most, of what `keep` and `collect` make and drop for so many rows in `dtype` on a device of this type."""
+        tall, k, size = max(self.plan.width, self.other), self.columns + PROBES, self.dtype.itemsize
+        narrow = dtype.itemsize < size and (dtype, device) != (torch.bfloat16, "cuda")
+        # A copy in float32; the tap's own of Y.
+        wide = rows * tall * (size * narrow + dtype.itemsize * (not self.tap_input))
+        return wide + 2 * rows * k * size + (3 + offload) * tall * k * size
+
+    def start_second_pass(self, basis: Tensor) -> None:
+        """basis: Q (n x k)."""
+        self.basis = basis.to(self.home)
+        self.begin_pass()
+
+    def retire(self) -> None:
+        """Leave the device: what is still to be done is done on the CPU."""
+        self.home, self.pending = torch.device("cpu"), {}
+        self.omega = gaussian(*self.omega.shape, self.plan.seed)
+        self.__dict__.pop("test", None)
+        self.basis = None if self.basis is None else self.basis.cpu()
+
+    def require_finite(self, name: str, when: str) -> None:
         for what, value in self.pending.items():
             if not bool(torch.isfinite(value).all()):
-                raise linalg.NonFiniteError(
-                    f"layer {name} saw NaN or Inf while calibrating ({what}); nothing was changed"
-                )
-        self.sums |= self.pending
+                raise linalg.NonFiniteError(f"layer {name} saw NaN or Inf in {when} ({what}); nothing was changed")
+
+    def end_pass(self, name: str) -> None:
+        """Judge the pass by its sums and say whether another one is needed (`finished`)."""
+        self.require_finite(name, "calibration")
+        self.sums |= {what: value.cpu() for what, value in self.pending.items()}
         main = self.sums.get("sketch", self.sums.get("moment"))
         if not bool(main.any()):
             self.silent = self.finished = True
@@ -252,14 +294,12 @@ class Sketch:
             if not self.finished:
                 whole = main.sum(0)
                 self.sums["sketch"] = whole[None, :, self.columns :].clone()  # the probes: Q holds the rest
-                q = linalg.orthonormalize(whole[:, : self.columns].cpu().numpy())
-                self.basis = torch.from_numpy(q).to(main.device)
-                self.begin_pass()
+                self.start_second_pass(torch.from_numpy(linalg.orthonormalize(whole[:, : self.columns].numpy())))
         else:
             self.finished = True
 
     def numpy(self, name: str) -> np.ndarray:
-        return self.sums[name].double().cpu().numpy()
+        return self.sums[name].double().numpy()
 
     @property
     def drawn(self) -> np.ndarray:
@@ -330,8 +370,8 @@ class SkewSketch(Sketch):
 
     pairs = True
 
-    def __init__(self, plan: Plan, device: torch.device, dtype: torch.dtype):
-        super().__init__(plan, device, dtype)
+    def __init__(self, plan: Plan, home: torch.device, dtype: torch.dtype):
+        super().__init__(plan, home, dtype)
         self.tap_input = self.side == "input"
 
     def begin_pass(self) -> None:
@@ -418,7 +458,10 @@ class GradientSketch(Sketch):
     @cached_property
     def test(self) -> Tensor:
         """What M is multiplied with in a single pass; Omega has the other side's rows."""
-        return gaussian(self.plan.width, self.columns + PROBES, self.plan.seed).to(self.device)
+        return gaussian(self.plan.width, self.columns + PROBES, self.plan.seed, self.home)
+
+    def gaussians(self) -> list[Tensor]:
+        return [self.omega, *([self.test] if "moments" in self.pending else [])]
 
     def keep(self, x: Tensor, y0: Tensor | None) -> Tensor:
         a = self.activations(x, y0)
@@ -436,7 +479,8 @@ class GradientSketch(Sketch):
         if self.basis is None:
             self.plus_sketch(_inner(own, _product(other, self.omega[rows])))
         else:
-            self.pending["image"][rows] += _inner(other, own if self.side == "input" else _product(own, self.basis))
+            image = _inner(other, own if self.side == "input" else _product(own, self.basis))
+            self.pending["image"][rows] += image.to(self.home)
 
     def moment(self, p: np.ndarray) -> np.ndarray:
         if self.plan.single:
@@ -469,7 +513,7 @@ class ActivationSketch(Sketch):
     def begin_pass(self) -> None:
         super().begin_pass()
         if self.basis is None:
-            self.pending["norm"] = torch.zeros((), dtype=torch.float64, device=self.device)
+            self.pending["norm"] = torch.zeros((), dtype=torch.float64, device=self.home)
         else:
             self.pending = {"moment": self.zeros(self.columns, self.columns)}
 
@@ -503,8 +547,8 @@ class MomentSketch(Sketch):
 
     backward = False
 
-    def __init__(self, plan: Plan, device: torch.device, dtype: torch.dtype, basis: Tensor, energy: float):
-        super().__init__(plan, device, dtype)
+    def __init__(self, plan: Plan, home: torch.device, dtype: torch.dtype, basis: Tensor, energy: float):
+        super().__init__(plan, home, dtype)
         self.basis, self.energy = basis, energy
 
     @property
@@ -536,9 +580,15 @@ SKETCHES: dict[str, type[Sketch]] = {
 }
 
 
-def gaussian(rows: int, columns: int, seed: int) -> Tensor:
-    """Omega (rows x columns), which depends on the three numbers alone."""
-    return torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed))
+def gaussian(rows: int, columns: int, seed: int, home: torch.device = torch.device("cpu")) -> Tensor:  # noqa: B008
+    """Omega (rows x columns), whose entries depend on the three numbers alone."""
+    key = rows, columns, seed, home
+    if (held := _GAUSSIANS.get(key)) is None:
+        on_meta = home.type == "meta"
+        generator = None if on_meta else torch.Generator().manual_seed(seed)
+        held = torch.randn(rows, columns, generator=generator, device="meta" if on_meta else "cpu").to(home)
+        _GAUSSIANS[key] = held
+    return held
 
 
 def _rows(tensor: Tensor) -> Tensor:
@@ -548,12 +598,12 @@ def _rows(tensor: Tensor) -> Tensor:
 def _product(a: Tensor, b: Tensor) -> Tensor:
     """A B of a large A and a skinny B, in float32 or wider: half-precision products are slow on a CPU, and float16 could overflow.
 
-    bfloat16 on a GPU is multiplied as it is, B rounded to it, and summed in float32.
+    B comes to A's device. bfloat16 on a GPU is multiplied as it is, B rounded to it, and summed in float32.
     """
     if a.is_cuda and a.dtype == torch.bfloat16:
-        return torch.mm(a, b.to(a.dtype), out_dtype=torch.float32)
+        return torch.mm(a, b.to(a.device, a.dtype), out_dtype=torch.float32)
     work = torch.promote_types(torch.promote_types(a.dtype, b.dtype), torch.float32)
-    return a.to(work) @ b.to(work)
+    return a.to(work) @ b.to(a.device, work)
 
 
 def _inner(a: Tensor, b: Tensor) -> Tensor:

@@ -16,7 +16,6 @@ every load, and so does the conversion, once. On the way back P must span PEFT's
 
 from __future__ import annotations
 
-import json
 import os
 import warnings
 from collections.abc import Callable
@@ -26,7 +25,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from .._io import check_writable, whole_directory
-from ..inspection import CONFIG_FILE, WEIGHTS_FILE
+from ..inspection import CONFIG_FILE, WEIGHTS_FILE, read_peft_config
 from .base import Base, base_class
 from .checkpoint import ROOT, Checkpoint, Converted, Progress, read
 from .from_peft import from_boft, from_hra, from_oft, from_psoft
@@ -45,15 +44,19 @@ def convert_adapter(
     """Write a PEFT OFT, BOFT, HRA or PSOFT adapter as a LOFT adapter with the same function; or such a LOFT adapter as the method's own.
 
     src: folder with `adapter_config.json` and `adapter_model.safetensors`. dst: the folder to write, whole or not at all; in an existing
-    one the two files are replaced. base_model: the model the adapter was trained on, or its folder; None: the folder that the
-    config names. Only PSOFT needs it (its checkpoint holds no basis; on the device of `base_model`, where PEFT would compute it), and a
-    LOFT adapter on its way to PSOFT or, without an output scale, to BOFT. progress: called with (module, done, total) for every SVD.
+    one the two files are replaced. base_model: the model the adapter was trained on, without adapters, or its folder; None: the folder
+    that the config names. Only PSOFT needs it (its checkpoint holds no basis; on the device of `base_model`, where PEFT would compute
+    it), and a LOFT adapter on its way to PSOFT or, without an output scale, to BOFT. progress: called with (module, done, total) for
+    every SVD.
 
     Returns `dst`. Tensors of `modules_to_save` and resized embeddings are carried over. Dropout and constraints of the training itself
     have no part in the function and are left out with a warning. Everything is checked before anything is written: ValueError for
     what is no rotation (`pissa_init`), no linear layer, trained biases, unknown or missing tensors, NaN or Inf, a base that does
     not fit, and forms the other side cannot hold; FileNotFoundError for a missing file.
     """
+    for name, folder in (("src", src), ("dst", dst)):
+        if not isinstance(folder, (str, os.PathLike)):
+            raise TypeError(f"{name} must be the path of a folder, got {type(folder).__name__}")
     checkpoint = read(Path(src))
     _check_target(checkpoint, Path(dst))
     base = Base(checkpoint, base_model)
@@ -87,15 +90,13 @@ def _check_target(checkpoint: Checkpoint, dst: Path) -> None:
     check_writable(dst, folder=True)
     if dst.resolve() == checkpoint.folder.resolve():
         raise ValueError(f"dst: {dst} is src itself; give another folder")
+    if (dst / "config.json").is_file() and not (dst / CONFIG_FILE).is_file():
+        raise ValueError(f"dst: {dst} holds a model; give another folder")
 
 
 def _check_replaced(dst: Path, kind: str) -> None:
     """Refuse to replace an adapter of another method, or a file that is not known to be one of this."""
-    file = dst / CONFIG_FILE
-    if file.is_file():
-        try:
-            found = json.loads(file.read_text(encoding="utf-8")).get("peft_type")
-        except (ValueError, AttributeError):
-            found = None
+    if (dst / CONFIG_FILE).is_file():
+        found = read_peft_config(dst).get("peft_type")
         if found != kind:
             raise ValueError(f"dst: {dst} holds an adapter with peft_type {found!r}, not {kind!r}; give another folder")

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..inspection import CONFIG_FILE
 from .checkpoint import Checkpoint
 
 __all__ = ["Base", "base_class", "psoft_basis", "psoft_weight"]
@@ -30,6 +31,7 @@ class Base:
             self._path = Path(given)
             if not self._path.is_dir():
                 raise FileNotFoundError(f"base_model: {given} is not a folder on this machine")
+            _check_plain(self._path)
         elif given is not None:
             raise TypeError(f"base_model must be a torch.nn.Module, a folder or None, got {type(given).__name__}")
 
@@ -75,7 +77,14 @@ class Base:
                 )
                 raise ValueError(f"{self._checkpoint.folder}: {reason}, and {where}; give base_model")
             path = Path(named)
+            _check_plain(path)
         return base_class(self._checkpoint.folder, self._checkpoint.config).from_pretrained(path)
+
+
+def _check_plain(folder: Path) -> None:
+    """Refuse a folder with an adapter in it, which transformers would load as well."""
+    if (folder / CONFIG_FILE).is_file():
+        raise ValueError(f"base_model: {folder} holds an adapter; give the folder of the plain base model")
 
 
 def base_class(folder: str | os.PathLike, config: Mapping[str, Any]) -> Any:

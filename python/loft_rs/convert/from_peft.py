@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..inspection import FORMAT_VERSION
 from ..transform import skew
 from ..tuner.config import LoftConfig
 from .base import Base, psoft_basis, psoft_weight
@@ -167,6 +168,8 @@ def from_hra(checkpoint: Checkpoint, base: Base, progress: Progress | None) -> C
     base.check({name: tensors["hra_u"].shape[0] for name, tensors in checkpoint.modules.items()})
     r, pattern = ranks_of(sizes)
     fields = checkpoint.targets() | {"rank_pattern": pattern}
+    # Trained already, so where such vectors start is no matter.
+    fields["loft_format_version"] = FORMAT_VERSION
     config = LoftConfig.hra(r, gram_schmidt=bool(checkpoint.config.get("apply_GS")), **fields)
     return Converted(config, {n: {"loft_theta": t["hra_u"].float()} for n, t in checkpoint.modules.items()})
 

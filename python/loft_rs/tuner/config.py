@@ -30,6 +30,12 @@ def _neumann(terms: int | None) -> dict:
     return {} if terms is None else {"transform": "cayley_neumann", "neumann_terms": terms}
 
 
+def _and_others(method: str, own: dict, options: dict) -> dict:
+    if twice := sorted(own.keys() & options.keys()):
+        raise TypeError(f"LoftConfig.{method} sets {', '.join(twice)} itself, from its own arguments")
+    return own | options
+
+
 @dataclass
 class LoftConfig(PeftConfig):
     """Configuration of a LOFT adapter, W = W0 R or R W0 with R = I + P (T - I) P^T (arXiv 2605.11872).
@@ -119,8 +125,11 @@ class LoftConfig(PeftConfig):
             )
         for name, rank in {"r": self.r, **{f"rank_pattern[{k!r}]": v for k, v in self.rank_pattern.items()}}.items():
             if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
-                raise ValueError(f"{name} must be a positive, even integer, got {rank!r}")
+                what = "r (the block size)" if self.support == "blocks" and name == "r" else name
+                even = "" if self.support == "blocks" else ", even"
+                raise ValueError(f"{what} must be a positive{even} integer, got {rank!r}")
             if self.support == "trained":
+                self._warn_of_the_start(name, rank)
                 continue
             if rank == 1 and self.transform != "free" and not self.supports_from_checkpoint:
                 raise ValueError(
@@ -163,6 +172,20 @@ class LoftConfig(PeftConfig):
         if self.layers_pattern and self.layers_to_transform is None:
             raise ValueError("layers_pattern needs layers_to_transform: give the indices of the layers to adapt")
 
+    def _warn_of_the_start(self, name: str, rank: int) -> None:
+        """Householder vectors that cannot be paired reflect: the adapted model is not the base model before it is trained."""
+        if self.supports_from_checkpoint or not self.init_weights:
+            return
+        if self.transform == "reflection" and name == "r":
+            warnings.warn(
+                "gram_schmidt starts at a reflection: the model begins away from the base model", stacklevel=5
+            )
+        elif self.transform == "householder" and rank % 2:
+            warnings.warn(
+                f"{name} = {rank} is odd: an odd number of reflections is none the base model starts from; give {rank + 1}",
+                stacklevel=5,
+            )
+
     def _check_options(self) -> None:
         if not isinstance(self.factors, int) or isinstance(self.factors, bool) or self.factors < 1:
             raise ValueError(f"factors must be a positive integer, got {self.factors!r}")
@@ -187,25 +210,28 @@ class LoftConfig(PeftConfig):
     ) -> LoftConfig:
         """OFT (arXiv 2306.07280, 2506.19847): every `block_size` neighbouring inputs rotated, b(b - 1)/2 parameters a block, exactly unless
         `neumann_terms` is given. share: one rotation for all blocks of a layer. options: other fields of LoftConfig."""
-        return cls(r=block_size, support="blocks", share=share, **_neumann(neumann_terms), **options)
+        fields = {"r": block_size, "support": "blocks", "share": share, **_neumann(neumann_terms)}
+        return cls(**_and_others("oft", fields, options))
 
     @classmethod
     def boft(cls, block_size: int = 8, factors: int = 1, *, output_scale: bool = True, **options) -> LoftConfig:
         """BOFT (arXiv 2311.06243): `factors` rotations of blocks of `block_size` inputs, each after a butterfly permutation, and a trained
         scale of every output, as PEFT has it. b(b - 1)/2 parameters a block, where PEFT stores b^2."""
-        return cls(r=block_size, support="blocks", factors=factors, output_scale=output_scale, **options)
+        fields = {"r": block_size, "support": "blocks", "factors": factors, "output_scale": output_scale}
+        return cls(**_and_others("boft", fields, options))
 
     @classmethod
     def hra(cls, r: int = 8, *, gram_schmidt: bool = False, **options) -> LoftConfig:
         """HRA (arXiv 2405.17484): a product of `r` trained Householder reflections; r even, for a start at the identity. gram_schmidt:
         I - 2 Q Q^T with Q an orthonormal basis of the vectors, which does not start there."""
-        return cls(r=r, support="trained", transform="reflection" if gram_schmidt else "householder", **options)
+        fields = {"r": r, "support": "trained", "transform": "reflection" if gram_schmidt else "householder"}
+        return cls(**_and_others("hra", fields, options))
 
     @classmethod
     def psoft(cls, r: int = 64, *, magnitudes: bool = True, neumann_terms: int | None = None, **options) -> LoftConfig:
         """PSOFT (arXiv 2505.11235): the principal support, Cayley, and trained magnitudes around it; r(r - 1)/2 + 2r parameters."""
-        options = {"order": "natural", **options}
-        return cls(r=r, support="principal", magnitudes=magnitudes, **_neumann(neumann_terms), **options)
+        fields = {"r": r, "support": "principal", "magnitudes": magnitudes, **_neumann(neumann_terms)}
+        return cls(**_and_others("psoft", fields, {"order": "natural", **options}))
 
     @property
     def kind(self) -> Kind:

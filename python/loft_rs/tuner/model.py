@@ -15,6 +15,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper, get_pattern_key
 from torch import nn
 
 from ..factor import LowRank
+from ..kinds import Householder
 from ..layer import feature_sizes
 from ..siblings import SHARED_INPUT, Siblings, named_groups
 from ..transform import DeltaGroup
@@ -28,6 +29,7 @@ __all__ = [
     "note_frozen_ranks",
     "orthogonality_error",
     "owners",
+    "require_plain",
     "require_supports",
     "require_untrained",
     "set_ranks",
@@ -117,7 +119,10 @@ class LoftModel(BaseTuner):
         wanted = config.rank_pattern.get(get_pattern_key(list(config.rank_pattern), key), config.r)
         base = target.get_base_layer() if isinstance(target, Linear) else target
         own, other = feature_sizes(base)[:: 1 if config.side == "input" else -1]
-        fitted = config.kind.fit(wanted, own, other)
+        try:
+            fitted = config.kind.fit(wanted, own, other)
+        except ValueError as error:
+            raise ValueError(f"{key}: {error}") from None
         if fitted != wanted:
             self._lowered[key] = (wanted, fitted)
         return fitted
@@ -307,6 +312,30 @@ def require_supports(layers: dict[str, Linear], adapter: str, caller: str) -> No
         )
 
 
+def require_plain(model: nn.Module, caller: str) -> None:
+    """ValueError for a model whose wrapper, or whose partitioned weights, would not let a tap see its layers."""
+    kinds = {kind.__name__ for kind in type(model).__mro__}
+    if "DistributedDataParallel" in kinds or "DataParallel" in kinds:
+        raise ValueError(
+            f"{caller} needs the model itself, not {type(model).__name__}: pass model.module (accelerate: "
+            "accelerator.unwrap_model(model)) in every process, or call this before wrapping it"
+        )
+    if hasattr(model, "_orig_mod") or any(module._compiled_call_impl is not None for module in model.modules()):
+        raise ValueError(
+            f"{caller} needs an eager model: call it before torch.compile, or pass the model that was compiled (model._orig_mod)"
+        )
+    if any("FullyShardedDataParallel" in {kind.__name__ for kind in type(m).__mro__} for m in model.modules()):
+        raise ValueError(
+            f"{caller} cannot see into FSDP1's flat parameters: call it before wrapping, or use fully_shard"
+        )
+    if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
+        raise ValueError(
+            f"{caller} cannot read weights that DeepSpeed ZeRO-3 has partitioned: call it before deepspeed.initialize or "
+            "accelerator.prepare, or choose the supports in a run without ZeRO-3 (loft_rs.save_supports(path, report.layers)) and build "
+            "the adapter with LoftConfig(support=path)"
+        )
+
+
 def require_untrained(layers: dict[str, Linear], adapter: str, caller: str) -> None:
     """ValueError where a transform has left the identity: a new support would change the function it was trained for."""
     if not all(layer.loft_kind[adapter].has_support for layer in layers.values()):
@@ -352,6 +381,7 @@ def check_state(model: nn.Module, state_dict: dict, prefix: str, *_: Any) -> Non
     """
     expected: dict[str, dict[str, torch.Tensor]] = {}
     refreshed: dict[str, tuple[str, str]] = {}
+    vectors: set[str] = set()
     waiting: set[str] = set()
     for name, module in model.named_modules():
         if isinstance(module, Linear):
@@ -361,6 +391,9 @@ def check_state(model: nn.Module, state_dict: dict, prefix: str, *_: Any) -> Non
                 held = getattr(module, kind)
                 for adapter in held.keys():
                     expected.setdefault(adapter, {})[f"{prefix}{name}.{kind}.{adapter}"] = held[adapter]
+            vectors |= {
+                f"{prefix}{name}.loft_theta.{a}" for a, k in module.loft_kind.items() if isinstance(k, Householder)
+            }
             for adapter in module.loft_support.keys():
                 places = (f"{prefix}{name}.loft_frozen_{part}.{adapter}" for part in ("basis", "delta"))
                 refreshed[f"{prefix}{name}.loft_theta.{adapter}"] = tuple(places)
@@ -371,6 +404,7 @@ def check_state(model: nn.Module, state_dict: dict, prefix: str, *_: Any) -> Non
             continue
         problems += [f"{key} is missing" for key in tensors if key not in given]
         problems += [p for key in tensors if key in given for p in _tensor_problems(key, state_dict[key], tensors[key])]
+    problems += [f"{key} holds a zero vector" for key in sorted(vectors & given) if not _columns_set(state_dict[key])]
     known = {key for tensors in expected.values() for key in tensors}
     for key, places in refreshed.items():
         if key in given:
@@ -410,6 +444,11 @@ def _unset_factor(layer: Linear, adapter: str, rank: int) -> LowRank:
     """The identity in the shape of a frozen factor, to be filled from a file."""
     like = layer.support(adapter)  # theta may be on the meta device
     return LowRank(like.new_zeros(len(like), rank), like.new_zeros(rank, rank))
+
+
+def _columns_set(u: torch.Tensor) -> bool:
+    """Whether no column of U (n x r) is all zero: a reflection needs its vector."""
+    return u.is_meta or u.dim() != 2 or bool(u.any(0).all())
 
 
 def _tensor_problems(key: str, value: torch.Tensor, held: torch.Tensor) -> list[str]:

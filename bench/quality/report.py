@@ -1,0 +1,259 @@
+"""Tables (markdown) and Pareto plots (PNG) from the lines of `sweep.py` and `timing.py`. Everything that was scored is in them.
+
+    python bench/quality/report.py --runs runs.jsonl --times times.jsonl --out bench/quality
+
+writes TABLES.md and pareto.png. Intervals are Student's t, 95 %, over seeds; differences are paired by seed. With so many comparisons some
+exclude zero by chance.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+from protocol import interval, paired, read_lines
+
+from loft_rs._io import whole_file
+
+AGAINST = ("LoRA r1", "LOFT principal")
+LEGEND = (
+    "± is a 95 % interval over seeds (Student's t); differences are paired by seed, * where the interval excludes zero. `trained` leaves "
+    "out the head, which every method trains as well; `(edge)`: the rate taken is the lowest or highest tried."
+)
+Lines = list[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Row:
+    """A method's scored runs on one task. `trials`: rates tried; `edge`: the rate taken is the lowest or highest of them."""
+
+    task: str
+    steps: int
+    family: str
+    metric: str
+    method: str
+    rank: int
+    trained: int
+    rate: float
+    trials: int
+    edge: bool
+    matmul: str
+    failed: int
+    scores: dict[int, float]  # by seed
+
+
+def rows_of(lines: Lines) -> list[Row]:
+    """One row for every method that has scored runs on a task, in the order of the tasks and of the trained parameters."""
+    held: dict[tuple, Lines] = defaultdict(list)
+    for line in lines:
+        held[line["task"], line["steps"], line["method"]].append(line)
+    order = list(dict.fromkeys((line["task"], line["steps"]) for line in lines))
+    found = []
+    for (task, steps, method), mine in held.items():
+        scored = [line for line in mine if line["phase"] == "score"]
+        good = [line for line in scored if line.get("score") is not None]
+        if not good:
+            continue
+        tried = {line["rate"] for line in mine if line["phase"] == "tune"}
+        first = good[0]
+        found.append(
+            Row(task, steps, first["family"], first["metric"], method, first["rank"], first["trained"], first["rate"], len(tried),
+                bool(tried) and first["rate"] in (min(tried), max(tried)), "+".join(sorted({line["matmul"] for line in good})),
+                len(scored) - len(good), {line["seed"]: line["score"] for line in good})
+        )  # fmt: skip
+    return sorted(found, key=lambda row: (order.index((row.task, row.steps)), row.trained, row.method))
+
+
+def signed(difference: tuple[float, float, int]) -> str:
+    """`+.012 +- .008`, starred where the interval excludes zero; empty where nothing is shared."""
+    value, half, count = difference
+    if not count:
+        return ""
+    if math.isnan(half):
+        return f"{value:+.4f} (n=1)"
+    return f"{value:+.4f} ± {half:.4f}{' *' if abs(value) > half else ''}"
+
+
+def task_table(rows: list[Row]) -> str:
+    by_name = {row.method: row for row in rows}
+    head = [
+        "method",
+        "r",
+        "trained",
+        "rate",
+        "trials",
+        "seeds",
+        rows[0].metric,
+        *(f"minus {name}" for name in AGAINST),
+        "matmul",
+    ]
+    text = [f"| {' | '.join(head)} |", "|---|" + "---:|" * (len(head) - 2) + "---|"]
+    for row in rows:
+        value, half = interval(list(row.scores.values()))
+        differences = [
+            signed(paired(row.scores, by_name[name].scores)) if name in by_name and name != row.method else ""
+            for name in AGAINST
+        ]
+        failed = f" ({row.failed} diverged)" if row.failed else ""
+        cells = [row.method, row.rank or "-", f"{row.trained:,}", f"{row.rate:.2g}{' (edge)' if row.edge else ''}", row.trials or "-",
+                 f"{len(row.scores)}{failed}", f"{value:.4f} ± {half:.4f}", *differences, row.matmul]  # fmt: skip
+        text.append(f"| {' | '.join(map(str, cells))} |")
+    return "\n".join(text)
+
+
+def family_table(rows: list[Row]) -> str:
+    """Differences to each reference, the mean over the family's tasks within every seed, for methods scored on two tasks or more."""
+    by_task: dict[str, dict[str, Row]] = defaultdict(dict)
+    for row in rows:
+        by_task[row.task][row.method] = row
+    text = [
+        f"| method | tasks | {' | '.join(f'minus {name}' for name in AGAINST)} |",
+        "|---|---|" + "---:|" * len(AGAINST),
+    ]
+    for method in dict.fromkeys(row.method for row in rows):
+        cells, shared = [], set()
+        for name in AGAINST:
+            tasks = [task for task, held in by_task.items() if method in held and name in held and method != name]
+            shared |= set(tasks)
+            if len(tasks) < 2:
+                cells.append("")
+                continue
+            pairs = [(by_task[task][method].scores, by_task[task][name].scores) for task in tasks]
+            seeds = set.intersection(*(a.keys() & b.keys() for a, b in pairs))
+            cells.append(
+                signed(paired({s: mean(a[s] - b[s] for a, b in pairs) for s in seeds}, dict.fromkeys(seeds, 0.0)))
+            )
+        if any(cells):
+            text.append(f"| {method} | {', '.join(sorted(shared))} | {' | '.join(cells)} |")
+    return "\n".join(text)
+
+
+def variants_table(rows: list[Row]) -> str:
+    """`LOFT gradsvd refresh` minus `LOFT gradsvd`, and so on: what a last word in a name changes, paired by seed."""
+    text = ["| task | method | minus | difference |", "|---|---|---|---:|"]
+    for row in rows:
+        for other in rows:
+            if row.task == other.task and row.method.startswith(f"{other.method} ") and row.steps == other.steps:
+                difference = signed(paired(row.scores, other.scores))
+                text.append(f"| {row.task} | {row.method} | {other.method} | {difference} |")
+    return "\n".join(text) if len(text) > 2 else ""
+
+
+def unfinished(lines: Lines) -> list[str]:
+    """Methods of which trials were run and nothing was scored yet."""
+    scored = {(line["task"], line["method"]) for line in lines if line["phase"] == "score"}
+    every = dict.fromkeys((line["task"], line["method"]) for line in lines)
+    return [f"{method} on {task}" for task, method in every if (task, method) not in scored]
+
+
+def cost_table(times: Lines) -> str:
+    text = [
+        "| task | method | r | trained | ms a step | as a CUDA graph | MiB a step | preparation s |",
+        "|---|---|" + "---:|" * 6,
+    ]
+    for line in times:
+        if line.get("error"):
+            text.append(f"| {line['task']} | {line['method']} | failed: {line['error']} | | | | | |")
+            continue
+        graph = "-" if line["graph_ms"] is None else f"{line['graph_ms']:.1f}"
+        cells = [line["task"], line["method"], line["rank"] or "-", f"{line['trained']:,}", f"{line['eager_ms']:.1f}", graph,
+                 f"{line['step_mib']:.0f}", f"{line['prepare_seconds']:.2f}"]  # fmt: skip
+        text.append(f"| {' | '.join(map(str, cells))} |")
+    return "\n".join(text)
+
+
+def tables(lines: Lines, times: Lines) -> str:
+    """The whole page."""
+    rows = rows_of(lines)
+    devices = sorted({line["device"] for line in lines})
+    trials = sum(line["phase"] == "tune" for line in lines)
+    made = f"Written by `report.py` from {len(lines)} runs ({trials} of them trials of a rate) on {', '.join(devices)}."
+    parts = ["# What the runs say", f"{made} {LEGEND}"]
+    for task, steps in dict.fromkeys((row.task, row.steps) for row in rows):
+        mine = [row for row in rows if (row.task, row.steps) == (task, steps)]
+        parts += [f"## {task} ({mine[0].family}, {steps} steps)", task_table(mine)]
+    for family in dict.fromkeys(row.family for row in rows):
+        mine = [row for row in rows if row.family == family]
+        if len({row.task for row in mine}) > 1:
+            parts += [f"## {family}: the mean over its tasks", family_table(mine)]
+    if variants := variants_table(rows):
+        parts += ["## What a variant changes", variants]
+    if left := unfinished(lines):
+        parts += [f"Begun and not scored yet: {', '.join(left)}."]
+    if times:
+        device = ", ".join(sorted({line["device"] for line in times}))
+        parts += [f"## Cost of a step, alone on the card ({device})", cost_table(times)]
+    return "\n\n".join(parts) + "\n"
+
+
+def plot(lines: Lines, times: Lines, path: Path) -> None:
+    """Score against trained parameters, a panel a task; and against step time and memory where the task was timed. Filled: on the front."""
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import NullFormatter
+
+    rows = rows_of(lines)
+    panels: list[tuple[str, str, dict[str, float]]] = []
+    for task in dict.fromkeys(row.task for row in rows):
+        panels.append(
+            (task, "trained parameters", {row.method: row.trained for row in rows if row.task == task and row.trained})
+        )
+        scored = {row.method for row in rows if row.task == task}
+        timed = {line["method"]: line for line in times if line["task"] == task and line["method"] in scored}
+        for label, key in (
+            ("ms a step", "eager_ms"),
+            ("MiB a step", "step_mib"),
+            ("preparation, s", "prepare_seconds"),
+        ):
+            if timed:
+                panels.append((task, label, {name: line[key] for name, line in timed.items()}))
+    columns = min(3, len(panels))
+    figure = Figure(figsize=(6.2 * columns, 4.6 * -(-len(panels) // columns)), layout="constrained")
+    for axis, (task, label, cost) in zip(
+        figure.subplots(-(-len(panels) // columns), columns, squeeze=False).flat, panels, strict=False
+    ):
+        mine = [row for row in rows if row.task == task and row.method in cost]
+        for row in mine:
+            value, half = interval(list(row.scores.values()))
+            best = not any(
+                cost[other.method] <= cost[row.method] and mean(other.scores.values()) > value for other in mine
+            )
+            colour = "#cc6677" if row.method.startswith("LOFT") else "#4477aa"
+            axis.errorbar(
+                cost[row.method], value, half, fmt="o", color=colour, mfc=colour if best else "white", ms=5, lw=0.8
+            )
+            axis.annotate(row.method, (cost[row.method], value), xytext=(4, 3), textcoords="offset points", fontsize=6)
+        axis.set(title=task, xlabel=label, ylabel=mine[0].metric if mine else "", xscale="log")
+        costs = [cost[row.method] for row in mine]
+        axis.set_xlim(min(costs) / 2, max(costs) * 4)  # room for the names
+        axis.xaxis.set_minor_formatter(NullFormatter())
+        axis.grid(alpha=0.3)
+    for axis in figure.axes[len(panels) :]:
+        axis.remove()
+    with whole_file(path) as part:
+        figure.savefig(part, format="png", dpi=110)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--runs", type=Path, nargs="+", required=True)
+    parser.add_argument("--times", type=Path, nargs="*", default=[])
+    parser.add_argument("--out", type=Path, required=True, help="folder")
+    arguments = parser.parse_args()
+    lines = [line for path in arguments.runs for line in read_lines(path)]
+    times = [line for path in arguments.times for line in read_lines(path)]
+    if not rows_of(lines):
+        parser.error(f"no scored run in {', '.join(map(str, arguments.runs))}")
+    page = tables(lines, times)
+    with whole_file(arguments.out / "TABLES.md") as part:
+        part.write_text(page)
+    plot(lines, times, arguments.out / "pareto.png")
+    print(page)
+
+
+if __name__ == "__main__":
+    main()

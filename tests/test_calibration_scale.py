@@ -56,6 +56,31 @@ def test_groups_and_offloading_change_nothing(support, side):
     assert_same(apart, whole)
 
 
+@pytest.mark.parametrize("support", SUPPORTS[:3])
+def test_groups_give_the_same_statistics_budgets_and_files(support, tmp_path):
+    batches, budget = token_batches(4), loft_rs.Budget(params=400)
+    for passes in (1, 2):
+        for options in ({}, {"budget": budget}):
+            whole = calibrate(build(support=support), batches, passes=passes, **options)
+            limit = whole.memory.total * 3 // 4
+            grouped = calibrate(
+                build(support=support), batches, passes=passes, memory=limit, offload=bool(options), **options
+            )
+            assert_same(grouped, whole)
+            assert {n: s.rank for n, s in grouped.layers.items()} == {n: s.rank for n, s in whole.layers.items()}
+            assert grouped.passes == whole.passes == passes and grouped.evidence.keys() == whole.layers.keys()
+            assert all(grouped.evidence[n].agreement == e.agreement for n, e in whole.evidence.items())
+    limit = calibrate(build(support=support), batches, passes=1).memory.total * 3 // 4
+    report = calibrate(
+        build(support=support), batches, passes=1, memory=limit, save_sketches=tmp_path / "s.safetensors"
+    )
+    assert report.memory.groups > 1
+    for name, found in loft_rs.supports_from_sketches(tmp_path / "s.safetensors").items():
+        np.testing.assert_allclose(found.basis, report.layers[name].basis, atol=1e-6, rtol=0)
+    with pytest.raises(ValueError, match="tol needs all layers at once"):
+        calibrate(build(support=support), batches, passes=1, memory=limit, tol=0.1)
+
+
 def test_groups_with_a_train_step_count_the_sketches_alone():
     batches = token_batches(2)
 

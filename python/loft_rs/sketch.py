@@ -386,12 +386,12 @@ class SkewSketch(Sketch):
     def keep(self, x: Tensor, y0: Tensor | None) -> Tensor:
         a = self.activations(x, y0)
         if "moments" in self.pending:
-            self.plus("moments", _inner(a, _product(a, self.omega if self.basis is None else self.basis)))
+            self.plus("moments", _image(a, a, self.omega if self.basis is None else self.basis))
         return a
 
     def take(self, kept: Tensor, gradient: Tensor, part: int) -> None:
         test = self.omega if self.basis is None else self.basis
-        image = (_inner(gradient, _product(kept, test)) - _inner(kept, _product(gradient, test))) / 2
+        image = _image(gradient, kept, test).sub_(_image(kept, gradient, test)).div_(2)
         if self.basis is None:
             self.plus_sketch(image)
         else:
@@ -467,7 +467,7 @@ class GradientSketch(Sketch):
         a = self.activations(x, y0)
         if self.basis is None:
             if "moments" in self.pending:
-                self.plus("moments", _inner(a, _product(a, self.test)))
+                self.plus("moments", _image(a, a, self.test))
             return _rows(x)
         aq = _product(a, self.basis)
         self.plus("moment", _inner(aq, aq))
@@ -477,7 +477,7 @@ class GradientSketch(Sketch):
         rows = self.parts[part]
         own, other = (kept, gradient) if self.side == "input" else (gradient, kept)
         if self.basis is None:
-            self.plus_sketch(_inner(own, _product(other, self.omega[rows])))
+            self.plus_sketch(_image(own, other, self.omega[rows]))
         else:
             image = _inner(other, own if self.side == "input" else _product(own, self.basis))
             self.pending["image"][rows] += image.to(self.home)
@@ -521,7 +521,7 @@ class ActivationSketch(Sketch):
         self.seen += 1
         a = self.activations(x, y0)
         if self.basis is None:
-            self.plus_sketch(_inner(a, _product(a, self.omega)))
+            self.plus_sketch(_image(a, a, self.omega))
             self.plus("norm", a.float().square().sum(dtype=torch.float64))
         else:
             aq = _product(a, self.basis)
@@ -608,6 +608,13 @@ def _product(a: Tensor, b: Tensor) -> Tensor:
 
 def _inner(a: Tensor, b: Tensor) -> Tensor:
     return _product(a.mT, b)
+
+
+def _image(a: Tensor, b: Tensor, test: Tensor) -> Tensor:
+    """A^T (B T) of large A and B and a skinny T, as `_product`; where A is bfloat16 on a GPU, B T is rounded to it as it is made."""
+    if a.is_cuda and a.dtype == b.dtype == torch.bfloat16:
+        return torch.mm(a.mT, torch.mm(b, test.to(b.device, b.dtype)), out_dtype=torch.float32)
+    return _inner(a, _product(b, test))
 
 
 def _descending(gram: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

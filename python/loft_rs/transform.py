@@ -199,10 +199,16 @@ class CayleyNeumann(_Skew):
         return self._series(a).to(_kept_dtype(theta)), a.to(_kept_dtype(theta))
 
     def gradient(self, g: Tensor, saved: Tensor) -> Tensor:
-        with torch.enable_grad():
-            a = saved.detach().requires_grad_()
-            (h,) = torch.autograd.grad(self._series(a), a, g)
-        return _skew_gradient(h)
+        """dA, from the last power back: p_1 = -A, p_{k+1} = -p_k A and D = 2 (p_1 + ... + p_K) + p_{K+1}."""
+        a = saved.to(g.dtype)
+        powers = [-a]
+        for _ in range(1, self.terms):
+            powers.append(-(powers[-1] @ a))
+        h, upper = torch.zeros_like(a), g
+        for power in reversed(powers):
+            h = h - power.mT @ upper
+            upper = 2 * g - upper @ a.mT
+        return _skew_gradient(h - upper)
 
 
 class Magnitudes:

@@ -180,7 +180,9 @@ fn check_span<T: Real>(a: &Matrix, q: &Panel<T>) {
     let (a, q) = (Unit::of(a), Unit::from(q));
     let inside = q.times(&q.transposed().times(&a));
     let miss: f64 = inside.data.iter().zip(&a.data).map(|(x, y)| (x - y).powi(2)).sum();
-    assert!(miss.sqrt() <= 10.0 * a.rows as f64 * T::EPS * a.square().sqrt(), "outside the span: {:e}", miss.sqrt());
+    // A column whose remainder is below 16 m eps ||A|| is replaced: faer's QR takes it for rounding.
+    let slack = (10.0 + 16.0 * (a.cols as f64).sqrt()) * a.rows as f64 * T::EPS * a.square().sqrt();
+    assert!(miss.sqrt() <= slack, "outside the span: {:e}", miss.sqrt());
 }
 
 fn check_cayley<T: Real>(a: &Matrix) {

@@ -47,6 +47,9 @@ pub struct Dense<'a> {
 /// Scales at which no product of two entries leaves the range of f32.
 const ORDINARY: i32 = 40;
 
+/// Where no more columns than this are multiplied, faer's sums depend on the strides; those matrices are copied.
+const NARROW: usize = 16;
+
 /// Depth of a tile: it and its panel rows stay in the second-level cache.
 const DEPTH: usize = 256;
 
@@ -73,7 +76,8 @@ impl<'a> Dense<'a> {
     where
         'a: 'b,
     {
-        if let Some(whole) = self.view.direct::<T>().filter(|_| self.copied_at() == 0) {
+        let wide = self.view.cols() > NARROW;
+        if let Some(whole) = self.view.direct::<T>().filter(|_| wide && self.copied_at() == 0) {
             return whole.subrows(rows.start, rows.len());
         }
         *room = self.view.part(rows.clone()).copied(self.copied_at(), par);

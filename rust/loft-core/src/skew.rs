@@ -421,6 +421,23 @@ mod tests {
         check(7, 3, 2, 0.5);
     }
 
+    /// Found by fuzzing: where S is small, its bits depended on the strides of W and G.
+    #[test]
+    fn a_narrow_product_has_the_same_bits_in_any_layout() {
+        for (m, n) in [(79, 3), (100, 6), (300, 2), (700, 16), (100, 17), (64, 40)] {
+            let [w, g] = [1, 2].map(|seed| gaussian_panel::<f32>(m, n, seed));
+            let turned = |a: &Panel<f32>| (0..n * m).map(|k| a.at(k % m, k / m)).collect::<Vec<f32>>();
+            let columns = [&w, &g].map(turned);
+            let by_row = [&w, &g].map(|a| View::row_major(&a.data, m, n));
+            let by_column = [0, 1].map(|i| View::row_major(&columns[i], n, m).transpose());
+            let project = |w, g| skew_project::<f32>(w, g, Side::Input, &Free, Par::Seq).unwrap().data;
+            let wanted = project(by_row[0], by_row[1]);
+            for (w, g) in [(by_row[0], by_column[1]), (by_column[0], by_row[1]), (by_column[0], by_column[1])] {
+                assert_eq!(project(w, g), wanted, "{m} x {n}");
+            }
+        }
+    }
+
     #[test]
     fn row_space() {
         check(20, 300, 16, 0.5);

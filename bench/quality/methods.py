@@ -1,7 +1,7 @@
 """The methods, by name: what each makes of a base model, its rank at a parameter budget, and the learning rates it is tried at.
 
 The budget is LoRA r=1's, the sum of inputs and outputs over the adapted layers; a matched method takes the largest (even) rank within it. A
-name that ends in `r16` has that rank instead. LOFT and PSOFT rates are `lr * r`, the others' plain; Adam.
+name that ends in `r16` or `r46` has that rank instead. LOFT and PSOFT rates are `lr * r`, the others' plain; Adam.
 """
 
 from __future__ import annotations
@@ -126,6 +126,42 @@ def _loft(support: str, **options: Any) -> Callable[[nn.Module, int, Setup], nn.
     return adapt
 
 
+PILOT_RANK, PILOT_STEPS, PILOT_RATE = 64, 32, 1e-3
+
+
+def _pilot(model: nn.Module, rank: int, setup: Setup) -> nn.Module:
+    """LOFT whose supports are the top right singular vectors of what a short LoRA run on the calibration batches changed: W - W0 = B A.
+
+    A starts at zero and B at random, the reverse of LoRA's own start: the row space of B A is then all learnt.
+    """
+    config = peft.LoraConfig(r=PILOT_RANK, lora_alpha=PILOT_RANK, target_modules=setup.targets)
+    pilot = peft.get_peft_model(model, config)
+    layers = {name: pilot.base_model.model.get_submodule(name) for name in setup.targets}
+    factors = {name: (layer.lora_B["default"].weight, layer.lora_A["default"].weight) for name, layer in layers.items()}
+    draw = torch.Generator().manual_seed(setup.seed)
+    with torch.no_grad():
+        for b, a in factors.values():
+            b.copy_(torch.randn(b.shape, generator=draw) / PILOT_RANK**0.5)
+            a.zero_()
+    optimiser = torch.optim.Adam([w for pair in factors.values() for w in pair], lr=PILOT_RATE)
+    for step in range(PILOT_STEPS):
+        pilot(**setup.batches[step % len(setup.batches)]).loss.backward()
+        optimiser.step()
+        optimiser.zero_grad()
+    bases = {}
+    for name, (b, a) in factors.items():
+        q, r = torch.linalg.qr(a.detach().float().mT)
+        bases[name] = q @ torch.linalg.svd(b.detach().float() @ r.mT, full_matrices=False)[2].mT[:, :rank]
+    model = pilot.unload().requires_grad_(False)
+    config = LoftConfig(
+        r=rank, support="random", target_modules=setup.targets, modules_to_save=_heads(setup.task), seed=setup.seed
+    )
+    model = peft.get_peft_model(model, config)
+    loft_rs.set_support(model, bases)
+    loft_rs.calibrate(model, setup.batches, max_batches=len(setup.batches), head_steps=0, progress=False)  # the order
+    return model
+
+
 def _recovered(make: Callable[..., LoftConfig]) -> Callable[[nn.Module, int, Setup], nn.Module]:
     def adapt(model: nn.Module, rank: int, setup: Setup) -> nn.Module:
         return peft.get_peft_model(
@@ -203,6 +239,9 @@ METHODS = {
         *(Method(f"LOFT {support}", _loft(support), **LOFT) for support in SUPPORTS),
         *(Method(f"LOFT {support} r16", _loft(support), rank=16, **LOFT) for support in SUPPORTS),
         *(Method(f"LOFT {support} natural", _loft(support, order="natural"), **LOFT) for support in SUPPORTS[:3]),
+        *(Method(f"LOFT {support} r46", _loft(support), rank=46, **LOFT) for support in SUPPORTS[:4]),
+        Method("LOFT pilot", _pilot, **LOFT),
+        Method("LOFT pilot r46", _pilot, rank=46, **LOFT),
         Method("LOFT gradsvd tied", _loft("gradsvd", tied=True), **LOFT | {"size": _tied}),
         Method("LOFT gradsvd free", _loft("gradsvd", transform="free"), **LOFT | {"size": _squares}),
         Method("LOFT gradsvd refresh", _loft("gradsvd"), refreshes=2, rate_of="LOFT gradsvd", **LOFT),

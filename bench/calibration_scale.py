@@ -178,7 +178,7 @@ class Tapped:
         for name, layer in self.layers.items():
             sketch = self.sketches[name]
             if number == 2:
-                sketch.start_second_pass(torch.linalg.qr(sketch.omega[:, : sketch.columns])[0])
+                sketch.start_second_pass(torch.linalg.qr(sketch.omega[:, : sketch.columns])[0].contiguous())
             layer.tap = LayerTap(sketch, self.adapter)
 
     def batch(self) -> None:

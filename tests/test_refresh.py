@@ -90,6 +90,40 @@ def quantise(model):
     return model
 
 
+@pytest.mark.parametrize("support", ["skewgrad", "gradsvd", "principal"])
+def test_a_refresh_in_groups_is_the_same(support):
+    found = []
+    for options in ({}, {"offload": True}, {"memory": 0.9}):
+        torch.manual_seed(0)
+        model = build(support=support)
+        train(model)
+        if "memory" in options:
+            options = {"memory": int(0.9 * found[0][0].memory.total)}
+        report = refresh(model, token_batches(2, seed=5), passes=2, oversampling=None, **options)
+        found.append((report, [layer.support("default").clone() for layer in adapted_layers(model)[1].values()]))
+    assert found[2][0].memory.groups > 1 and found[1][0].memory.sketches == 0
+    for _, supports in found[1:]:
+        assert same(supports, found[0][1])
+
+
+def test_a_refresh_in_one_pass():
+    model = build()
+    train(model)
+    before = logits(model)
+    assert refresh(model, token_batches(2, seed=5), passes=1).passes == 1
+    assert apart(logits(model), before) < 64 * EPS
+
+
+@pytest.mark.parametrize("wrong", [{"memory": 1000}, {"memory": "many"}, {"passes": 3}, {"oversampling": 3}])
+def test_a_refresh_with_a_wrong_option_changes_nothing(wrong):
+    model = build()
+    optimiser = train(model)
+    before = snapshot(model, optimiser)
+    with pytest.raises((ValueError, TypeError)):
+        refresh(model, token_batches(2, seed=5), optimizer=optimiser, **wrong)
+    assert same(snapshot(model, optimiser), before)
+
+
 # -- the function ----------------------------------------------------------------------------------------------------------
 
 

@@ -56,6 +56,10 @@ def refresh(
     adapter_name: str | None = None,
     moments: str = "transport",
     fold: bool = False,
+    passes: int = 2,
+    oversampling: int | None = None,
+    memory: int | str | None = None,
+    offload: bool = False,
     progress: bool | None = None,
 ) -> CalibrationReport:
     """Give a LOFT adapter a new support for its current weight and go on from there; the model's function stays what it is.
@@ -66,9 +70,9 @@ def refresh(
     Args:
         model: a PEFT model whose only active adapter is the LOFT one, unmerged, not wrapped in DDP and not compiled. Call this between
             an optimiser's step and the next forward pass: gradients of the old transform are dropped.
-        dataloader, train_step, max_batches, progress: as of `loft_rs.calibrate`. A gradient or activation support needs one of the
-            two; `principal`, `random` and `coordinate` need neither, and are put in input-PCA order where one is given and
-            `LoftConfig.order` is not "natural".
+        dataloader, train_step, max_batches, passes, oversampling, memory, offload, progress: as of `loft_rs.calibrate`. A gradient or
+            activation support needs one of the first two; `principal`, `random` and `coordinate` need neither, and are put in input-PCA
+            order where one is given and `LoftConfig.order` is not "natural".
         optimizer: the one that trains the adapter, whose state is then carried over; None: left as it is.
         adapter_name: default: the active one.
         moments: "transport": the moments are turned into the new basis (see this module), step counts go on. "restart": the state of
@@ -108,7 +112,8 @@ def refresh(
             supports = {} if config.needs_calibration else choose_supports(layers, config, adapter)
         report = CalibrationReport(config.support, "natural", 0, None, 0, time.perf_counter() - started, supports)
         if data:
-            report = calibrate(model, **data, adapter_name=adapter, head_steps=0, progress=progress)
+            options = {"passes": passes, "oversampling": oversampling, "memory": memory, "offload": offload}
+            report = calibrate(model, **data, **options, adapter_name=adapter, head_steps=0, progress=progress)
         with ranks.stage():
             if moments == "transport":
                 turns = {name: _orthonormal(layer.support(adapter)).mT @ bases[name] for name, layer in layers.items()}

@@ -20,7 +20,7 @@ import loft_rs
 from loft_rs import LoftConfig, NonFiniteError, refresh
 from loft_rs.factor import Frozen, LowRank
 from loft_rs.inspection import inspect_adapter, text_table
-from loft_rs.refreshing import _transported
+from loft_rs.moments import transported
 from loft_rs.tuner.model import adapted_layers
 
 EPS = torch.finfo(torch.float32).eps
@@ -266,28 +266,28 @@ def test_a_principal_support_is_that_of_the_current_weight_and_a_random_one_is_n
 # -- the optimiser ---------------------------------------------------------------------------------------------------------
 
 
-@given(n=st.integers(4, 9), r=st.integers(2, 4), seed=st.integers(0, 2**31), free=st.booleans())
-def test_moments_are_transported_as_those_of_independent_coordinates(n, r, seed, free):
-    p1, p2 = (torch.from_numpy(basis_of(n, r, seed % 1000 + i)) for i in range(2))
+@given(n=st.integers(4, 9), r=st.integers(2, 4), r2=st.integers(2, 4), seed=st.integers(0, 2**31), free=st.booleans())
+def test_moments_are_transported_as_those_of_independent_coordinates(n, r, r2, seed, free):
+    p1, p2 = (torch.from_numpy(basis_of(n, rank, seed % 1000 + i)) for i, rank in enumerate((r, r2)))
     turn = p2.mT @ p1
     generator = torch.Generator().manual_seed(seed)
-    places = [(i, j) for i in range(r) for j in range(r) if free or i > j]
+    places, new = ([(i, j) for i in range(k) for j in range(k) if free or i > j] for k in (r, r2))
     shape = (r, r) if free else (len(places),)
     m = torch.randn(shape, generator=generator, dtype=torch.float64)
     v = torch.rand(shape, generator=generator, dtype=torch.float64)
     c = torch.tensor(
         [
             [float(turn[k, i] * turn[h, j] - (0 if free else turn[k, j] * turn[h, i])) for i, j in places]
-            for k, h in places
+            for k, h in new
         ],
         dtype=torch.float64,
     )
-    torch.testing.assert_close(_transported("exp_avg", m, turn).flatten(), c @ m.flatten())
+    torch.testing.assert_close(transported("exp_avg", m, turn).flatten(), c @ m.flatten())
     wanted = c.square() @ v.flatten() + (1 - c.square().sum(1)) * v.mean()
-    torch.testing.assert_close(_transported("exp_avg_sq", v, turn).flatten(), wanted)
+    torch.testing.assert_close(transported("exp_avg_sq", v, turn).flatten(), wanted)
     eye = torch.eye(r, dtype=torch.float64)
-    assert torch.equal(_transported("exp_avg", m, eye), m)
-    torch.testing.assert_close(_transported("exp_avg_sq", v, eye), v)
+    assert torch.equal(transported("exp_avg", m, eye), m)
+    torch.testing.assert_close(transported("exp_avg_sq", v, eye), v)
 
 
 def test_moments_transport_or_restart():
@@ -302,7 +302,7 @@ def test_moments_transport_or_restart():
     state = optimiser.state[theta]
     assert torch.equal(state["step"], kept["step"])
     for key in ("exp_avg", "exp_avg_sq"):
-        torch.testing.assert_close(state[key], _transported(key, kept[key], turn), atol=1e-9, rtol=1e-4)
+        torch.testing.assert_close(state[key], transported(key, kept[key], turn), atol=1e-9, rtol=1e-4)
         assert not torch.equal(state[key], kept[key])
     refresh(model, token_batches(2), optimizer=optimiser, moments="restart")
     assert not optimiser.state[theta]

@@ -162,6 +162,23 @@ def test_group_refreshes_an_unused_value_after_an_in_place_update():
     )
 
 
+@pytest.mark.parametrize(
+    "replaced", [theta_of_norm(6, 0.5, 9), theta_of_norm(8, 0.5, 9).double()], ids=["rank", "dtype"]
+)
+def test_group_sees_a_parameter_that_was_replaced(replaced):
+    group = DeltaGroup("cayley")
+    members = [Member(torch.nn.Parameter(theta_of_norm(8, 0.5, i))) for i in range(3)]
+    for member in members:
+        group.value(member, "a")
+    for member in members[:2]:
+        member.theta["a"] = torch.nn.Parameter(replaced.clone())
+    with torch.no_grad():
+        for member in members * 2:
+            theta = member.theta["a"].detach()
+            wanted = get_transform("cayley").delta(theta[None], get_transform("cayley").rank(theta.shape))[0][0]
+            torch.testing.assert_close(group.value(member, "a"), wanted)
+
+
 def test_a_fused_step_between_two_half_passes_is_seen():
     group = DeltaGroup("cayley")
     members = [Member(torch.nn.Parameter(theta_of_norm(8, 0.5, i))) for i in range(2)]

@@ -1,4 +1,4 @@
-"""Refresh: a new support in the middle of training, at the weight that training has reached.
+"""Refresh: a new support in the middle of training, at the weight that training has reached. Narrow: a part of the one there is.
 
 W = W0 R_f R with R_f what earlier refreshes froze (the identity at first) and R = I + P E P^T trained. A refresh
 
@@ -8,41 +8,35 @@ W = W0 R_f R with R_f what earlier refreshes froze (the identity at first) and R
     chooses     P at W_cur = W0 R_f: `calibrate` with its taps before (output side: after) the frozen factor, so that
                 S = Skew(W_cur^T G); a support that needs no data is that of W_cur
     restarts    theta = 0, so the function is what it was
-    carries     the optimiser's state over
+    carries     the optimiser's state over (`moments.py`)
 
-The moments of theta, the strict lower triangle of A in the basis P1, are those of a gradient with respect to the ambient skew matrix
-P1 A P1^T. With O = P2^T P1, both bases orthonormal, and for i > j, k > l
-
-    first     skew(m) <- O skew(m) O^T                                       m_kl <- sum c_kl,ij m_ij,   c_kl,ij = O_ki O_lj - O_kj O_li
-    second    v_kl <- sum c_kl,ij^2 v_ij + (1 - sum c_kl,ij^2) mean(v)       as of independent coordinates
-
-where the second term stands for what lies outside the old support: from v = 0, Adam's first steps there would be 3 times too long.
+Narrowing freezes and restarts alike, but chooses nothing anew: P <- P V with V (r x rank) the strongest invariant planes of
+S = Skew(T) = (T - T^T) / 2, in which T has turned the most.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ._checks import is_int
 from .calibration import CalibrationReport, calibrate, checked_batches
 from .factor import Frozen, LowRank, gram_root
-from .linalg import NonFiniteError
+from .linalg import NonFiniteError, skew_planes
+from .moments import check_moments, held_moments, replace_parameter, transported
 from .ranks import Ranks
-from .transform import skew
 from .tuner.config import CALIBRATED_SUPPORTS, DATA_FREE_SUPPORTS, LoftConfig
 from .tuner.layer import Linear
-from .tuner.model import adapted_layers, note_frozen_ranks, owners, require_plain
+from .tuner.model import adapted_layers, note_frozen_ranks, owners, require_plain, set_ranks
 from .tuner.selection import choose_supports
 
-__all__ = ["refresh"]
+__all__ = ["NarrowReport", "narrow", "refresh"]
 
-MOMENTS = ("transport", "restart")
-# What the optimisers of torch and transformers call a mean of gradients and a mean of their squares.
-_FIRST, _SECOND = ("exp_avg", "momentum_buffer", "grad_avg"), ("exp_avg_sq", "max_exp_avg_sq", "square_avg", "sum")
 _NOT_ORTHOGONAL = 1e-4  # ||R_f^T R_f - I||_2 of a frozen factor in float32 is below 1e-6
 
 
@@ -68,14 +62,14 @@ def refresh(
     and is saved with the adapter (P_f (n x r_f) and E_f (r_f x r_f), float32). `export_lora` stays exact, at a rank of up to r_f + r.
 
     Args:
-        model: a PEFT model whose only active adapter is the LOFT one, unmerged, not wrapped in DDP and not compiled. Call this between
-            an optimiser's step and the next forward pass: gradients of the old transform are dropped.
+        model: a PEFT model whose only active adapter is the LOFT one, unmerged, not wrapped in DDP, not compiled, its LOFT parameters
+            not sharded. Call this between an optimiser's step and the next forward pass: gradients of the old transform are dropped.
         dataloader, train_step, max_batches, passes, oversampling, memory, offload, progress: as of `loft_rs.calibrate`. A gradient or
             activation support needs one of the first two; `principal`, `random` and `coordinate` need neither, and are put in input-PCA
             order where one is given and `LoftConfig.order` is not "natural".
         optimizer: the one that trains the adapter, whose state is then carried over; None: left as it is.
         adapter_name: default: the active one.
-        moments: "transport": the moments are turned into the new basis (see this module), step counts go on. "restart": the state of
+        moments: "transport": the moments are turned into the new basis (see `moments.py`), step counts go on. "restart": the state of
             these parameters is dropped, as of a new optimiser.
         fold: put the rotation into the base weight, rounded once, in place of a frozen factor. The base must be dense, float32 or
             float64, and have no other adapter. A saved adapter then belongs to the changed base: save that too.
@@ -86,19 +80,19 @@ def refresh(
     yet. TypeError: fold on a quantised base. `loft_rs.NonFiniteError`: NaN or Inf in a transform or in what a layer saw.
     """
     started = time.perf_counter()
-    if moments not in MOMENTS:
-        raise ValueError(f"moments must be one of {sorted(MOMENTS)}, got {moments!r}")
+    check_moments(moments)
     require_plain(model, "refresh")
     ranks = Ranks(next(model.parameters()).device)
     with ranks.stage():
         adapter, adapted = adapted_layers(model, adapter_name)
         layers = owners(adapted, adapter)
         config = next(iter(layers.values())).loft_config[adapter]
-        _require_refreshable(adapted, adapter, config)
+        _require_choosable(adapter, config)
+        _require_refreshable(adapted, adapter, config, "refresh")
         if fold:
             _require_foldable(adapted, adapter)
         data = _data(dataloader, train_step, max_batches, config)
-        carried = {} if optimizer is None else _carried(optimizer, layers, adapter, moments)
+        carried = {} if optimizer is None else held_moments(optimizer, layers, adapter, moments)
         frozen = {name: _product(name, layer, adapter) for name, layer in layers.items()}
     frozen = {name: ranks.first(factor) for name, factor in frozen.items()}
     before = _Before(adapted, adapter)
@@ -116,11 +110,7 @@ def refresh(
             report = calibrate(model, **data, **options, adapter_name=adapter, head_steps=0, progress=progress)
         with ranks.stage():
             if moments == "transport":
-                turns = {name: _orthonormal(layer.support(adapter)).mT @ bases[name] for name, layer in layers.items()}
-                carried = {
-                    name: {key: _transported(key, value, turns[name]) for key, value in state.items()}
-                    for name, state in carried.items()
-                }
+                carried = _turned(carried, layers, adapter, bases)
             if fold:
                 _fold(adapted, adapter, before)
     except BaseException:
@@ -136,37 +126,131 @@ def refresh(
     return report
 
 
+@dataclass(frozen=True)
+class NarrowReport:
+    """What `narrow` did.
+
+    rank: of every layer that was narrowed
+    kept: name of such a layer -> ||V^T S V||_F^2 / ||S||_F^2, the fraction of the turning S = Skew(T) that was in the planes which
+        stay trained (the rest is frozen, not lost); NaN where nothing had turned
+    """
+
+    rank: int
+    kept: dict[str, float] = field(repr=False)
+
+    def __str__(self) -> str:
+        lines = [f"{len(self.kept)} layers narrowed to rank {self.rank}", f"{'layer':<48} {'kept':>8}"]
+        return "\n".join(lines + [f"{name[-48:]:<48} {kept:>8.4f}" for name, kept in self.kept.items()])
+
+
+def narrow(
+    model: nn.Module,
+    rank: int,
+    *,
+    optimizer: torch.optim.Optimizer | None = None,
+    adapter_name: str | None = None,
+    moments: str = "transport",
+) -> NarrowReport:
+    """Go on with the planes of a LOFT adapter's support that training has turned the most; the model's function stays what it is.
+
+    The cheap form of `refresh`, without data: train at rank 2r for a while, then narrow to r. The trained rotation is kept as a frozen
+    factor, as by `refresh`, and the new support lies in the old one. Layers of at most `rank` are left exactly as they are. The ranks
+    are noted in the config (`rank_pattern`) that is saved with the adapter.
+
+    Args:
+        model: as of `refresh`. The narrowed layers get new, smaller parameters: a DDP wrapper, a captured graph, or an optimiser that is
+            not given here, holds the old ones and must be made anew.
+        rank: an even number of at least 2, less than the largest rank that the adapter has.
+        optimizer: the one that trains the adapter: it goes on with the new parameters, in their places; None: there is none yet.
+        adapter_name: default: the active one.
+        moments: "transport": the moments are turned into the new basis (see `moments.py`), step counts go on. "restart": the state of
+            these parameters is dropped.
+
+    Returns how much of each layer's turning lay in the planes it keeps. A call that fails leaves model and optimiser as they were.
+    ValueError: a `rank` that is none of these; an adapter without a support (OFT, BOFT, HRA) or with magnitudes, merged, disabled or not
+    alone; an optimiser that does not train it or whose state has no such moments; no support yet. `loft_rs.NonFiniteError`: NaN or Inf
+    in a transform.
+    """
+    check_moments(moments)
+    require_plain(model, "narrow")
+    ranks = Ranks(next(model.parameters()).device)
+    with ranks.stage():
+        adapter, adapted = adapted_layers(model, adapter_name)
+        layers = owners(adapted, adapter)
+        _require_refreshable(adapted, adapter, next(iter(layers.values())).loft_config[adapter], "narrow")
+        largest = max(layer.rank(adapter) for layer in layers.values())
+        if not is_int(rank) or rank % 2 or not 2 <= rank < largest:
+            raise ValueError(
+                f"rank must be an even integer of at least 2 and less than {largest}, the largest rank of adapter {adapter!r}, "
+                f"got {rank!r}"
+            )
+        rank, layers = int(rank), {name: layer for name, layer in layers.items() if layer.rank(adapter) > rank}
+        carried = {} if optimizer is None else held_moments(optimizer, layers, adapter, moments)
+        frozen = {name: _product(name, layer, adapter) for name, layer in layers.items()}
+        planes = {name: _strongest(_own(layer, adapter), rank) for name, layer in layers.items()}
+    frozen = {name: ranks.first(factor) for name, factor in frozen.items()}
+    planes = {name: ranks.first(found) for name, found in planes.items()}
+    before = _Before(adapted, adapter)
+    thetas = {name: layer.theta(adapter) for name, layer in layers.items()}
+    bases = {name: _orthonormal(layer.support(adapter)) for name, layer in layers.items()}
+    try:
+        set_ranks(adapted, adapter, dict.fromkeys(layers, rank))
+        for name, layer in layers.items():
+            layer.set_frozen(adapter, frozen[name])
+            layer.set_basis(adapter, planes[name][0])
+        with ranks.stage():
+            if moments == "transport":
+                carried = _turned(carried, layers, adapter, bases)
+    except BaseException:
+        before.restore()
+        raise
+    note_frozen_ranks(adapted, adapter)
+    kept = carried if moments == "transport" else {}
+    for name, theta in thetas.items() if optimizer is not None else ():
+        replace_parameter(optimizer, theta, layers[name].theta(adapter), kept.get(name))
+    return NarrowReport(rank, {name: kept for name, (_, kept) in planes.items()})
+
+
 # -- what can be refreshed -------------------------------------------------------------------------------------------------
 
 
-def _require_refreshable(layers: dict[str, Linear], adapter: str, config: LoftConfig) -> None:
+def _require_refreshable(layers: dict[str, Linear], adapter: str, config: LoftConfig, caller: str) -> None:
     if not config.has_support:
         raise ValueError(
-            f"refresh renews supports, but adapter {adapter!r} is of a kind that has none (OFT, BOFT, HRA)"
+            f"{caller} needs a support, but adapter {adapter!r} is of a kind that has none (OFT, BOFT, HRA)"
         )
     if config.magnitudes:
         raise ValueError(
-            "refresh does not support magnitudes: what it freezes is a rotation, and theirs is none; use magnitudes=False"
-        )
-    if config.support not in (*DATA_FREE_SUPPORTS, *CALIBRATED_SUPPORTS):
-        raise ValueError(
-            f"refresh chooses supports, but those of adapter {adapter!r} come from the file {config.support}; build it with one of "
-            f"{sorted((*DATA_FREE_SUPPORTS, *CALIBRATED_SUPPORTS))}"
+            f"{caller} does not support magnitudes: what it freezes is a rotation, and theirs is none; use magnitudes=False"
         )
     unset = [name for name, layer in layers.items() if not layer.ensure_support(adapter)]
     if unset:
         raise ValueError(
-            f"refresh renews supports, but adapter {adapter!r} has none yet in {unset[0]}: call loft_rs.calibrate first"
+            f"{caller} needs a support, but adapter {adapter!r} has none yet in {unset[0]}: call loft_rs.calibrate first"
+        )
+    sharded = [name for name, layer in layers.items() if hasattr(layer.theta(adapter), "full_tensor")]
+    if sharded:
+        raise ValueError(
+            f"{caller} cannot turn parameters that are sharded, as in {sharded[0]}: call it before fully_shard, or in a run "
+            "without it"
         )
     if any(layer.merged for layer in layers.values()):
-        raise ValueError("refresh needs an unmerged model: call unmerge_adapter() first")
+        raise ValueError(f"{caller} needs an unmerged model: call unmerge_adapter() first")
     for name, layer in layers.items():
         active = [each for each in layer.active_adapters if layer.has_adapter(each)]
         if active != [adapter] or layer.disable_adapters:
             raise ValueError(
-                f"refresh needs {adapter!r} to be the only active adapter, but in {name} the active ones are "
+                f"{caller} needs {adapter!r} to be the only active adapter, but in {name} the active ones are "
                 f"{[] if layer.disable_adapters else active}: call set_adapter({adapter!r}) first"
             )
+
+
+def _require_choosable(adapter: str, config: LoftConfig) -> None:
+    if config.has_support and config.support not in (*DATA_FREE_SUPPORTS, *CALIBRATED_SUPPORTS):
+        raise ValueError(
+            f"refresh chooses supports, but those of adapter {adapter!r} come from the file {config.support}; build it with one of "
+            f"{sorted((*DATA_FREE_SUPPORTS, *CALIBRATED_SUPPORTS))}"
+        )
 
 
 def _require_foldable(layers: dict[str, Linear], adapter: str) -> None:
@@ -204,13 +288,17 @@ def _orthonormal(basis: Tensor) -> Tensor:
 
 
 @torch.no_grad()
+def _own(layer: Linear, adapter: str) -> LowRank:
+    """R = I + (P C) D (P C)^T of the present support in float64 on the CPU, D = T - I."""
+    # Anew from theta: what the forward passes use is rounded to float32.
+    theta, transform = layer.theta(adapter).detach().cpu().double(), layer.loft_group[adapter].transform
+    return LowRank(_orthonormal(layer.support(adapter)), transform.delta(theta[None], layer.rank(adapter))[0][0])
+
+
+@torch.no_grad()
 def _product(name: str, layer: Linear, adapter: str) -> LowRank | None:
     """R_f R (or R R_f) as one factor, float32 or as wide as theta, on the CPU; None where nothing is turned."""
-    theta, transform = layer.theta(adapter).detach(), layer.loft_group[adapter].transform
-    rank = layer.rank(adapter)
-    # E anew from theta in float64: what the forward passes use is rounded to float32.
-    delta = transform.delta(theta.cpu().double()[None], rank)[0][0]
-    own = LowRank(_orthonormal(layer.support(adapter)), delta)
+    own, transform = _own(layer, adapter), layer.loft_group[adapter].transform
     held = layer.frozen_factor(adapter)
     if held is not None:
         held = LowRank(held.basis.cpu().double(), held.delta.cpu().double())
@@ -218,7 +306,7 @@ def _product(name: str, layer: Linear, adapter: str) -> LowRank | None:
         own = LowRank(both.basis, both.times(own.delta))
     if not bool(torch.isfinite(own.delta).all()):
         raise NonFiniteError(f"the transform of layer {name} holds NaN or Inf; nothing was changed")
-    dtype = torch.promote_types(theta.dtype, torch.float32)
+    dtype = torch.promote_types(layer.theta(adapter).dtype, torch.float32)
     product = own.reduced(torch.finfo(dtype).eps / 2)
     if transform.orthogonal and (error := product.orthogonality_error()) > _NOT_ORTHOGONAL:
         raise ValueError(
@@ -227,26 +315,43 @@ def _product(name: str, layer: Linear, adapter: str) -> LowRank | None:
     return LowRank(product.basis.to(dtype), product.delta.to(dtype)) if product.rank else None
 
 
+def _strongest(own: LowRank, rank: int) -> tuple[Tensor, float]:
+    """(P V (n x rank) in float64, ||V^T S V||_F^2 / ||S||_F^2), V the strongest planes of S = Skew(T); the first columns of P and NaN
+    where S = 0."""
+    s = (own.delta - own.delta.mT) / 2
+    if not s.any():
+        return own.basis[:, :rank], float("nan")
+    v = torch.from_numpy(skew_planes(s, rank)[0])
+    return own.basis @ v, float(((v.mT @ s @ v).norm() / s.norm()).square())
+
+
 class _Before:
     """What a refresh changes of the layers, to be put back where it fails."""
 
     def __init__(self, layers: dict[str, Linear], adapter: str):
         self.adapter = adapter
         self.weights: list[tuple[Tensor, Tensor]] = []
+        configs = [layer.loft_config[adapter] for layer in layers.values()]
+        self.patterns = [(config, config.rank_pattern) for config in configs]
         self.layers = [
-            (layer, layer.frozen_factor(adapter), [(held, held.detach().clone()) for held in self._held(layer)])
-            for layer in owners(layers, adapter).values()
+            (layer, layer.frozen_factor(adapter), self._held(layer)) for layer in owners(layers, adapter).values()
         ]
 
-    def _held(self, layer: Linear) -> tuple[Tensor, ...]:
-        return layer.theta(self.adapter), layer.support(self.adapter), layer.loft_energy[self.adapter]
+    def _held(self, layer: Linear) -> list[tuple[Any, Tensor, Tensor]]:
+        """(where it is held, a tensor, its value): `narrow` replaces the tensors, `refresh` writes into them."""
+        held = layer.loft_theta, layer.loft_support, layer.loft_energy
+        return [(each, each[self.adapter], each[self.adapter].detach().clone()) for each in held]
 
     @torch.no_grad()
     def restore(self) -> None:
+        for config, pattern in self.patterns:
+            config.rank_pattern = pattern
         for layer, frozen, tensors in self.layers:
-            layer.set_frozen(self.adapter, frozen)
-            for tensor, value in tensors:
+            for held, tensor, value in tensors:
+                held[self.adapter] = tensor
                 tensor.copy_(value)
+            layer.loft_ready[self.adapter] = True
+            layer.set_frozen(self.adapter, frozen)
         for weight, value in self.weights:
             weight.copy_(value)
 
@@ -263,61 +368,12 @@ def _fold(layers: dict[str, Linear], adapter: str, before: _Before) -> None:
         layer.set_frozen(adapter, None)
 
 
-# -- optimiser -------------------------------------------------------------------------------------------------------------
-
-
-def _carried(
-    optimizer: torch.optim.Optimizer, layers: dict[str, Linear], adapter: str, moments: str
+def _turned(
+    carried: dict[str, dict[str, Tensor]], layers: dict[str, Linear], adapter: str, bases: dict[str, Tensor]
 ) -> dict[str, dict[str, Tensor]]:
-    """The moments of every transform that has a state; what is no moment, such as the step count, stays as it is."""
-    trained = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    missing = [name for name, layer in layers.items() if id(layer.theta(adapter)) not in trained]
-    if missing:
-        raise ValueError(
-            f"optimizer does not train adapter {adapter!r} in {missing[0]}; give the one that does, or None"
-        )
-    found = {}
-    for name, layer in layers.items():
-        theta = layer.theta(adapter)
-        if theta not in optimizer.state:
-            continue
-        tensors = {
-            key: value for key, value in optimizer.state[theta].items() if isinstance(value, Tensor) and value.dim()
-        }
-        unknown = [key for key, value in tensors.items() if key not in _FIRST + _SECOND or value.shape != theta.shape]
-        if unknown and moments == "transport":
-            raise ValueError(
-                f"moments='transport' knows the states {', '.join(_FIRST + _SECOND)}, but {type(optimizer).__name__} has {unknown[0]!r}; "
-                "use moments='restart'"
-            )
-        found[name] = tensors
-    return found
-
-
-def _transported(key: str, moment: Tensor, turn: Tensor) -> Tensor:
-    """A moment of theta in the basis P2, from the one in P1. turn: O = P2^T P1 (r x r)."""
-    r, value = len(turn), moment.detach().cpu().double()
-    free = value.dim() == 2
-    if key in _FIRST:
-        moved = turn @ (value if free else skew(value, r)) @ turn.mT
-    else:
-        ones = torch.ones_like(value)
-        share = _squared(ones if free else _symmetric(ones, r), turn, free).clamp(0, 1)
-        moved = _squared(value if free else _symmetric(value, r), turn, free).clamp_min(0) + (1 - share) * value.mean()
-    rows, columns = torch.tril_indices(r, r, -1)
-    return (moved if free else moved[rows, columns]).to(moment.dtype)
-
-
-def _symmetric(lower: Tensor, r: int) -> Tensor:
-    return skew(lower, r).tril() + skew(lower, r).tril().mT
-
-
-def _squared(v: Tensor, turn: Tensor, free: bool) -> Tensor:
-    """sum over (i, j) of c_kl,ij^2 v_ij: c = O_ki O_lj of a free matrix, and O_ki O_lj - O_kj O_li over i > j of a skew one."""
-    squares = turn.square()
-    moved = squares @ v @ squares.mT
-    if not free:
-        for k, row in enumerate(turn):
-            w = row * turn
-            moved[k] -= ((w @ v) * w).sum(1)
-    return moved
+    """The moments in the present bases of `layers`, from those in `bases`."""
+    turns = {name: _orthonormal(layers[name].support(adapter)).mT @ bases[name] for name in carried}
+    return {
+        name: {key: transported(key, value, turns[name]) for key, value in state.items()}
+        for name, state in carried.items()
+    }

@@ -453,8 +453,10 @@ class DeltaGroup:
         if _capturing():
             return False
         pairs = [(entries[adapter], theta, fold) for entries, adapter, theta, fold in members]
+        # A parameter that was replaced may have another shape, dtype or device than the one that the value was computed from.
         if any(
-            e.version[3] != id(fold) or e.theta.dtype != t.dtype or e.theta.device != t.device for e, t, fold in pairs
+            e.version[3] != id(fold) or (e.theta.shape, e.theta.dtype, e.theta.device) != (t.shape, t.dtype, t.device)
+            for e, t, fold in pairs
         ):
             return False
         if not torch.equal(torch.stack([e.theta for e, _, _ in pairs]), torch.stack([theta for _, theta, _ in pairs])):

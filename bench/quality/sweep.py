@@ -3,7 +3,8 @@
     python bench/quality/sweep.py --packed PACKED --tasks mrpc cola sst2 --out runs.jsonl --workers 10 --wave 3 --minutes 9
 
 Runs that `--out` holds are skipped, so a sweep goes on where it was stopped. Each worker process takes a *wave* of runs of one task and
-advances them in turn. After `--minutes` no wave is begun; those in progress have `--grace` seconds to end; what has finished is written.
+advances them in turn; the workers are spread over the machine's cards. After `--minutes` no wave is begun; those in progress have
+`--grace` seconds to end; what has finished is written.
 """
 
 from __future__ import annotations
@@ -83,10 +84,14 @@ def _failed(spec: Spec, error: Exception) -> dict[str, Any]:
     return asdict(spec) | {"score": None, "error": f"{type(error).__name__}: {error}"[:500]}
 
 
-def work(todo: Any, results: Any, packed: Path, device: str, threads: int) -> None:
-    """A worker process: waves from `todo` until None."""
-    os.environ["RAYON_NUM_THREADS"] = str(threads)
+def work(todo: Any, results: Any, packed: Path, device: str, threads: int, number: int) -> None:
+    """A worker process: waves from `todo` until None, on card `number` modulo their count."""
+    for pool in ("RAYON", "OMP", "OPENBLAS"):  # before anything is imported that reads them
+        os.environ[f"{pool}_NUM_THREADS"] = str(threads)
     import torch
+
+    if device == "cuda":
+        torch.cuda.set_device(number % torch.cuda.device_count())
 
     torch.set_num_threads(threads)
     torch.set_float32_matmul_precision("high")
@@ -109,7 +114,7 @@ def sweep(arguments: argparse.Namespace) -> None:
     todo, results = context.Queue(), context.Queue()
     plan = cells(arguments.packed, arguments.tasks, arguments.methods, arguments.steps)
     options = (todo, results, arguments.packed, arguments.device, arguments.threads)
-    workers = [context.Process(target=work, args=options, daemon=True) for _ in range(arguments.workers)]
+    workers = [context.Process(target=work, args=(*options, i), daemon=True) for i in range(arguments.workers)]
     for worker in workers:
         worker.start()
     lines = read_lines(arguments.out)

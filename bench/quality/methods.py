@@ -401,8 +401,13 @@ METHODS = {
             "LOFT pilot magnitudes r44", _pilot(magnitudes=True), rank=44, batches=32, rate_of="LOFT pilot r46", **LOFT
         ),
         Method("LOFT pilot tied r60", _pilot(tied=True), rank=60, batches=32, rate_of="LOFT pilot r46", **LOFT),
-        Method("LOFT pilot energetic r46", _pilot(), rank=46, batches=32, tilt=0.125, rate_of="LOFT pilot r46", **LOFT),
-        Method("LOFT pilot quiet r46", _pilot(), rank=46, batches=32, tilt=-0.125, rate_of="LOFT pilot r46", **LOFT),
+        *(
+            Method(
+                f"LOFT pilot {name}{at}", _pilot(), rank=rank, batches=32, tilt=tilt, rate_of=f"LOFT pilot{at}", **LOFT
+            )
+            for name, tilt in (("energetic", 0.125), ("quiet", -0.125), ("quieter", -0.25))
+            for at, rank in (("", None), (" r46", 46))
+        ),
         Method("LOFT kfac r46", _given(_natural_gradient), rank=46, rate_of="LOFT pilot r46", **LOFT),
         Method("LOFT gradsvd both sides r32", _two_sides, rank=32, rate_of="LOFT gradsvd r46", **LOFT),
         *(

@@ -45,7 +45,15 @@ from .sketch import LayerTap, Sketch, plan_for, sketch_for
 from .support import SIDES, Support, blind_support
 from .tuner.config import CALIBRATED_SUPPORTS, DATA_FREE_SUPPORTS, GRADIENT_SUPPORTS, LoftConfig
 from .tuner.layer import Linear
-from .tuner.model import adapted_layers, note_sides, owners, require_plain, require_untrained, set_ranks
+from .tuner.model import (
+    adapted_layers,
+    all_or_nothing,
+    note_sides,
+    owners,
+    require_plain,
+    require_untrained,
+    set_ranks,
+)
 from .tuner.selection import choose_supports
 
 __all__ = ["CalibrationReport", "calibrate", "checked_batches"]
@@ -291,13 +299,15 @@ def calibrate(
         for parameter in head if head_steps else []:
             ranks.copy_first(parameter.data)
         used = None if batches is None else ranks.total(len(run.batches))
-    if budget:
-        set_ranks(adapted, adapter, {name: support.rank for name, support in supports.items()})
+    with all_or_nothing(adapted, adapter):  # this takes memory
+        if budget:
+            set_ranks(adapted, adapter, {name: support.rank for name, support in supports.items()})
+        for name, layer in layers.items():
+            layer.set_side(adapter, supports[name].side)
+        note_sides(adapted, adapter)
     for name, layer in layers.items():
         if not (name in silent and layer.ready(adapter)):
-            layer.set_side(adapter, supports[name].side)
             layer.set_basis(adapter, supports[name].basis, supports[name].energy)
-    note_sides(adapted, adapter)
     evidence = {place.module: each for place, each in evidence.items() if place.side == supports[place.module].side}
     sides = {name: {side: energies.get(Place(name, side), 0.0) for side in SIDES} for name in undecided}
     seconds = time.perf_counter() - started

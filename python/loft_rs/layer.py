@@ -236,7 +236,7 @@ class AdaptedLinear(nn.Module):
         held = self.loft_support[adapter]
         self.set_frozen(adapter, None)
         self.loft_support[adapter] = held.new_zeros(self.support_width(side), held.shape[1])
-        self.loft_output_side[adapter].fill_(side == "output")
+        self.loft_output_side[adapter] = torch.full_like(self.loft_output_side[adapter], side == "output")
         self.loft_side[adapter] = side
         self._forget(adapter)
 

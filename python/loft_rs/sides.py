@@ -6,8 +6,8 @@ A skew, to first order
     dL = <P^T S P, A>,   W0 exp(P A P^T) or exp(P A P^T) W0      (Cayley: -2 times that)
 
 so ||P^T S P||_F^2 is, up to one factor, the squared gradient of the r(r - 1)/2 parameters that either side trains. They are as many on
-both, so the side with the larger one captures more energy per parameter. What gradsvd itself captures says nothing of sides: G and G^T
-have the same singular values.
+both, so the side with the larger one captures more energy per parameter. (Of `free`, whose r^2 parameters are as many on both sides too,
+it is the part that rotates.) What gradsvd itself captures says nothing of sides: G and G^T have the same singular values.
 
 Both sides are sketched from the same batches, each as if it were the only one.
 """

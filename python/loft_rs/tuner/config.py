@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import warnings
 from copy import copy
 from dataclasses import dataclass, field
@@ -26,6 +27,11 @@ CALIBRATED_SUPPORTS = (*GRADIENT_SUPPORTS, "activation")
 WITHOUT_SUPPORT = ("blocks", "trained")
 ORDERS = ("auto", "natural", "input_pca")
 _TRANSFORMS = {"trained": ("householder", "reflection"), "others": (*TRANSFORMS, "cayley_neumann")}
+
+
+def full_name(module: str) -> str:
+    """A pattern for one module: PEFT reads a key as the end of a name, and a regular expression, in which "^" is the start."""
+    return f"^{re.escape(module)}"
 
 
 def _neumann(terms: int | None) -> dict:
@@ -59,7 +65,8 @@ class LoftConfig(PeftConfig):
             support captures more of the loss's first-order decrease with as many trained parameters (see `loft_rs.sides`), and
             writes it into `side_pattern`; until then the module is the identity, on the input side. Once decided it stays. Needs
             `skewgrad` or `gradsvd`, or a file of supports, each of which knows its side.
-        side_pattern (`dict[str, str]`): Sides of single modules, `input` or `output`, by name, suffix or regular expression.
+        side_pattern (`dict[str, str]`): Sides of single modules, `input` or `output`, by name, suffix or regular expression; as in
+            `rank_pattern`, what names no module has no effect.
         order (`str`): Order of the coordinates inside the support. `input_pca`: eigenvectors of sum z^T z, z = X P, descending;
             `natural`: as the support's method gives them; `auto` (default): `input_pca` wherever `calibrate` runs.
         tied (`bool | list[list[str]]`): One support and one transform for layers that read the same input, a third of the parameters
@@ -281,8 +288,12 @@ class LoftConfig(PeftConfig):
         return self.side == "auto" or bool(self.side_pattern)
 
     def side_of(self, module: str) -> str:
-        """The side of a module: `input`, `output`, or `auto` where nothing has decided it yet."""
-        return self.side_pattern.get(get_pattern_key(list(self.side_pattern), module), self.side)
+        """The side of a module: `input`, `output`, or `auto` where nothing has decided it yet. Its full name comes before what PEFT would
+        find first, which takes a regular expression for every other module."""
+        key = full_name(module)
+        if key not in self.side_pattern:
+            key = get_pattern_key(list(self.side_pattern), module)
+        return self.side_pattern.get(key, self.side)
 
     @property
     def support_file(self) -> str | None:

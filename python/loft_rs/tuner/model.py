@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import re
 import warnings
 import zlib
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -19,13 +19,14 @@ from ..kinds import Householder
 from ..layer import feature_sizes
 from ..siblings import SHARED_INPUT, Siblings, named_groups
 from ..transform import DeltaGroup
-from .config import LoftConfig
+from .config import LoftConfig, full_name
 from .layer import Linear, LoftLayer
 from .selection import choose_supports, load_named_supports, match_supports
 
 __all__ = [
     "LoftModel",
     "adapted_layers",
+    "all_or_nothing",
     "note_frozen_ranks",
     "note_sides",
     "orthogonality_error",
@@ -371,18 +372,35 @@ def set_ranks(layers: dict[str, Linear], adapter: str, ranks: dict[str, int]) ->
     held = {name: layer.rank(adapter) for name, layer in layers.items()}
     for layer in layers.values():
         config = layer.loft_config[adapter]
-        # PEFT reads a key as the end of a name, and a regular expression: "^" is the start.
-        config.rank_pattern = {f"^{re.escape(name)}": rank for name, rank in held.items() if rank != config.r}
+        config.rank_pattern = {full_name(name): rank for name, rank in held.items() if rank != config.r}
 
 
 def note_sides(layers: dict[str, Linear], adapter: str) -> None:
-    """Write the sides of an adapter whose supports are all there into its config, which is saved with it, where they may differ."""
-    held = {name: layer for name, layer in layers.items() if layer.has_adapter(adapter)}
-    for layer in held.values():
-        if layer.loft_config[adapter].mixed_sides:
-            layer.loft_config[adapter].side_pattern = {
-                f"^{re.escape(name)}": each.loft_side[adapter] for name, each in held.items()
-            }
+    """Write the sides of an adapter whose supports are all there into its config, which is saved with it, where it does not say so yet."""
+    held = {name: layer.loft_side[adapter] for name, layer in layers.items() if layer.has_adapter(adapter)}
+    for config in {id(c): c for c in (layers[name].loft_config[adapter] for name in held)}.values():
+        if any(config.side_of(name) != side for name, side in held.items()):
+            config.side_pattern = {full_name(name): side for name, side in held.items()}
+
+
+@contextmanager
+def all_or_nothing(layers: dict[str, Linear], adapter: str) -> Iterator[None]:
+    """Where this fails on its way, the tensors that it replaced in `layers`, and what it noted in the config, are put back."""
+    parts = ("theta", "support", "output_side", "frozen_basis", "frozen_delta", "side", "ready")
+    places = [getattr(layer, f"loft_{part}") for layer in layers.values() for part in parts]
+    held = [(place, place[adapter] if adapter in place else None) for place in places]
+    noted = [(c, c.rank_pattern, c.side_pattern) for c in (layer.loft_config[adapter] for layer in layers.values())]
+    try:
+        yield
+    except BaseException:
+        for place, value in held:
+            if value is not None:
+                place[adapter] = value
+            elif adapter in place:
+                del place[adapter]
+        for config, ranks, sides in noted:
+            config.rank_pattern, config.side_pattern = ranks, sides
+        raise
 
 
 def orthogonality_error(model: nn.Module, adapter_name: str | None = None) -> float:

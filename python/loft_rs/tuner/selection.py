@@ -96,7 +96,7 @@ def set_support(model: torch.nn.Module, supports: Mapping[str, Any], adapter_nam
     suffixes. Every adapted module needs one, of the rank and the side the adapter was built with; under `side="auto"` a `Support` brings
     its side, which is kept. ValueError lists what is missing, ambiguous or does not fit, before anything is changed.
     """
-    from .model import adapted_layers, note_sides, owners, require_untrained
+    from .model import adapted_layers, all_or_nothing, note_sides, owners, require_untrained
 
     adapter, layers = adapted_layers(model, adapter_name)
     require_untrained(layers, adapter, "set_support")
@@ -115,7 +115,9 @@ def set_support(model: torch.nn.Module, supports: Mapping[str, Any], adapter_nam
             problems.append(f"{name}: expected one for the {side} side, got one for the {support.side} side")
     if problems:
         raise ValueError("supports do not fit: " + "; ".join(problems[:20]))
+    with all_or_nothing(layers, adapter):
+        for name, side in sides.items():
+            layers[name].set_side(adapter, side)
+        note_sides(layers, adapter)
     for name, basis in bases.items():
-        layers[name].set_side(adapter, sides[name])
         layers[name].set_basis(adapter, basis, float(getattr(matched[name], "energy", float("nan"))))
-    note_sides(layers, adapter)

@@ -5,9 +5,9 @@
                   how much of the off-diagonal of sum z^T z is left by the input-PCA order that one sketch gave
     split-half    MiniLM on MRPC, one draw of 2 to 16 batches of 8: the reported agreement, batches_needed(0.7) and reproducible part,
                   against the overlap with a support from 16 times the data, and the captured part that shows there. Medians over layers
-    sides         side="auto", two draws of batches: how many modules turn their output; ||P^T S P||^2 summed over all modules on one side
-                  over that on the chosen ones; the larger over the smaller; how often the other draw chooses the same side, and how
-                  often the chosen side captures more there with the P of this draw
+    sides         MiniLM on MRPC, side="auto", two draws of 4 batches: how many modules turn their output; ||P^T S P||^2 summed over all
+                  modules on one side over that on the chosen ones; the larger over the smaller; how often the other draw chooses the
+                  same side, and how often the chosen side captures more there with the P of this draw
 
 MiniLM-L6 and SmolLM2-135M come as packages (`matrices.py`); the texts are sentence pairs of MRPC and problems of GSM8K, in `--data`.
 """
@@ -249,49 +249,49 @@ def kind(name: str) -> str:
 
 def sides(report: Report, data: Path) -> None:
     report.open("sides")
-    for name, build, count in (("MiniLM-L6", minilm, 4), ("SmolLM2-135M", smollm, 2)):
-        base, batches = build(data, 2 * count)
-        base.requires_grad_(False)
-        names = linear_names(base, 1 if name == "MiniLM-L6" else 10)
-        drawn = batches[:count], batches[count:]
-        skew = {}
-        for layer, (w, g, _) in dense(base, drawn[1], names).items():
-            for side, product in (("input", w.T @ g), ("output", g @ w.T)):
-                skew[layer, side] = (product - product.T) / 2
-        for support in ("skewgrad", "gradsvd"):
-            for rank in (16, 64):
-                bases, found = {}, []
-                for side, used in (("input", drawn[0]), ("output", drawn[0]), ("auto", drawn[0]), ("auto", drawn[1])):
-                    config = LoftConfig(r=rank, target_modules=names, support=support, side=side)
-                    model = peft.get_peft_model(base, config)
-                    found.append(calibrate(model, used, progress=False))
-                    if side != "auto":
-                        bases |= {(n, side): s.basis.astype(np.float64) for n, s in found[-1].layers.items()}
-                    base = unadapted(model)
-                first, other = found[2:]
-                both = [first.sides[n] for n in names]
-                chosen = {n: s.side for n, s in first.layers.items()}
-                elsewhere = {key: float(np.sum((p.T @ skew[key] @ p) ** 2)) for key, p in bases.items()}
-                ratios = [max(e.values()) / min(e.values()) for e in both]
-                auto = sum(max(e.values()) for e in both)
-                turned = Counter(kind(n) for n, side in chosen.items() if side == "output")
-                report.add(
-                    model=name,
-                    support=support,
-                    rank=rank,
-                    modules=len(names),
-                    output=sum(turned.values()),
-                    kinds=", ".join(f"{each} {n}" for each, n in sorted(turned.items())),
-                    all_input=sum(e["input"] for e in both) / auto,
-                    all_output=sum(e["output"] for e in both) / auto,
-                    median_ratio=float(np.median(ratios)),
-                    largest_ratio=float(np.max(ratios)),
-                    same_on_other_batches=sum(other.layers[n].side == side for n, side in chosen.items()) / len(names),
-                    better_on_other_batches=sum(
-                        elsewhere[n, chosen[n]] >= max(elsewhere[n, "input"], elsewhere[n, "output"]) for n in names
-                    )
-                    / len(names),
+    count = 4
+    base, batches = minilm(data, 2 * count)
+    base.requires_grad_(False)
+    names = linear_names(base, 1)
+    drawn = batches[:count], batches[count:]
+    skew = {}
+    for layer, (w, g, _) in dense(base, drawn[1], names).items():
+        for side, product in (("input", w.T @ g), ("output", g @ w.T)):
+            skew[layer, side] = (product - product.T) / 2
+    for support in ("skewgrad", "gradsvd"):
+        for rank in (16, 64):
+            bases, found = {}, []
+            for side, used in (("input", drawn[0]), ("output", drawn[0]), ("auto", drawn[0]), ("auto", drawn[1])):
+                config = LoftConfig(r=rank, target_modules=names, support=support, side=side)
+                model = peft.get_peft_model(base, config)
+                found.append(calibrate(model, used, progress=False))
+                if side != "auto":
+                    bases |= {(n, side): s.basis.astype(np.float64) for n, s in found[-1].layers.items()}
+                base = unadapted(model)
+            first, other = found[2:]
+            both = [first.sides[n] for n in names]
+            chosen = {n: s.side for n, s in first.layers.items()}
+            elsewhere = {key: float(np.sum((p.T @ skew[key] @ p) ** 2)) for key, p in bases.items()}
+            ratios = [max(e.values()) / min(e.values()) for e in both]
+            auto = sum(max(e.values()) for e in both)
+            turned = Counter(kind(n) for n, side in chosen.items() if side == "output")
+            report.add(
+                model="MiniLM-L6",
+                support=support,
+                rank=rank,
+                modules=len(names),
+                output=sum(turned.values()),
+                kinds=", ".join(f"{each} {n}" for each, n in sorted(turned.items())),
+                all_input=sum(e["input"] for e in both) / auto,
+                all_output=sum(e["output"] for e in both) / auto,
+                median_ratio=float(np.median(ratios)),
+                largest_ratio=float(np.max(ratios)),
+                same_on_other_batches=sum(other.layers[n].side == side for n, side in chosen.items()) / len(names),
+                better_on_other_batches=sum(
+                    elsewhere[n, chosen[n]] >= max(elsewhere[n, "input"], elsewhere[n, "output"]) for n in names
                 )
+                / len(names),
+            )
     report.close("sides")
     report.table("sides")
 

@@ -444,6 +444,11 @@ def test_a_side_pattern_by_hand(support, tmp_path):
     assert {r.name.removeprefix("base_model.model."): r.side for r in inspect_adapter(tmp_path)} == wanted
 
 
+def test_a_full_name_comes_before_the_end_of_one():
+    config = LoftConfig(side_pattern={"a.q": "output", r"^a\.q": "input", "k": "output"})
+    assert [config.side_of(name) for name in ("a.q", "b.a.q", "a.k", "a.v")] == ["input", "output", "output", "input"]
+
+
 def test_a_side_by_hand_is_not_asked_again():
     model = one_sided(side_pattern={"a": "input"})
     report = calibrate(model, BATCHES, budget=Budget(params=12))

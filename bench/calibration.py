@@ -5,6 +5,9 @@
                   how much of the off-diagonal of sum z^T z is left by the input-PCA order that one sketch gave
     split-half    MiniLM on MRPC, one draw of 2 to 16 batches of 8: the reported agreement, batches_needed(0.7) and reproducible part,
                   against the overlap with a support from 16 times the data, and the captured part that shows there. Medians over layers
+    sides         MiniLM on MRPC, side="auto", two draws of 4 batches: how many modules turn their output; ||P^T S P||^2 summed over all
+                  modules on one side over that on the chosen ones; the larger over the smaller; how often the other draw chooses the
+                  same side, and how often the chosen side captures more there with the P of this draw
 
 MiniLM-L6 and SmolLM2-135M come as packages (`matrices.py`); the texts are sentence pairs of MRPC and problems of GSM8K, in `--data`.
 """
@@ -16,6 +19,7 @@ import gzip
 import importlib.util
 import json
 import time
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -238,6 +242,60 @@ def split_half(report: Report, data: Path) -> None:
     report.table("split-half")
 
 
+def kind(name: str) -> str:
+    """Which linear of its block a module is."""
+    return name.rpartition(".layer")[2].partition(".")[2].partition(".")[2] or name
+
+
+def sides(report: Report, data: Path) -> None:
+    report.open("sides")
+    count = 4
+    base, batches = minilm(data, 2 * count)
+    base.requires_grad_(False)
+    names = linear_names(base, 1)
+    drawn = batches[:count], batches[count:]
+    skew = {}
+    for layer, (w, g, _) in dense(base, drawn[1], names).items():
+        for side, product in (("input", w.T @ g), ("output", g @ w.T)):
+            skew[layer, side] = (product - product.T) / 2
+    for support in ("skewgrad", "gradsvd"):
+        for rank in (16, 64):
+            bases, found = {}, []
+            for side, used in (("input", drawn[0]), ("output", drawn[0]), ("auto", drawn[0]), ("auto", drawn[1])):
+                config = LoftConfig(r=rank, target_modules=names, support=support, side=side)
+                model = peft.get_peft_model(base, config)
+                found.append(calibrate(model, used, progress=False))
+                if side != "auto":
+                    bases |= {(n, side): s.basis.astype(np.float64) for n, s in found[-1].layers.items()}
+                base = unadapted(model)
+            first, other = found[2:]
+            both = [first.sides[n] for n in names]
+            chosen = {n: s.side for n, s in first.layers.items()}
+            elsewhere = {key: float(np.sum((p.T @ skew[key] @ p) ** 2)) for key, p in bases.items()}
+            ratios = [max(e.values()) / min(e.values()) for e in both]
+            auto = sum(max(e.values()) for e in both)
+            turned = Counter(kind(n) for n, side in chosen.items() if side == "output")
+            report.add(
+                model="MiniLM-L6",
+                support=support,
+                rank=rank,
+                modules=len(names),
+                output=sum(turned.values()),
+                kinds=", ".join(f"{each} {n}" for each, n in sorted(turned.items())),
+                all_input=sum(e["input"] for e in both) / auto,
+                all_output=sum(e["output"] for e in both) / auto,
+                median_ratio=float(np.median(ratios)),
+                largest_ratio=float(np.max(ratios)),
+                same_on_other_batches=sum(other.layers[n].side == side for n, side in chosen.items()) / len(names),
+                better_on_other_batches=sum(
+                    elsewhere[n, chosen[n]] >= max(elsewhere[n, "input"], elsewhere[n, "output"]) for n in names
+                )
+                / len(names),
+            )
+    report.close("sides")
+    report.table("sides")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, default=2)
@@ -245,11 +303,13 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path(__file__).with_name("calibration_cpu.json"))
     parser.add_argument("--quality", action="store_true")
     parser.add_argument("--split-half", action="store_true")
+    parser.add_argument("--sides", action="store_true")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     report = Report(options.out, machine(options.threads, PACKAGES))
-    for chosen, section in ((options.split_half, split_half), (options.quality, quality)):
-        if chosen or not (options.quality or options.split_half):
+    sections = {split_half: options.split_half, quality: options.quality, sides: options.sides}
+    for section, chosen in sections.items():
+        if chosen or not any(sections.values()):
             section(report, options.data)
 
 

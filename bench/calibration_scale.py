@@ -170,7 +170,7 @@ class Tapped:
         self.plans = {n: plan_for("skewgrad", each, self.adapter, **options) for n, each in self.layers.items()}
         self.survey = Survey(self.plans, model, self.layers, self.adapter, False)
         for name, layer in self.layers.items():
-            layer.tap = self.survey.tap(name, self.adapter)
+            layer.tap = self.survey.tap([name], self.adapter)
         self.sketches: dict[str, Sketch] = {}
 
     def start(self, number: int) -> None:

@@ -12,6 +12,7 @@ moment of the same pass turns P into input-PCA order. `passes=1` makes do with a
 forward pass, for its order alone. The sums are linear in the batches: the processes of a `torch.distributed` run add theirs up after
 each pass, and saved ones (`saved_sketches.py`) add up anywhere. Pass 1 keeps the even and the odd batches apart, which shows how much
 of a support is theirs (`evidence.py`). With a `Budget` layers are calibrated for twice the rank of an even share, and then given theirs.
+Under `side="auto"` both sides of a module are sketched, and the one that captures more is kept (`sides.py`).
 """
 
 from __future__ import annotations
@@ -32,17 +33,27 @@ from torch import Tensor, nn
 
 from ._checks import is_int
 from ._io import check_writable
-from .budget import Budget, share_ranks
+from .budget import Budget
 from .evidence import Evidence, overlap
 from .footprint import Footprint, Survey, byte_count, checkpointed_blocks
+from .layer import dense_weight
 from .linalg import NonFiniteError, orthonormalize
 from .ranks import Ranks
 from .saved_sketches import write_sketches
+from .sides import Place, by_module, open_places, share_both, stronger
 from .sketch import LayerTap, Sketch, plan_for, sketch_for
-from .support import Support, blind_support
-from .tuner.config import CALIBRATED_SUPPORTS, DATA_FREE_SUPPORTS, LoftConfig
+from .support import SIDES, Support, blind_support
+from .tuner.config import CALIBRATED_SUPPORTS, DATA_FREE_SUPPORTS, GRADIENT_SUPPORTS, LoftConfig
 from .tuner.layer import Linear
-from .tuner.model import adapted_layers, owners, require_plain, require_untrained, set_ranks
+from .tuner.model import (
+    adapted_layers,
+    all_or_nothing,
+    note_sides,
+    owners,
+    require_plain,
+    require_untrained,
+    set_ranks,
+)
 from .tuner.selection import choose_supports
 
 __all__ = ["CalibrationReport", "calibrate", "checked_batches"]
@@ -64,6 +75,8 @@ class CalibrationReport:
     layers: module name -> the `Support` stored there (energy with its standard error, values, order)
     evidence: module name -> `Evidence`, how far that support is the task's and not these batches'; of chosen supports only
     memory: the bytes it was to take above the frozen training step, as it was known before it started
+    sides: of modules whose side was open (`side="auto"`), module name -> {side: ||P^T S P||_F^2}, what decided it (`sides.py`); the
+        chosen one is that of the support in `layers`
     """
 
     method: str
@@ -75,6 +88,7 @@ class CalibrationReport:
     layers: dict[str, Support] = field(repr=False)
     evidence: dict[str, Evidence] = field(default_factory=dict, repr=False)
     memory: Footprint | None = None
+    sides: dict[str, dict[str, float]] = field(default_factory=dict, repr=False)
 
     def __str__(self) -> str:
         batches = f", {self.batches} batches" if self.batches is not None else ""
@@ -82,12 +96,16 @@ class CalibrationReport:
         lines = [
             f"{self.method}, {self.order} order: {len(self.layers)} layers, {self.passes} passes{batches}{head}, {self.seconds:.1f} s",
             f"{'layer':<48} {'rank':>5} {'energy':>8} {'+-':>7}"
+            + f" {'side':>7} {'on input':>9} {'on output':>9}" * bool(self.sides)
             + f" {'agreement':>10} {'reproducible':>13} {'for .9':>7}" * bool(self.evidence),
         ]
         if self.memory is not None:
             lines.insert(1, f"memory: {self.memory}")
         for name, s in self.layers.items():
             line = f"{name[-48:]:<48} {s.rank:>5} {s.energy:>8.4f} {s.energy_stderr:>7.4f}"
+            if self.sides:
+                both = self.sides.get(name, dict.fromkeys(SIDES, np.nan))
+                line += f" {s.side:>7} {both['input']:>9.2e} {both['output']:>9.2e}"
             if e := self.evidence.get(name):
                 line += f" {e.agreement:>10.3f} {e.reproducible:>13.3f} {e.batches_needed():>7.0f}"
             lines.append(line)
@@ -96,6 +114,8 @@ class CalibrationReport:
                 "agreement: of the support with that of as many other batches; reproducible: of the captured energy; for .9: batches "
                 "that an agreement of 0.9 takes"
             )
+        if self.sides:
+            lines.append("on input, on output: ||P^T S P||^2, of which the side has the larger")
         return "\n".join(lines)
 
 
@@ -119,6 +139,9 @@ def calibrate(
 ) -> CalibrationReport:
     """Choose and store the supports of an untrained LOFT adapter from a task's batches, then order them (`LoftConfig.order`).
 
+    Under `LoftConfig(side="auto")` the side of every module that has none yet is chosen too (`sides.py`) and noted in the config's
+    `side_pattern`: both sides are sketched, at the memory and the products of both. gradsvd then needs two passes and dense weights.
+
     Args:
         model: a PEFT model with a LOFT adapter, on any device and of any base, not wrapped in DDP and not compiled; FSDP2 (`fully_shard`)
             and gradient checkpointing stay as they are.
@@ -139,7 +162,8 @@ def calibrate(
             second pass uses the same batches. Needs a dataloader.
         budget: in place of the adapter's ranks: even ranks that capture the most for the parameters, none more than twice that of an
             even share, written into the config's `rank_pattern`. Call this before the optimiser is made: it replaces the parameters.
-            Its transform must be the adapter's; `modules_to_save` are not counted, and every layer keeps a rank of at least 2.
+            Its transform must be the adapter's; `modules_to_save` are not counted, and every layer keeps a rank of at least 2. Open
+            sides and ranks are chosen in turn, until each is the best for the other.
         share_by: what the budget maximises, the captured "energy", or the part of it that both halves of the batches show
             ("reproducible").
         save_sketches: a file for the sketches of a single pass, from which `loft_rs.supports_from_sketches` computes the same
@@ -170,10 +194,13 @@ def calibrate(
         layers = owners(adapted, adapter)
         config = next(iter(layers.values())).loft_config[adapter]
         method, order = config.support, "natural" if config.order == "natural" else "input_pca"
-        needs_gradient = method in ("skewgrad", "gradsvd")
+        needs_gradient = method in GRADIENT_SUPPORTS
         trial = _checked_options(
             config, layers, adapter, passes, oversampling, tol, budget, share_by, save_sketches, train_step
         )
+        places = open_places(layers, adapter)
+        undecided = [name for name, each in by_module(places).items() if len(each) > 1]
+        _require_decidable({name: layers[name] for name in undecided}, method, passes, save_sketches)
         if method not in CALIBRATED_SUPPORTS and order == "natural":
             raise ValueError(
                 f"support={method!r} with order='natural' takes nothing from data; there is nothing to calibrate"
@@ -201,10 +228,18 @@ def calibrate(
             run.warm_up(head, head_steps)
         options = {"order": order, "seed": config.seed, "oversampling": oversampling, "single": passes == 1}
         options["loss_scale"] = run.loss_scale if needs_gradient else 1.0
+        homes = {place: layers[place.module] for place in places}
         plans = {
-            name: plan_for(method, layer, adapter, rank=trial.get(name), **options) for name, layer in layers.items()
+            place: plan_for(method, layer, adapter, side=place.side, rank=trial.get(place.module), **options)
+            for place, layer in homes.items()
         }
-        survey = Survey(plans, model, layers, adapter, offload)
+
+        def energy(place: Place, sketch: Sketch, rank: int | None = None) -> float:
+            if place.module not in undecided:
+                return 0.0
+            return sketch.rotation_energy(rank or sketch.rank, dense_weight(homes[place].get_base_layer()))
+
+        survey = Survey(plans, model, homes, adapter, offload)
         run.show(survey)
         with ranks.stage():
             groups, footprint = survey.groups(limit)
@@ -215,12 +250,12 @@ def calibrate(
         groups, footprint = ranks.first((groups, footprint))
         if ranks.rank == 0:
             _LOG.info("calibrate: %s", footprint)
-        done, supports, silent, heard, evidence = 0, {}, {}, {}, {}
+        done, found, heard, evidence, energies = 0, {}, {}, {}, {}
         home = torch.device("cpu") if offload else None
         for number, group in enumerate(groups, 1):
-            sketches = {name: sketch_for(plans[name], layers[name], adapter, home) for name in group}
+            sketches = {place: sketch_for(plans[place], homes[place], adapter, home) for place in group}
             turn = 0
-            while live := {name: sketch for name, sketch in sketches.items() if not sketch.finished}:
+            while live := {place: sketch for place, sketch in sketches.items() if not sketch.finished}:
                 turn += 1
                 of = f", group {number} of {len(groups)}" if len(groups) > 1 else ""
                 run.one_pass(
@@ -231,41 +266,52 @@ def calibrate(
                     tol=None if turn > 1 else tol,
                 )
                 with ranks.stage():
-                    for name, sketch in live.items():
-                        sketch.end_pass(name)
+                    for place, sketch in live.items():
+                        sketch.end_pass(place.module)
             done = max(done, turn)
-            silent |= {name: layers[name] for name, sketch in sketches.items() if sketch.silent}
-            found = {name: sketch for name, sketch in sketches.items() if not sketch.silent}
-            evidence |= {name: ranks.first(sketch.evidence) for name, sketch in found.items() if sketch.evidence}
+            told = {place: sketch for place, sketch in sketches.items() if not sketch.silent}
+            evidence |= {place: ranks.first(sketch.evidence) for place, sketch in told.items() if sketch.evidence}
             with ranks.stage():
                 if budget is None:
-                    supports |= {name: sketch.support(turn) for name, sketch in found.items()}
+                    found |= {place: sketch.support(turn) for place, sketch in told.items()}
+                    energies |= {place: energy(place, sketch) for place, sketch in told.items()}
                 if budget or save_sketches is not None:  # which need them all
-                    for name, sketch in found.items():
+                    for place, sketch in told.items():
                         sketch.retire()
-                        heard[name] = sketch
+                        heard[place] = sketch
         with ranks.stage():
             if budget:
-                shared = _shared(heard, layers, budget, share_by)
-                supports = {name: sketch.support(done, shared[name]) for name, sketch in heard.items()}
+                shared = _shared(heard, layers, budget, share_by, energy)
+                found = {place: heard[place].support(done, rank) for place, rank in shared.items()}
+                given = {place.module: rank for place, rank in shared.items()}
+                energies = {place: energy(place, sketch, given[place.module]) for place, sketch in heard.items()}
+            supports = {name: found[place] for name, place in stronger(found, energies.__getitem__).items()}
+            silent = {name: layer for name, layer in layers.items() if name not in supports}
             supports |= _unreached(silent, config, adapter)
-        supports = {name: ranks.first(supports[name]) for name in layers}
+        supports, energies = {name: ranks.first(supports[name]) for name in layers}, ranks.first(energies)
         if save_sketches is not None:
             names = {id(layer): name for name, layer in adapted.items()}
-            tied = {name: [names[id(each)] for each in layers[name].tied(adapter)] for name in heard}
+            sums = {place.module: sketch for place, sketch in heard.items()}
+            tied = {name: [names[id(each)] for each in layers[name].tied(adapter)] for name in sums}
             with ranks.stage():
                 if ranks.rank == 0:
-                    write_sketches(save_sketches, heard, tied)
+                    write_sketches(save_sketches, sums, tied)
         for parameter in head if head_steps else []:
             ranks.copy_first(parameter.data)
         used = None if batches is None else ranks.total(len(run.batches))
-    if budget:
-        set_ranks(adapted, adapter, {name: support.rank for name, support in supports.items()})
+    with all_or_nothing(adapted, adapter):  # this takes memory
+        if budget:
+            set_ranks(adapted, adapter, {name: support.rank for name, support in supports.items()})
+        for name, layer in layers.items():
+            layer.set_side(adapter, supports[name].side)
+        note_sides(adapted, adapter)
     for name, layer in layers.items():
         if not (name in silent and layer.ready(adapter)):
             layer.set_basis(adapter, supports[name].basis, supports[name].energy)
+    evidence = {place.module: each for place, each in evidence.items() if place.side == supports[place.module].side}
+    sides = {name: {side: energies.get(Place(name, side), 0.0) for side in SIDES} for name in undecided}
     seconds = time.perf_counter() - started
-    return CalibrationReport(method, order, done, used, head_steps, seconds, supports, evidence, footprint)
+    return CalibrationReport(method, order, done, used, head_steps, seconds, supports, evidence, footprint, sides)
 
 
 def checked_batches(
@@ -355,20 +401,45 @@ def _checked_options(
     return {name: min(max(TRIAL * even, ranks.start), ranks[-1]) for name, ranks in allowed.items()}
 
 
+def _require_decidable(undecided: Mapping[str, Linear], method: str, passes: int, save_sketches: Any) -> None:
+    """Refuse what cannot tell the sides of these modules."""
+    if undecided and save_sketches is not None:
+        raise ValueError(
+            "save_sketches needs the side of every module beforehand, which side='auto' leaves open: give side='input' or 'output', or "
+            "a side_pattern"
+        )
+    if method != "gradsvd":
+        return
+    if undecided and passes == 1:
+        raise ValueError("side='auto' with support='gradsvd' needs passes=2, or support='skewgrad'")
+    for name, layer in undecided.items():
+        if dense_weight(base := layer.get_base_layer()) is None:
+            raise TypeError(
+                f"side='auto' with support='gradsvd' needs dense weights, to compare the sides, but {name} is a {type(base).__name__}; "
+                "use support='skewgrad'"
+            )
+
+
 def _shared(
-    sketches: Mapping[str, Sketch], layers: Mapping[str, Linear], budget: Budget, share_by: str
-) -> dict[str, int]:
-    """The rank of every layer, from the spectra that the sketches have found."""
-    if silent := [name for name in layers if name not in sketches]:
+    sketches: Mapping[Place, Sketch],
+    layers: Mapping[str, Linear],
+    budget: Budget,
+    share_by: str,
+    energy: Callable[[Place, Sketch, int], float],
+) -> dict[Place, int]:
+    """The place and the rank of every layer, from the spectra that the sketches have found."""
+    reached = by_module(sketches)
+    if silent := [name for name in layers if name not in reached]:
         raise ValueError(
             f"budget: no calibration batch reached {', '.join(silent)}; exclude these modules in the LoftConfig"
         )
-    spectra = {name: sketch.spectrum() for name, sketch in sketches.items()}
+    spectra = {place: sketch.spectrum() for place, sketch in sketches.items()}
     if share_by == "reproducible":
-        spectra = {name: sketch.evidence.reproduced(spectra[name]) for name, sketch in sketches.items()}
+        spectra = {place: sketch.evidence.reproduced(spectra[place]) for place, sketch in sketches.items()}
         if any(not np.isfinite(each).all() for each in spectra.values()):
             raise ValueError("share_by='reproducible' needs two batches or more that reach every layer")
-    return dict(share_ranks(spectra, budget))
+    trial = {place.module: sketch.rank for place, sketch in sketches.items()}
+    return share_both(spectra, budget, trial, lambda place, rank: energy(place, sketches[place], rank))
 
 
 def _head_steps(steps: int | None, head: list[nn.Parameter], needs_gradient: bool) -> int:
@@ -385,8 +456,9 @@ def _unreached(layers: Mapping[str, Linear], config: LoftConfig, adapter: str) -
     """Supports for layers that no calibration batch reached: the one a layer has, or a random one, so that training can go on."""
     supports = {}
     for name, layer in layers.items():
+        side = layer.loft_side[adapter]
         supports[name] = blind_support(
-            layer.support_width(config.side), layer.rank(adapter), method="random", side=config.side, seed=config.seed
+            layer.support_width(side), layer.rank(adapter), method="random", side=side, seed=config.seed
         )
         if layer.ready(adapter):
             held = layer.support(adapter).double().cpu().numpy()
@@ -538,32 +610,34 @@ class _Runner:
         with self.ranks.stage():
             if self.batches is None:
                 return
-            for name, tied in self.layers.items():
-                for layer in tied:
-                    layer.tap = survey.tap(name, self.adapter)
+            for name, places in by_module(survey.layers).items():
+                for layer in self.layers[name]:
+                    layer.tap = survey.tap(places, self.adapter)
             self._forward(max(self.batches, key=_size), backward=False)
 
     def one_pass(
-        self, sketches: Mapping[str, Sketch], *, backward: bool, label: str, last: bool, tol: float | None = None
+        self, sketches: Mapping[Place, Sketch], *, backward: bool, label: str, last: bool, tol: float | None = None
     ) -> None:
         """Add one pass to these sketches. last: they are those of the last group, so that a batch no layer has seen is an error.
         tol: after each batch all processes look whether it still changed the supports, and forget the batches that are left."""
+        tapped = by_module(sketches)
         for name, tied in self.layers.items():
             for part, layer in enumerate(tied):
-                tapped = name in sketches
-                reach = backward and self.batches is None
-                layer.tap = LayerTap(sketches[name], self.adapter, part) if tapped else _untapped(self.adapter, reach)
+                tap = None
+                for place in tapped.get(name, ()):
+                    tap = LayerTap(sketches[place], self.adapter, part, tap)
+                layer.tap = tap or _untapped(self.adapter, reach=backward and self.batches is None)
         batches = list(enumerate([None] if self.batches is None else self.batches))
         steps = [batches]
         if tol is not None:  # a process may have fewer batches than another
             steps = [batches[i : i + 1] for i in range(self.ranks.largest(len(batches)))]
-        held: dict[str, np.ndarray] = {}
+        held: dict[Place, np.ndarray] = {}
         with self.bar(len(batches), label) as bar:
             for step, some in enumerate(steps):
                 with self.ranks.stage():
                     self._run(some, sketches, backward, label, last, bar)
                 if tol is not None:
-                    now = {name: self._so_far(sketch) for name, sketch in sketches.items()}
+                    now = {place: self._so_far(sketch) for place, sketch in sketches.items()}
                     change = 1 - np.mean([overlap(now[n], held[n]) for n in now]) if held else 1.0
                     held = now
                     if self.ranks.first(change < tol):
@@ -580,7 +654,7 @@ class _Runner:
         return sketch.directions(y.double().cpu().numpy())
 
     def _run(
-        self, batches: list, sketches: Mapping[str, Sketch], backward: bool, label: str, last: bool, bar: Any
+        self, batches: list, sketches: Mapping[Place, Sketch], backward: bool, label: str, last: bool, bar: Any
     ) -> None:
         again = any(sketch.sums for sketch in sketches.values())  # which this pass saw the time before
         for number, batch in batches:
@@ -658,7 +732,7 @@ class _Runner:
                 bar.update()
 
 
-def _require_finite(sketches: Mapping[str, Sketch], where: str) -> None:
+def _require_finite(sketches: Mapping[Any, Sketch], where: str) -> None:
     """NonFiniteError where a batch has brought NaN: it fills whole rows of a sum, so that one column tells, read at once for all layers."""
     columns: dict[torch.device, list[Tensor]] = {}
     for sketch in sketches.values():

@@ -107,10 +107,13 @@ class Survey:
         self.inputs = WeakIdKeyDictionary()  # each X while it lives -> its number
         self.count = 0
 
-    def tap(self, name: str, adapter: str):
+    def tap(self, names: list[str], adapter: str):
+        """Of the sketches of these names, all of the one layer that is tapped."""
+
         def run(layer: AdaptedLinear, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
             y = layer.at_identity(x, adapter, *args, **kwargs)
-            self._note(name, layer, x, y)
+            for name in names:
+                self._note(name, layer, x, y)
             return y
 
         return run

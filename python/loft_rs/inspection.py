@@ -108,6 +108,7 @@ def _report(folder: Path, name: str, parts: dict[str, np.ndarray], config: dict)
     support = config.get("support")
     expected = {"theta"} if support in ("blocks", "trained") else {"theta", "support", "energy"}
     expected |= {"scale"} if config.get("output_scale") else set()
+    expected |= {"output_side"} if config.get("side") == "auto" or config.get("side_pattern") else set()
     if "support" in expected and {"frozen_basis", "frozen_delta"} & set(parts):
         expected |= {"frozen_basis", "frozen_delta"}
     if set(parts) != expected:
@@ -124,13 +125,20 @@ def _report(folder: Path, name: str, parts: dict[str, np.ndarray], config: dict)
         width=width,
         rank=rank,
         transform=str(config.get("transform")),
-        side=str(config.get("side")),
+        side=_side(parts, config),
         energy=energy,
         # The factors' largest errors add up; of one factor it is exact.
         orthogonality_error=float(errors.max(-1).sum()),
         angles=_angles(turned),
         frozen_rank=parts["frozen_basis"].shape[1] if "frozen_basis" in parts else 0,
     )
+
+
+def _side(parts: dict, config: dict) -> str:
+    """The module's side, which its tensors tell where modules may differ."""
+    if "output_side" not in parts:
+        return str(config.get("side"))
+    return "output" if parts["output_side"].any() else "input"
 
 
 def _of_support(what: str, parts: dict, theta: np.ndarray, config: dict) -> tuple[np.ndarray, int, int, float]:
@@ -160,7 +168,7 @@ def _with_frozen(what: str, parts: dict, basis: np.ndarray, delta: np.ndarray, c
         raise ValueError(f"{what} has a frozen basis that is not orthonormal")
     e, ef = _folded(basis.T @ basis, delta), _folded(pf.T @ pf, ef)
     upper, lower = ef @ pf.T @ basis @ e, np.zeros((len(e), len(ef)))
-    if config.get("side") == "output":
+    if _side(parts, config) == "output":
         upper, lower = lower.T, e @ basis.T @ pf @ ef
     both = np.block([[ef, upper], [lower, e]])
     _, strengths, right = np.linalg.svd(np.hstack([pf, basis]), full_matrices=False)

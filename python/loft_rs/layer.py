@@ -135,7 +135,8 @@ class AdaptedLinear(nn.Module):
     State: `loft_theta` (trained, float32); where the adapter's kind has a support, `loft_support` (P, n x r; all zero until it is set) and
     `loft_energy` (captured fraction, NaN where unknown); where the output is scaled, `loft_scale` (m, trained, float32: the scale less 1);
     once the support was refreshed, `loft_frozen_basis` (P_f, n x r_f) and `loft_frozen_delta` (E_f, r_f x r_f), the rotation of the
-    supports before it, both float32. Everything else is derived from these and the base weight.
+    supports before it, both float32; where layers of one adapter may be on different sides, `loft_output_side` (1 on the output side, else
+    0), which the shapes of a square layer do not tell. Everything else is derived from these and the base weight.
     """
 
     def __init__(self, base_layer: nn.Module):
@@ -149,6 +150,7 @@ class AdaptedLinear(nn.Module):
         self.loft_scale = nn.ParameterDict()
         self.loft_support = TensorDict()
         self.loft_energy = TensorDict()
+        self.loft_output_side = TensorDict()
         self.loft_frozen_basis = TensorDict()
         self.loft_frozen_delta = TensorDict()
         self.loft_kind: dict[str, Kind] = {}
@@ -180,13 +182,15 @@ class AdaptedLinear(nn.Module):
         *,
         kind: Kind = _SUPPORTED,
         output_scale: bool = False,
+        movable: bool = False,
         seed: int = 0,
         identity: bool = True,
     ) -> None:
         """Add an adapter at the identity (or, for tests, at a small random rotation), its support, if it has one, unset.
 
         `group` computes D for all its members at once, and layers of one model share one; None for a kind without a transform.
-        output_scale: with a trained factor for every output, W = diag(1 + s) W0 R. seed: of what starts at random.
+        output_scale: with a trained factor for every output, W = diag(1 + s) W0 R. movable: `set_side` may change the side, so the state
+        holds it. seed: of what starts at random.
         """
         if side not in SIDES:
             raise ValueError(f"side must be 'input' or 'output', got {side!r}")
@@ -203,6 +207,8 @@ class AdaptedLinear(nn.Module):
         if kind.has_support:
             self.loft_support[adapter] = torch.zeros(own, rank, dtype=dtype, device=device)
             self.loft_energy[adapter] = torch.full((), float("nan"), dtype=torch.float32, device=device)
+        if movable:
+            self.loft_output_side[adapter] = torch.tensor(float(side == "output"), device=device)
         if group is not None:
             self.loft_group[adapter] = group
         self.loft_kind[adapter], self.loft_side[adapter], self.loft_ready[adapter] = kind, side, not kind.has_support
@@ -220,6 +226,22 @@ class AdaptedLinear(nn.Module):
         theta = self.loft_kind[adapter].theta(self.loft_group[adapter].transform, len(held), rank, 0, True)
         self.loft_theta[adapter] = nn.Parameter(theta.to(trained.device, trained.dtype), trained.requires_grad)
         self.loft_support[adapter] = held.new_zeros(len(held), rank)
+        self._forget(adapter)
+
+    def set_side(self, adapter: str, side: str) -> None:
+        """Move a `movable` adapter to a side: an unset support as wide as that is, and nothing frozen. theta, whose size is the rank's
+        alone, stays."""
+        if self.loft_side[adapter] == side:
+            return
+        held = self.loft_support[adapter]
+        self.set_frozen(adapter, None)
+        self.loft_support[adapter] = held.new_zeros(self.support_width(side), held.shape[1])
+        self.loft_output_side[adapter] = torch.full_like(self.loft_output_side[adapter], side == "output")
+        self.loft_side[adapter] = side
+        self._forget(adapter)
+
+    def _forget(self, adapter: str) -> None:
+        """The support is unset: drop what was derived from it."""
         self.loft_ready[adapter] = False
         for layer in self.tied(adapter):
             for slot in [slot for slot in layer._derived if slot[1] == adapter]:
@@ -246,6 +268,8 @@ class AdaptedLinear(nn.Module):
         for layer in others:
             for held in (layer.loft_theta, layer.loft_support, layer.loft_energy, layer.loft_ready):
                 del held[adapter]
+            if adapter in layer.loft_output_side:
+                del layer.loft_output_side[adapter]
         for layer in members:
             layer.loft_tied[adapter] = members
 

@@ -74,28 +74,34 @@ class _Tap(torch.autograd.Function):
 
 class LayerTap:
     """What a layer runs in place of its adapted forward during a pass: the same at the identity, tapped. After `refresh` that is the
-    base layer with the frozen factor, W_cur = W0 R_f, and X, Y0 and their gradients are those of W_cur.
+    base layer with the frozen factor, W_cur = W0 R_f, and X, Y0 and their gradients are those of W_cur. within: another tap of the
+    layer, for its other side, which runs inside this one.
 
     The tap sees an activation and its own gradient together, whatever comes after the layer, however often it runs, and under
     checkpointing. Its anchor makes autograd reach the layers of a model in which nothing else requires a gradient.
     """
 
-    def __init__(self, sketch: Sketch, adapter: str, part: int = 0):
-        self.sketch, self.adapter, self.part = sketch, adapter, part
+    def __init__(self, sketch: Sketch, adapter: str, part: int = 0, within: LayerTap | None = None):
+        self.sketch, self.adapter, self.part, self.within = sketch, adapter, part, within
 
     def __call__(self, layer: AdaptedLinear, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         sketch, watched = self.sketch, torch.is_grad_enabled()
         if sketch.backward and not watched:  # the first of the two forward passes of a checkpointed block
-            return layer.at_identity(x, self.adapter, *args, **kwargs)
+            return self._run(layer, x, *args, **kwargs)
         sketch.runs(watched)
         anchor = torch.zeros((), device=x.device, requires_grad=True)
         if sketch.tap_input:
             kept = self._keep(x, None)
             x = _Tap.apply(x, kept, anchor, sketch, self.part) if watched else x
-            return layer.at_identity(x, self.adapter, *args, **kwargs)
-        y = layer.at_identity(x, self.adapter, *args, **kwargs)
+            return self._run(layer, x, *args, **kwargs)
+        y = self._run(layer, x, *args, **kwargs)
         kept = self._keep(x, output_product(layer, y.detach()))
         return _Tap.apply(y, kept, anchor, sketch, self.part) if watched else y
+
+    def _run(self, layer: AdaptedLinear, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if self.within is None:
+            return layer.at_identity(x, self.adapter, *args, **kwargs)
+        return self.within(layer, x, *args, **kwargs)
 
     def _keep(self, x: Tensor, y0: Tensor | None) -> Tensor | None:
         with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
@@ -137,13 +143,14 @@ def plan_for(
     *,
     order: str,
     seed: int,
+    side: str | None = None,
     rank: int | None = None,
     oversampling: int | None = None,
     single: bool = False,
     loss_scale: float = 1.0,
 ) -> Plan:
-    """The plan of one layer. rank: default the adapter's. oversampling: columns beyond it; default 16, or 192 for a single pass."""
-    side = layer.loft_side[adapter]
+    """The plan of one layer. side, rank: default the adapter's. oversampling: columns beyond it; default 16, or 192 for a single pass."""
+    side = side or layer.loft_side[adapter]
     rank = layer.rank(adapter) if rank is None else rank
     width, other = layer.support_width(side), "output" if side == "input" else "input"
     heights = tuple(each.support_width(other) for each in layer.tied(adapter))
@@ -334,6 +341,10 @@ class Sketch:
         """Squared values, descending, as many as the plan's rank."""
         return np.square(np.minimum.accumulate(self.solved()[1][: self.rank])) / self.plan.loss_scale**2
 
+    def rotation_energy(self, rank: int, weight: Tensor | None) -> float:
+        """||P^T S P||_F^2 of the support P of this rank. weight: W0 (m x n), for a sketch that does not see S."""
+        raise AssertionError("each kind of sketch that waits for gradients has its own")
+
     def moment(self, p: np.ndarray) -> np.ndarray:
         """P^T M P (r x r) of a basis P (n x r)."""
         image = self.numpy("moments")
@@ -396,6 +407,9 @@ class SkewSketch(Sketch):
             self.plus_sketch(image)
         else:
             self.plus("image", image)
+
+    def rotation_energy(self, rank: int, weight: Tensor | None) -> float:
+        return float(self.spectrum()[: rank - rank % 2].sum())
 
     def directions(self, y: np.ndarray) -> np.ndarray:
         p = left_vectors(y, self.rank)
@@ -481,6 +495,14 @@ class GradientSketch(Sketch):
         else:
             image = _inner(other, own if self.side == "input" else _product(own, self.basis))
             self.pending["image"][rows] += image.to(self.home)
+
+    def rotation_energy(self, rank: int, weight: Tensor | None) -> float:
+        """Of two passes: P^T W0^T G P = (W0 P)^T (G P), on the output side (W0^T P)^T (G^T P), transposed."""
+        q, p = self.basis.double().cpu().numpy(), self.solved()[0][:, :rank]
+        w = weight.detach() if self.side == "input" else weight.detach().mT
+        left = _product(w, torch.from_numpy(np.ascontiguousarray(p)).to(self.dtype)).double().cpu().numpy()
+        c = left.T @ (self.numpy("image") @ (q.T @ p)) / self.plan.loss_scale
+        return float(np.sum(((c - c.T) / 2) ** 2))
 
     def moment(self, p: np.ndarray) -> np.ndarray:
         if self.plan.single:

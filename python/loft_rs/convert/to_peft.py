@@ -25,7 +25,7 @@ _INSTEAD = "loft_rs.export_lora writes an exact LoRA of any low-rank adapter, an
 
 def from_loft(checkpoint: Checkpoint, base: Base, progress: Progress | None) -> Converted:
     config = checkpoint.config
-    for name, default in (("side", "input"), ("tied", False), ("trainable_token_indices", None)):
+    for name, default in (("side", "input"), ("side_pattern", {}), ("tied", False), ("trainable_token_indices", None)):
         if (config.get(name) or default) != default:
             raise checkpoint.refuse(f"no other method of PEFT's has {name}={config[name]!r}; {_INSTEAD}")
     writers = {"blocks": _to_blocks, "trained": _to_hra, "principal": _to_psoft}

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import re
 import warnings
 from copy import copy
 from dataclasses import dataclass, field
 
 from peft.config import PeftConfig
 from peft.utils import PeftType
+from peft.utils.other import get_pattern_key
 
 from ..inspection import FORMAT_VERSION
 from ..kinds import Householder, Kind, Partition, Supported
@@ -19,11 +21,17 @@ __all__ = ["LoftConfig"]
 
 # Chosen when the model is built, from the weights or a seed; the others wait for `calibrate`.
 DATA_FREE_SUPPORTS = ("principal", "random", "coordinate")
-CALIBRATED_SUPPORTS = ("skewgrad", "gradsvd", "activation")
+GRADIENT_SUPPORTS = ("skewgrad", "gradsvd")
+CALIBRATED_SUPPORTS = (*GRADIENT_SUPPORTS, "activation")
 # Kinds of adapters without a frozen support.
 WITHOUT_SUPPORT = ("blocks", "trained")
 ORDERS = ("auto", "natural", "input_pca")
 _TRANSFORMS = {"trained": ("householder", "reflection"), "others": (*TRANSFORMS, "cayley_neumann")}
+
+
+def full_name(module: str) -> str:
+    """A pattern for one module: PEFT reads a key as the end of a name, and a regular expression, in which "^" is the start."""
+    return f"^{re.escape(module)}"
 
 
 def _neumann(terms: int | None) -> dict:
@@ -53,12 +61,17 @@ class LoftConfig(PeftConfig):
             `LoftConfig.oft`, `.boft`, `.hra` and `.psoft`, which set this and the six options at the end of this list.
         transform (`str`): `cayley` (default), `exp` or `free` (not orthogonal); `cayley_neumann`, a series cut off, to go on with an
             adapter that was trained with it; with `support="trained"` `householder` or `reflection`.
-        side (`str`): `input` (W0 R, default) or `output` (R W0).
+        side (`str`): `input` (W0 R, default), `output` (R W0), or `auto`: `loft_rs.calibrate` chooses for every module the side whose
+            support captures more of the loss's first-order decrease with as many trained parameters (see `loft_rs.sides`), and
+            writes it into `side_pattern`; until then the module is the identity, on the input side. Once decided it stays. Needs
+            `skewgrad` or `gradsvd`, or a file of supports, each of which knows its side.
+        side_pattern (`dict[str, str]`): Sides of single modules, `input` or `output`, by name, suffix or regular expression; as in
+            `rank_pattern`, what names no module has no effect.
         order (`str`): Order of the coordinates inside the support. `input_pca`: eigenvectors of sum z^T z, z = X P, descending;
             `natural`: as the support's method gives them; `auto` (default): `input_pca` wherever `calibrate` runs.
         tied (`bool | list[list[str]]`): One support and one transform for layers that read the same input, a third of the parameters
             and less time for q, k and v. True: those that are so named (`q_proj, k_proj, v_proj`; `gate_proj, up_proj`; and other
-            common names); or groups of names of one parent's modules, such as `[["q_proj", "k_proj"]]`. Input side only.
+            common names); or groups of names of one parent's modules, such as `[["q_proj", "k_proj"]]`. Input side only, not `auto`.
         seed (`int`): Seed of the support's random sketch, or of a `random` or `coordinate` support.
         rank_pattern (`dict[str, int]`): Ranks of single modules, by name, suffix or regular expression.
         modules_to_save (`list[str]`): Modules trained and saved whole, such as a fresh classification head.
@@ -81,7 +94,8 @@ class LoftConfig(PeftConfig):
     exclude_modules: list[str] | str | None = field(default=None, metadata={"help": "Modules to leave alone."})
     support: str = field(default="principal", metadata={"help": "How the support is chosen, or a saved supports file."})
     transform: str = field(default="cayley", metadata={"help": "cayley, exp or free."})
-    side: str = field(default="input", metadata={"help": "input (W0 R) or output (R W0)."})
+    side: str = field(default="input", metadata={"help": "input (W0 R), output (R W0) or auto."})
+    side_pattern: dict[str, str] = field(default_factory=dict, metadata={"help": "Sides of single modules."})
     order: str = field(default="auto", metadata={"help": "auto, natural or input_pca."})
     tied: bool | list[list[str]] = field(default=False, metadata={"help": "One rotation for layers of one input."})
     seed: int = field(default=0, metadata={"help": "Seed of the support."})
@@ -109,6 +123,8 @@ class LoftConfig(PeftConfig):
             self.support = os.fspath(self.support)
         if self.rank_pattern is None:
             self.rank_pattern = {}
+        if self.side_pattern is None:
+            self.side_pattern = {}
         if self.frozen_ranks is None:
             self.frozen_ranks = {}
         if isinstance(self.target_modules, list):
@@ -139,9 +155,12 @@ class LoftConfig(PeftConfig):
                 warnings.warn(
                     f"{name} = {rank} is odd: a skew transform gains nothing over rank {rank - 1}", stacklevel=4
                 )
+        if not isinstance(self.side_pattern, dict):
+            raise ValueError(f"side_pattern must be a dict of names and sides, got {self.side_pattern!r}")
         for name, value, choices in (
             ("transform", self.transform, _TRANSFORMS["trained" if self.support == "trained" else "others"]),
-            ("side", self.side, SIDES),
+            ("side", self.side, (*SIDES, "auto")),
+            *((f"side_pattern[{key!r}]", side, SIDES) for key, side in self.side_pattern.items()),
             ("order", self.order, ORDERS),
         ):
             if value not in choices:
@@ -161,6 +180,11 @@ class LoftConfig(PeftConfig):
         if not isinstance(self.seed, int) or self.seed < 0:
             raise ValueError(f"seed must be an integer >= 0, got {self.seed!r}")
         self._check_options()
+        if self.side == "auto" and self.support not in GRADIENT_SUPPORTS and not self.support_file:
+            raise ValueError(
+                "side='auto' is decided by what the gradient shows: it needs support='skewgrad' or 'gradsvd', or a file of supports, "
+                f"which know their sides, got {self.support!r}"
+            )
         methods = (*DATA_FREE_SUPPORTS, *CALIBRATED_SUPPORTS, *WITHOUT_SUPPORT)
         if not isinstance(self.support, str) or (self.support not in methods and not self.support_file):
             raise ValueError(
@@ -192,8 +216,8 @@ class LoftConfig(PeftConfig):
         for name, value in (("factors", self.factors > 1), ("share", self.share), ("output_scale", self.output_scale)):
             if value and self.support != "blocks":
                 raise ValueError(f"{name} needs support='blocks', but support is {self.support!r}")
-        if not self.has_support and (self.side != "input" or self.tied):
-            raise ValueError(f"support={self.support!r} needs side='input' and tied=False")
+        if not self.has_support and (self.side != "input" or self.side_pattern or self.tied):
+            raise ValueError(f"support={self.support!r} needs side='input', no side_pattern and tied=False")
         if (self.transform == "cayley_neumann") != (self.neumann_terms is not None):
             raise ValueError(
                 "neumann_terms belongs to transform='cayley_neumann', which needs it: give both or neither"
@@ -257,6 +281,19 @@ class LoftConfig(PeftConfig):
     def needs_calibration(self) -> bool:
         """Whether the support comes from data, by `loft_rs.calibrate`."""
         return self.support in CALIBRATED_SUPPORTS
+
+    @property
+    def mixed_sides(self) -> bool:
+        """Whether modules may be on different sides, so that the adapter's state says which each is on."""
+        return self.side == "auto" or bool(self.side_pattern)
+
+    def side_of(self, module: str) -> str:
+        """The side of a module: `input`, `output`, or `auto` where nothing has decided it yet. Its full name comes before what PEFT would
+        find first, which takes a regular expression for every other module."""
+        key = full_name(module)
+        if key not in self.side_pattern:
+            key = get_pattern_key(list(self.side_pattern), module)
+        return self.side_pattern.get(key, self.side)
 
     @property
     def support_file(self) -> str | None:

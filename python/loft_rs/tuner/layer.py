@@ -23,6 +23,7 @@ class LoftLayer(BaseTunerLayer):
         "loft_kind",
         "loft_support",
         "loft_energy",
+        "loft_output_side",
         "loft_frozen_basis",
         "loft_frozen_delta",
         "loft_group",
@@ -102,7 +103,8 @@ class Linear(AdaptedLinear, LoftLayer):
             for trained in (self.loft_theta, self.loft_scale):
                 if adapter_name in trained:
                     trained[adapter_name].data = trained[adapter_name].data.to(device)
-            for held in (self.loft_support, self.loft_energy, self.loft_frozen_basis, self.loft_frozen_delta):
+            for name in ("support", "energy", "output_side", "frozen_basis", "frozen_delta"):
+                held = getattr(self, f"loft_{name}")
                 if adapter_name in held:
                     held[adapter_name] = held[adapter_name].to(device)
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import re
 import warnings
 import zlib
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -19,14 +19,16 @@ from ..kinds import Householder
 from ..layer import feature_sizes
 from ..siblings import SHARED_INPUT, Siblings, named_groups
 from ..transform import DeltaGroup
-from .config import LoftConfig
+from .config import LoftConfig, full_name
 from .layer import Linear, LoftLayer
 from .selection import choose_supports, load_named_supports, match_supports
 
 __all__ = [
     "LoftModel",
     "adapted_layers",
+    "all_or_nothing",
     "note_frozen_ranks",
+    "note_sides",
     "orthogonality_error",
     "owners",
     "require_plain",
@@ -49,7 +51,7 @@ class LoftModel(BaseTuner):
         if not isinstance(config, LoftConfig):
             raise TypeError(f"peft_config must be a LoftConfig, got {type(config).__name__}")
         self._lowered: dict[str, tuple[int, int]] = {}
-        self._file_ranks = _ranks_in_file(config)
+        self._in_file = _supports_in_file(config)
         trainable = [(p, p.requires_grad) for p in model.parameters()]
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
@@ -57,6 +59,8 @@ class LoftModel(BaseTuner):
                 # PEFT 0.20 lets a second adapter match nothing.
                 raise ValueError(f"Target modules {config.target_modules} not found in the base model")
             _introduce_siblings(model, config, adapter_name)
+            if self._in_file is not None:
+                note_sides({k: m for k, m in model.named_modules() if isinstance(m, Linear)}, adapter_name)
             if config.has_support and not config.needs_calibration and not config.supports_from_checkpoint:
                 _choose_for_model(model, config, adapter_name)
         except BaseException:
@@ -85,15 +89,16 @@ class LoftModel(BaseTuner):
         *,
         parameter_name: str | None = None,
     ) -> None:
-        rank = self._rank(peft_config, current_key, target)
+        side, rank = self._side_and_rank(peft_config, current_key, target)
         layer = target if isinstance(target, Linear) else Linear(target, adapter_name)
         layer.add_factor(
             adapter_name,
             rank,
             self._group(peft_config.transform_name),
-            peft_config.side,
+            side,
             kind=peft_config.kind,
             output_scale=peft_config.output_scale,
+            movable=peft_config.mixed_sides,
             # Layers of one shape must not start at the same random numbers.
             seed=peft_config.seed + zlib.crc32(current_key.encode()),
             identity=peft_config.init_weights,
@@ -109,30 +114,36 @@ class LoftModel(BaseTuner):
         else:
             layer.set_adapter(layer.active_adapters)
 
-    def _rank(self, config: LoftConfig, key: str, target: nn.Module) -> int:
-        if self._file_ranks is not None:
+    def _side_and_rank(self, config: LoftConfig, key: str, target: nn.Module) -> tuple[str, int]:
+        side = config.side_of(key)
+        if self._in_file is not None:
             name = self._named_in_file(config, key)
-            rank = match_supports({k: v for k, v in self._file_ranks.items() if _same_module(k, name)}, [name])[name]
-            if rank != config.r:
-                config.rank_pattern[key] = rank
-            return rank
+            held = match_supports({k: v for k, v in self._in_file.items() if _same_module(k, name)}, [name])[name]
+            if side not in (held.side, "auto"):
+                raise ValueError(
+                    f"side of {key} is {side!r}, but {config.support} holds a support of side {held.side!r}"
+                )
+            if held.rank != config.r:
+                config.rank_pattern[key] = held.rank
+            return held.side, held.rank
+        side = "input" if side == "auto" else side
         wanted = config.rank_pattern.get(get_pattern_key(list(config.rank_pattern), key), config.r)
         base = target.get_base_layer() if isinstance(target, Linear) else target
-        own, other = feature_sizes(base)[:: 1 if config.side == "input" else -1]
+        own, other = feature_sizes(base)[:: 1 if side == "input" else -1]
         try:
             fitted = config.kind.fit(wanted, own, other)
         except ValueError as error:
             raise ValueError(f"{key}: {error}") from None
         if fitted != wanted:
             self._lowered[key] = (wanted, fitted)
-        return fitted
+        return side, fitted
 
     def _named_in_file(self, config: LoftConfig, key: str) -> str:
         """The module whose support in the file is this one's: of tied modules only the first has one there."""
         parent, dot, child = key.rpartition(".")
         names = [n for group in tied_names(config) if child in group for n in group]
         keys = [key, *(f"{parent}{dot}{name}" for name in names)]
-        return next((k for k in keys if any(_same_module(held, k) for held in self._file_ranks)), key)
+        return next((k for k in keys if any(_same_module(held, k) for held in self._in_file)), key)
 
     def _group(self, transform: str | None) -> DeltaGroup | None:
         if transform is None:
@@ -196,14 +207,10 @@ class LoftModel(BaseTuner):
         yield
 
 
-def _ranks_in_file(config: LoftConfig) -> dict[str, int] | None:
+def _supports_in_file(config: LoftConfig) -> dict[str, Any] | None:
     if not config.support_file or config.supports_from_checkpoint:
         return None
-    supports = load_named_supports(config.support_file)
-    sides = {s.side for s in supports.values()} - {config.side}
-    if sides:
-        raise ValueError(f"side is {config.side!r}, but {config.support} holds supports of side {sorted(sides)}")
-    return {name: s.rank for name, s in supports.items()}
+    return load_named_supports(config.support_file)
 
 
 def _choose_for_model(model: nn.Module, config: LoftConfig, adapter: str) -> None:
@@ -241,6 +248,10 @@ def _introduce_siblings(model: nn.Module, config: LoftConfig, adapter: str) -> N
                 if len({layer.rank(adapter) for layer in layers}) > 1:
                     raise ValueError(
                         f"tied modules must have one rank, but {names} have {[x.rank(adapter) for x in layers]}"
+                    )
+                if any(layer.loft_side[adapter] != "input" for layer in layers):
+                    raise ValueError(
+                        f"tied modules must be on the input side, but side_pattern puts one of {names} on the other"
                     )
                 layers[0].tie(adapter, layers[1:])
                 found.add(tuple(names))
@@ -361,8 +372,35 @@ def set_ranks(layers: dict[str, Linear], adapter: str, ranks: dict[str, int]) ->
     held = {name: layer.rank(adapter) for name, layer in layers.items()}
     for layer in layers.values():
         config = layer.loft_config[adapter]
-        # PEFT reads a key as the end of a name, and a regular expression: "^" is the start.
-        config.rank_pattern = {f"^{re.escape(name)}": rank for name, rank in held.items() if rank != config.r}
+        config.rank_pattern = {full_name(name): rank for name, rank in held.items() if rank != config.r}
+
+
+def note_sides(layers: dict[str, Linear], adapter: str) -> None:
+    """Write the sides of an adapter whose supports are all there into its config, which is saved with it, where it does not say so yet."""
+    held = {name: layer.loft_side[adapter] for name, layer in layers.items() if layer.has_adapter(adapter)}
+    for config in {id(c): c for c in (layers[name].loft_config[adapter] for name in held)}.values():
+        if any(config.side_of(name) != side for name, side in held.items()):
+            config.side_pattern = {full_name(name): side for name, side in held.items()}
+
+
+@contextmanager
+def all_or_nothing(layers: dict[str, Linear], adapter: str) -> Iterator[None]:
+    """Where this fails on its way, the tensors that it replaced in `layers`, and what it noted in the config, are put back."""
+    parts = ("theta", "support", "output_side", "frozen_basis", "frozen_delta", "side", "ready")
+    places = [getattr(layer, f"loft_{part}") for layer in layers.values() for part in parts]
+    held = [(place, place[adapter] if adapter in place else None) for place in places]
+    noted = [(c, c.rank_pattern, c.side_pattern) for c in (layer.loft_config[adapter] for layer in layers.values())]
+    try:
+        yield
+    except BaseException:
+        for place, value in held:
+            if value is not None:
+                place[adapter] = value
+            elif adapter in place:
+                del place[adapter]
+        for config, ranks, sides in noted:
+            config.rank_pattern, config.side_pattern = ranks, sides
+        raise
 
 
 def orthogonality_error(model: nn.Module, adapter_name: str | None = None) -> float:
@@ -387,13 +425,19 @@ def check_state(model: nn.Module, state_dict: dict, prefix: str, *_: Any) -> Non
         if isinstance(module, Linear):
             module.refresh_ready()
             waiting |= {a for a, c in module.loft_config.items() if c.supports_from_checkpoint and not module.ready(a)}
-            for kind in ("loft_theta", "loft_scale", "loft_support", "loft_energy"):
+            for kind in ("loft_theta", "loft_scale", "loft_support", "loft_energy", "loft_output_side"):
                 held = getattr(module, kind)
                 for adapter in held.keys():
                     expected.setdefault(adapter, {})[f"{prefix}{name}.{kind}.{adapter}"] = held[adapter]
             vectors |= {
                 f"{prefix}{name}.loft_theta.{a}" for a, k in module.loft_kind.items() if isinstance(k, Householder)
             }
+            for adapter in module.loft_output_side.keys():
+                expected[adapter][f"{prefix}{name}.loft_support.{adapter}"] = module.loft_support[adapter].new_empty(
+                    module.support_width(_stated_side(state_dict, prefix, name, module, adapter)),
+                    module.rank(adapter),
+                    device="meta",
+                )
             for adapter in module.loft_support.keys():
                 places = (f"{prefix}{name}.loft_frozen_{part}.{adapter}" for part in ("basis", "delta"))
                 refreshed[f"{prefix}{name}.loft_theta.{adapter}"] = tuple(places)
@@ -418,10 +462,23 @@ def check_state(model: nn.Module, state_dict: dict, prefix: str, *_: Any) -> Non
     _make_room(model, state_dict, prefix)
 
 
+def _stated_side(state_dict: dict, prefix: str, name: str, layer: Linear, adapter: str) -> str:
+    """The side that a state says a layer is on; the layer's own where it does not say."""
+    stated = state_dict.get(f"{prefix}{name}.loft_output_side.{adapter}")
+    if stated is None or stated.is_meta or stated.numel() != 1:
+        return layer.loft_side[adapter]
+    return "output" if bool(stated) else "input"
+
+
 def _make_room(model: nn.Module, state_dict: dict, prefix: str) -> None:
     layers = {name: module for name, module in model.named_modules() if isinstance(module, Linear)}
-    loaded = set()
+    loaded, unset = set(), set()
     for name, layer in layers.items():
+        for adapter in layer.loft_output_side.keys():
+            if f"{prefix}{name}.loft_theta.{adapter}" in state_dict:
+                layer.set_side(adapter, _stated_side(state_dict, prefix, name, layer, adapter))
+                if not bool(state_dict[f"{prefix}{name}.loft_support.{adapter}"].any()):
+                    unset.add(adapter)
         for adapter in layer.loft_support.keys():
             if f"{prefix}{name}.loft_theta.{adapter}" in state_dict:
                 loaded.add(adapter)
@@ -430,6 +487,8 @@ def _make_room(model: nn.Module, state_dict: dict, prefix: str) -> None:
                     layer.set_frozen(adapter, None if basis is None else _unset_factor(layer, adapter, basis.shape[1]))
     for adapter in loaded:
         note_frozen_ranks(layers, adapter)
+    for adapter in loaded - unset:
+        note_sides(layers, adapter)
 
 
 def note_frozen_ranks(layers: dict[str, Linear], adapter: str) -> None:
@@ -458,6 +517,8 @@ def _tensor_problems(key: str, value: torch.Tensor, held: torch.Tensor) -> list[
         return [f"{key} is on the meta device"]
     if ".loft_energy." in key:
         return []  # NaN: unknown
+    if ".loft_output_side." in key and float(value) not in (0.0, 1.0):
+        return [f"{key} is {float(value)}, expected 0 or 1"]
     if not bool(torch.isfinite(value).all()):
         return [f"{key} holds NaN or Inf"]
     return _basis_problems(key, value) if ".loft_support." in key else []

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..layer import AdaptedLinear, custom_basis
-from ..support import Support, blind_support, load_supports, select_support
+from ..support import SIDES, Support, blind_support, load_supports, select_support
 
 if TYPE_CHECKING:
     from .config import LoftConfig
@@ -27,15 +27,18 @@ def choose_supports(layers: Mapping[str, AdaptedLinear], config: LoftConfig, ada
     elif config.support == "principal":
         weights = {name: _stacked(layer.tied(adapter), adapter) for name, layer in layers.items()}
         ranks = {name: layer.rank(adapter) for name, layer in layers.items()}
-        supports = select_support(None, ranks, weights=weights, method="principal", side=config.side, seed=config.seed)
+        options = {"method": "principal", "seed": config.seed}
+        supports = {}
+        for side in SIDES:
+            if own := {name: rank for name, rank in ranks.items() if layers[name].loft_side[adapter] == side}:
+                some = {name: weights[name] for name in own}
+                supports |= select_support(None, own, weights=some, side=side, **options)
     else:
-        options = {"method": config.support, "side": config.side}
-        supports = {
-            name: blind_support(
-                layer.support_width(config.side), layer.rank(adapter), seed=_seed(layer, config, adapter), **options
-            )
-            for name, layer in layers.items()
-        }
+        supports = {}
+        for name, layer in layers.items():
+            side = layer.loft_side[adapter]
+            options = {"method": config.support, "side": side, "seed": _seed(layer, config, adapter)}
+            supports[name] = blind_support(layer.support_width(side), layer.rank(adapter), **options)
     for name, layer in layers.items():
         layer.set_basis(adapter, supports[name].basis, supports[name].energy)
     return {name: supports[name] for name in layers}
@@ -90,25 +93,31 @@ def set_support(model: torch.nn.Module, supports: Mapping[str, Any], adapter_nam
     """Store supports in a built model whose adapter is untrained.
 
     supports: module name -> `Support`, or array or tensor (n, r) (custom: re-orthonormalised). Names are full module names or unique
-    suffixes. Every adapted module needs one, of the rank and the side the adapter was built with. ValueError lists what is missing,
-    ambiguous or does not fit, before anything is changed.
+    suffixes. Every adapted module needs one, of the rank and the side the adapter was built with; under `side="auto"` a `Support` brings
+    its side, which is kept. ValueError lists what is missing, ambiguous or does not fit, before anything is changed.
     """
-    from .model import adapted_layers, owners, require_untrained
+    from .model import adapted_layers, all_or_nothing, note_sides, owners, require_untrained
 
     adapter, layers = adapted_layers(model, adapter_name)
     require_untrained(layers, adapter, "set_support")
     layers = owners(layers, adapter)
     matched = match_supports(supports, layers)
-    bases, problems = {}, []
+    bases, sides, problems = {}, {}, []
     for name, support in matched.items():
-        bases[name] = custom_basis(support)
-        side = layers[name].loft_side[adapter]
-        expected = (layers[name].support_width(side), layers[name].rank(adapter))
+        bases[name], layer = custom_basis(support), layers[name]
+        side = layer.loft_side[adapter]
+        if layer.loft_config[adapter].side == "auto" and not layer.frozen_rank(adapter):
+            side = getattr(support, "side", side)
+        sides[name], expected = side, (layer.support_width(side), layer.rank(adapter))
         if bases[name].shape != expected:
             problems.append(f"{name}: expected {expected}, got {bases[name].shape}")
         elif getattr(support, "side", side) != side:
             problems.append(f"{name}: expected one for the {side} side, got one for the {support.side} side")
     if problems:
         raise ValueError("supports do not fit: " + "; ".join(problems[:20]))
+    with all_or_nothing(layers, adapter):
+        for name, side in sides.items():
+            layers[name].set_side(adapter, side)
+        note_sides(layers, adapter)
     for name, basis in bases.items():
         layers[name].set_basis(adapter, basis, float(getattr(matched[name], "energy", float("nan"))))

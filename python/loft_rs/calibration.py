@@ -53,6 +53,8 @@ HEAD_LEARNING_RATE = 1e-3
 # Mean losses have gradients that float16 rounds to zero. A power of two changes nothing in the other formats.
 LOSS_SCALE = 1024.0
 SHARED_BY = ("energy", "reproducible")
+# Halves of 2 to 16 batches that are alike have less, of one batch each at times more (bench/calibration.py).
+DOMINATED = 0.9
 # A layer may deserve more than an even share; to how much of it its spectrum is known.
 TRIAL = 2
 
@@ -95,6 +97,12 @@ class CalibrationReport:
             lines.append(
                 "agreement: of the support with that of as many other batches; reproducible: of the captured energy; for .9: batches "
                 "that an agreement of 0.9 takes"
+            )
+        ruled = sum(e.dominance > DOMINATED for e in self.evidence.values())
+        if ruled:
+            lines.append(
+                f"in {ruled} layers one half of the batches has over {DOMINATED} of the squared objective: few batches are nearly all of "
+                "it, and these figures do not tell of other data"
             )
         return "\n".join(lines)
 
@@ -141,7 +149,7 @@ def calibrate(
             even share, written into the config's `rank_pattern`. Call this before the optimiser is made: it replaces the parameters.
             Its transform must be the adapter's; `modules_to_save` are not counted, and every layer keeps a rank of at least 2.
         share_by: what the budget maximises, the captured "energy", or the part of it that both halves of the batches show
-            ("reproducible").
+            ("reproducible"), which takes many batches to be told apart between layers (see `Evidence`).
         save_sketches: a file for the sketches of a single pass, from which `loft_rs.supports_from_sketches` computes the same
             supports, also of several files together. With a budget they are those of the wider trial ranks.
         memory: the most bytes, or a string as "512MiB", that this may take on the model's device above the frozen training step. Layers

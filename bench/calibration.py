@@ -284,9 +284,9 @@ def main() -> None:
     parser.add_argument("--quality", action="store_true")
     parser.add_argument("--split-half", action="store_true")
     parser.add_argument(
-        "--pool", type=int, default=160, help="batches of which split-half draws, and that are its truth"
+        "--pool", type=int, default=300, help="batches of which split-half draws, and that are its truth"
     )
-    parser.add_argument("--draws", type=int, default=8, help="disjoint draws of each size")
+    parser.add_argument("--draws", type=int, default=18, help="disjoint draws of each size")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     report = Report(options.out, machine(options.threads, PACKAGES))

@@ -124,7 +124,7 @@ def evidence_of(
 
 def _reproducible(signal: float, own: float, left: float) -> float:
     """beta / (beta + left (1 - beta)) of beta = signal / own, and minus that of -beta, so that noise alone has mean 0."""
-    beta = min(abs(signal) / own, 1.0)
+    beta = min(abs(signal) / own, 1.0) if own > 0 else 0.0
     return math.copysign(beta / (beta + left * (1 - beta)), signal) if beta else 0.0
 
 

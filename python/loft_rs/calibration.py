@@ -53,7 +53,7 @@ HEAD_LEARNING_RATE = 1e-3
 # Mean losses have gradients that float16 rounds to zero. A power of two changes nothing in the other formats.
 LOSS_SCALE = 1024.0
 SHARED_BY = ("energy", "reproducible")
-# Halves of 2 to 16 batches that are alike have less, of one batch each at times more (bench/calibration.py).
+# Halves of batches that are alike rarely have as much: at 2, 4 and 8 batches 7, 3 and 0 % (bench/CALIBRATION.md).
 DOMINATED = 0.9
 # A layer may deserve more than an even share; to how much of it its spectrum is known.
 TRIAL = 2

@@ -41,8 +41,8 @@ class Evidence:
     dominance: the stronger half's part of both halves' ||Y_h||_F^2, a half or little more where the batches are alike; near 1 one batch
         or two have nearly all of the gradient, and nothing here tells of other data
 
-    One layer's `reproducible` is a noisy figure: with 4 to 16 batches of 8 sentence pairs its standard error is .2 to .3, and that of
-    neighbouring layers goes the same way (bench/CALIBRATION.md). Two halves do not show that error themselves.
+    One layer's `reproducible` is a noisy figure: with 2 to 16 batches of 8 sentence pairs its standard error is .16 to .19, and errors of
+    neighbouring layers go the same way (bench/CALIBRATION.md). Two halves do not show that error themselves.
     """
 
     agreement: float

@@ -92,21 +92,25 @@ def replace_parameter(
 
 def warn_of_replaced(parameters: Iterable[Tensor]) -> None:
     """Warn, once, as soon as an optimiser that still has one of these takes a step."""
-    held = [weakref.ref(parameter) for parameter in parameters]
+    _REPLACED.extend(weakref.ref(parameter) for parameter in parameters)
 
-    def look(optimizer: torch.optim.Optimizer, *_: Any) -> None:
-        left = {id(parameter) for ref in held if (parameter := ref()) is not None}
-        found = any(id(parameter) in left for group in optimizer.param_groups for parameter in group["params"])
-        if found:
-            warnings.warn(
-                "an optimizer took a step that has parameters which loft_rs.narrow has replaced, and does not train the new ones: give "
-                "it to narrow (optimizer=), or make it anew",
-                stacklevel=2,
-            )
-        if found or not left:
-            hook.remove()
 
-    hook = register_optimizer_step_post_hook(look)
+def _look_for_replaced(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+    if not _REPLACED:
+        return
+    left = {id(parameter) for ref in _REPLACED if (parameter := ref()) is not None}
+    found = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]} & left
+    _REPLACED[:] = [ref for ref in _REPLACED if ref() is not None and id(ref()) not in found]
+    if found:
+        warnings.warn(
+            "an optimizer took a step that has parameters which loft_rs.narrow has replaced, and does not train the new ones: give it "
+            "to narrow (optimizer=), or make it anew",
+            stacklevel=2,
+        )
+
+
+_REPLACED: list[weakref.ref[Tensor]] = []  # by a `narrow` that was given no optimiser
+register_optimizer_step_post_hook(_look_for_replaced)
 
 
 def _symmetric(lower: Tensor, r: int) -> Tensor:

@@ -6,6 +6,7 @@ name that ends in `r16` or `r46` has that rank instead. LOFT and PSOFT rates are
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +17,7 @@ from tasks import LLAMA, MINILM, Task
 from torch import Tensor, nn
 
 import loft_rs
-from loft_rs import LoftConfig
+from loft_rs import Budget, LoftConfig
 
 Shapes = Sequence[tuple[int, int]]  # (inputs, outputs) of the adapted layers
 Batches = list[dict[str, Tensor]]
@@ -40,16 +41,20 @@ class Setup:
     seed: int
 
 
+Adapt = Callable[[nn.Module, int, Setup], nn.Module]
+
+
 @dataclass(frozen=True)
 class Method:
     """`adapt` makes the model that is trained, given the rank; `size` counts the parameters a rank trains in the adapted layers.
 
     `times_rank`: the rates are lr * r. `captured`: a training step can be a CUDA graph. `refreshes`: how often the support is chosen
-    anew during the run. `rate_of`: trained at that method's rate, without trials.
+    anew during the run. `rate_of`: trained at that method's rate, without trials. `batches`: to calibrate with. `tilt`: entry (i, j) of the
+    skew parameter is trained at its rate times (l_i l_j)^tilt, l the input energy of the support's coordinates, over their geometric mean.
     """
 
     name: str
-    adapt: Callable[[nn.Module, int, Setup], nn.Module]
+    adapt: Adapt
     middle: float
     size: Callable[[int, Shapes], int] | None = None
     rank: int | None = None
@@ -58,6 +63,8 @@ class Method:
     captured: bool = True
     refreshes: int = 0
     rate_of: str | None = None
+    batches: int = 8
+    tilt: float = 0.0
 
     def rank_at(self, shapes: Shapes, budget: int | None = None) -> int:
         """The rank given, or the largest within `budget` (default: LoRA r=1's), no wider than the narrowest layer."""
@@ -75,7 +82,7 @@ class Method:
 
 def targets(task: Task, model: nn.Module) -> list[str]:
     """Full names of the adapted layers: every linear one of the blocks."""
-    ends = {"minilm": MINILM, "smollm2": LLAMA, "vit": ("",)}[task.model]
+    ends = {"minilm": MINILM, "smollm2": LLAMA, "gemma": LLAMA, "vit": ("",)}[task.model]
     return [
         name
         for name, module in model.named_modules()
@@ -91,7 +98,7 @@ def shapes_of(model: nn.Module, names: list[str]) -> list[tuple[int, int]]:
 # -- how each is built -----------------------------------------------------------------------------------------------------
 
 
-def _peft(config: type, rank_name: str, **options: Any) -> Callable[[nn.Module, int, Setup], nn.Module]:
+def _peft(config: type, rank_name: str, **options: Any) -> Adapt:
     def adapt(model: nn.Module, rank: int, setup: Setup) -> nn.Module:
         given = {key: value(rank) if callable(value) else value for key, value in options.items()}
         made = config(**{rank_name: rank}, **given, target_modules=setup.targets, modules_to_save=_heads(setup.task))
@@ -104,23 +111,24 @@ def _heads(task: Task) -> list[str] | None:
     return [task.head] if task.head else None
 
 
-def _loft(support: str, **options: Any) -> Callable[[nn.Module, int, Setup], nn.Module]:
+def _config(rank: int, setup: Setup, **options: Any) -> LoftConfig:
+    ties = setup.task.tied
+    if options.get("tied"):
+        options["tied"] = ties if ties is True else [list(tie) for tie in ties]
+    heads = _heads(setup.task)
+    return LoftConfig(r=rank, target_modules=setup.targets, modules_to_save=heads, seed=setup.seed, **options)
+
+
+def _calibrate(model: nn.Module, setup: Setup, **options: Any) -> None:
+    loft_rs.calibrate(model, setup.batches, max_batches=len(setup.batches), head_steps=0, progress=False, **options)
+
+
+def _loft(support: str, **options: Any) -> Adapt:
     def adapt(model: nn.Module, rank: int, setup: Setup) -> nn.Module:
-        ties = setup.task.tied
-        given = options | (
-            {"tied": ties if ties is True else [list(tie) for tie in ties]} if options.get("tied") else {}
-        )
-        config = LoftConfig(
-            r=rank,
-            support=support,
-            target_modules=setup.targets,
-            modules_to_save=_heads(setup.task),
-            seed=setup.seed,
-            **given,
-        )
+        config = _config(rank, setup, support=support, **options)
         model = peft.get_peft_model(model, config)
         if config.needs_calibration or config.order != "natural":
-            loft_rs.calibrate(model, setup.batches, max_batches=len(setup.batches), head_steps=0, progress=False)
+            _calibrate(model, setup)
         return model
 
     return adapt
@@ -129,13 +137,16 @@ def _loft(support: str, **options: Any) -> Callable[[nn.Module, int, Setup], nn.
 PILOT_RANK, PILOT_STEPS, PILOT_RATE = 64, 32, 1e-3
 
 
-def _pilot(model: nn.Module, rank: int, setup: Setup) -> nn.Module:
-    """LOFT whose supports are the top right singular vectors of what a short LoRA run on the calibration batches changed: W - W0 = B A.
+@functools.lru_cache(maxsize=8)
+def _pilot_bases(key: tuple, model: Held, setup: Held) -> dict[str, Tensor]:
+    """Right singular vectors (inputs, PILOT_RANK) of what a short LoRA run on the calibration batches changed, W - W0 = B A, by layer; for
+    layers that `key` ties, under the first one's name, of their changes stacked.
 
     A starts at zero and B at random, the reverse of LoRA's own start: the row space of B A is then all learnt.
     """
+    setup, tied = setup.value, key[-1]
     config = peft.LoraConfig(r=PILOT_RANK, lora_alpha=PILOT_RANK, target_modules=setup.targets)
-    pilot = peft.get_peft_model(model, config)
+    pilot = peft.get_peft_model(model.value, config)
     layers = {name: pilot.base_model.model.get_submodule(name) for name in setup.targets}
     factors = {name: (layer.lora_B["default"].weight, layer.lora_A["default"].weight) for name, layer in layers.items()}
     draw = torch.Generator().manual_seed(setup.seed)
@@ -148,21 +159,165 @@ def _pilot(model: nn.Module, rank: int, setup: Setup) -> nn.Module:
         pilot(**setup.batches[step % len(setup.batches)]).loss.backward()
         optimiser.step()
         optimiser.zero_grad()
+    ties: dict[str, list[str]] = {}
+    for name in factors:
+        ties.setdefault(_first_of_tie(name) if tied else name, []).append(name)
     bases = {}
-    for name, (b, a) in factors.items():
-        q, r = torch.linalg.qr(a.detach().float().mT)
-        bases[name] = q @ torch.linalg.svd(b.detach().float() @ r.mT, full_matrices=False)[2].mT[:, :rank]
-    model = pilot.unload().requires_grad_(False)
-    config = LoftConfig(
-        r=rank, support="random", target_modules=setup.targets, modules_to_save=_heads(setup.task), seed=setup.seed
-    )
-    model = peft.get_peft_model(model, config)
-    loft_rs.set_support(model, bases)
-    loft_rs.calibrate(model, setup.batches, max_batches=len(setup.batches), head_steps=0, progress=False)  # the order
+    for first, names in ties.items():  # W - W0 of a tie is a block-diagonal B times its A stacked
+        q, r = torch.linalg.qr(torch.cat([factors[name][1].detach().float() for name in names]).mT)
+        b = torch.block_diag(*(factors[name][0].detach().float() for name in names)) @ r.mT
+        bases[first] = q @ torch.linalg.eigh(b.mT @ b)[1].flip(1)[:, :PILOT_RANK]
+    pilot.unload().requires_grad_(False)
+    return bases
+
+
+class Held:
+    """An argument that a cache does not look at."""
+
+    def __init__(self, value: Any):
+        self.value = value
+
+    def __hash__(self) -> int:
+        return 0
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Held)
+
+
+def _first_of_tie(name: str) -> str:
+    parent, _, last = name.rpartition(".")
+    first = {"k_proj": "q_proj", "v_proj": "q_proj", "up_proj": "gate_proj"}.get(last, last)
+    return f"{parent}.{first}"
+
+
+def _given(bases: Callable[[nn.Module, Setup], dict[str, Tensor]], **options: Any) -> Adapt:
+    """LOFT on supports (inputs, at least r) that the harness finds, ordered by the library."""
+
+    def adapt(model: nn.Module, rank: int, setup: Setup) -> nn.Module:
+        found = {name: basis[:, :rank] for name, basis in bases(model, setup).items()}
+        model = peft.get_peft_model(model, _config(rank, setup, support="random", **options))
+        loft_rs.set_support(model, found)
+        _calibrate(model, setup)  # the order
+        return model
+
+    return adapt
+
+
+def _pilot(**options: Any) -> Adapt:
+    def bases(model: nn.Module, setup: Setup) -> dict[str, Tensor]:
+        return _pilot_bases((setup.task, setup.seed, bool(options.get("tied"))), Held(model), Held(setup))
+
+    return _given(bases, **options)
+
+
+DAMPING = 0.1  # of the mean eigenvalue
+
+
+def _natural_gradient(model: nn.Module, setup: Setup) -> dict[str, Tensor]:
+    """Right singular vectors of C_y^-1 G C_x^-1 (K-FAC), C_x and C_y the second moments of a layer's inputs and output gradients."""
+    sums: dict[str, list[Tensor]] = {}
+
+    def forward(name: str, _: nn.Module, arguments: tuple[Tensor], y: Tensor) -> None:
+        x = arguments[0].detach().flatten(0, -2).float()
+
+        def backward(gradient: Tensor) -> None:
+            d = gradient.flatten(0, -2).float()
+            held = sums.setdefault(name, [x.new_zeros(x.shape[1], x.shape[1]), d.new_zeros(d.shape[1], d.shape[1]), 0])
+            held[0] += x.mT @ x
+            held[1] += d.mT @ d
+            held[2] = held[2] + d.mT @ x
+
+        y.register_hook(backward)
+
+    hooks = [
+        model.get_submodule(name).register_forward_hook(functools.partial(forward, name)) for name in setup.targets
+    ]
+    embedding = model.get_input_embeddings().register_forward_hook(lambda _, __, y: y.requires_grad_(True))
+    for batch in setup.batches:
+        model(**batch).loss.backward()
+    for hook in (*hooks, embedding):
+        hook.remove()
+    model.zero_grad()
+
+    def damped(c: Tensor) -> Tensor:
+        return c.double() + DAMPING * c.diagonal().double().mean() * torch.eye(len(c), device=c.device)
+
+    bases = {}
+    for name, (cx, cy, g) in sums.items():
+        step = torch.linalg.solve(damped(cy), g.double())
+        step = torch.linalg.solve(damped(cx), step.mT)  # (inputs, outputs)
+        bases[name] = torch.linalg.eigh(step @ step.mT)[1].flip(1)[:, :PILOT_RANK].float()
+    return bases
+
+
+def _two_sides(model: nn.Module, rank: int, setup: Setup) -> nn.Module:
+    """One rotation of the inputs and one of the outputs, of the same rank."""
+    model = peft.get_peft_model(model, _config(rank, setup, support="gradsvd"))
+    model.add_adapter("outputs", _config(rank, setup, support="gradsvd", side="output"))
+    for name in ("default", "outputs"):
+        model.base_model.set_adapter(name)
+        _calibrate(model, setup, adapter_name=name)
+    model.base_model.set_adapter(["default", "outputs"])
     return model
 
 
-def _recovered(make: Callable[..., LoftConfig]) -> Callable[[nn.Module, int, Setup], nn.Module]:
+def _shared_ranks(support: str) -> Adapt:
+    """Ranks shared out over the layers by captured energy a parameter, as many parameters as `rank` everywhere."""
+
+    def adapt(model: nn.Module, rank: int, setup: Setup) -> nn.Module:
+        model = peft.get_peft_model(model, _config(rank, setup, support=support))
+        _calibrate(model, setup, budget=Budget(params=len(setup.targets) * rank * (rank - 1) // 2))
+        return model
+
+    return adapt
+
+
+class _Turned(nn.Module):
+    """x Q, Q (n, n) orthogonal."""
+
+    def __init__(self, q: Tensor):
+        super().__init__()
+        self.register_buffer("q", q)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.q
+
+
+def _turned_blocks(strided: bool) -> Adapt:
+    """OFT in the layer's input-PCA coordinates, y = (x Q)(W Q)^T. A block holds neighbours of that order, or strided ones: one
+    coordinate of each quarter, say. W Q is rounded to W's dtype, so the start is the base only to rounding."""
+
+    def adapt(model: nn.Module, rank: int, setup: Setup) -> nn.Module:
+        moments: dict[str, Tensor] = {}
+
+        def forward(name: str, _: nn.Module, arguments: tuple[Tensor], __: Tensor) -> None:
+            x = arguments[0].flatten(0, -2).float()
+            moments[name] = moments.get(name, 0) + x.mT @ x
+
+        hooks = [
+            model.get_submodule(name).register_forward_hook(functools.partial(forward, name)) for name in setup.targets
+        ]
+        with torch.no_grad():
+            for batch in setup.batches:
+                model(**batch)
+        for hook in hooks:
+            hook.remove()
+        for name in setup.targets:
+            layer = model.get_submodule(name)
+            q = torch.linalg.eigh(moments[name].double())[1].flip(1)
+            if strided:
+                q = q[:, torch.arange(len(q), device=q.device).view(rank, -1).mT.flatten()]
+            with torch.no_grad():
+                layer.weight.copy_(layer.weight.double() @ q)
+            model.set_submodule(name, nn.Sequential(_Turned(q.to(layer.weight.dtype)), layer))
+        names = [f"{name}.1" for name in setup.targets]
+        config = LoftConfig.oft(rank, target_modules=names, modules_to_save=_heads(setup.task), seed=setup.seed)
+        return peft.get_peft_model(model, config)
+
+    return adapt
+
+
+def _recovered(make: Callable[..., LoftConfig]) -> Adapt:
     def adapt(model: nn.Module, rank: int, setup: Setup) -> nn.Module:
         return peft.get_peft_model(
             model, make(rank, target_modules=setup.targets, modules_to_save=_heads(setup.task), seed=setup.seed)
@@ -200,7 +355,7 @@ def _with_head(model: nn.Module, rank: int, setup: Setup) -> nn.Module:
 
 
 def _everything(model: nn.Module, rank: int, setup: Setup) -> nn.Module:
-    return model.requires_grad_(True)
+    return model.float().requires_grad_(True)  # in bf16 a small step would be rounded away
 
 
 # -- sizes -----------------------------------------------------------------------------------------------------------------
@@ -240,8 +395,22 @@ METHODS = {
         *(Method(f"LOFT {support} r16", _loft(support), rank=16, **LOFT) for support in SUPPORTS),
         *(Method(f"LOFT {support} natural", _loft(support, order="natural"), **LOFT) for support in SUPPORTS[:3]),
         *(Method(f"LOFT {support} r46", _loft(support), rank=46, **LOFT) for support in SUPPORTS[:4]),
-        Method("LOFT pilot", _pilot, **LOFT),
-        Method("LOFT pilot r46", _pilot, rank=46, **LOFT),
+        Method("LOFT pilot", _pilot(), batches=32, **LOFT),
+        Method("LOFT pilot r46", _pilot(), rank=46, batches=32, **LOFT),
+        Method(
+            "LOFT pilot magnitudes r44", _pilot(magnitudes=True), rank=44, batches=32, rate_of="LOFT pilot r46", **LOFT
+        ),
+        Method("LOFT pilot tied r60", _pilot(tied=True), rank=60, batches=32, rate_of="LOFT pilot r46", **LOFT),
+        Method("LOFT pilot energetic r46", _pilot(), rank=46, batches=32, tilt=0.125, rate_of="LOFT pilot r46", **LOFT),
+        Method("LOFT pilot quiet r46", _pilot(), rank=46, batches=32, tilt=-0.125, rate_of="LOFT pilot r46", **LOFT),
+        Method("LOFT kfac r46", _given(_natural_gradient), rank=46, rate_of="LOFT pilot r46", **LOFT),
+        Method("LOFT gradsvd both sides r32", _two_sides, rank=32, rate_of="LOFT gradsvd r46", **LOFT),
+        *(
+            Method(f"LOFT {name} budget r46", _shared_ranks(name), rank=46, rate_of=f"LOFT {name} r46", **LOFT)
+            for name in ("gradsvd", "skewgrad")
+        ),
+        Method("OFT pca b4", _turned_blocks(strided=False), 6e-3, rank=4, rate_of="OFT b4"),
+        Method("OFT pca strided b4", _turned_blocks(strided=True), 6e-3, rank=4, rate_of="OFT b4"),
         Method("LOFT gradsvd tied", _loft("gradsvd", tied=True), **LOFT | {"size": _tied}),
         Method("LOFT gradsvd free", _loft("gradsvd", transform="free"), **LOFT | {"size": _squares}),
         Method("LOFT gradsvd refresh", _loft("gradsvd"), refreshes=2, rate_of="LOFT gradsvd", **LOFT),

@@ -120,7 +120,7 @@ def due(lines: list[dict[str, Any]], cells: Sequence[Cell]) -> list[Spec]:
         if cell.rate_of is None:
             ladder = rates(tried(mine, cell), cell)
             trials += [
-                Spec(cell.task, cell.method, "tune", rate, seed, cell.steps) for rate in ladder for seed in TUNE_SEEDS
+                Spec(cell.task, cell.method, "tune", rate, seed, cell.steps) for seed in TUNE_SEEDS for rate in ladder
             ]
         rate = tuned_rate(by_cell[source.task, source.method], source)
         if rate is not None:

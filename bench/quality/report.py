@@ -79,8 +79,14 @@ def signed(difference: tuple[float, float, int]) -> str:
     return f"{value:+.4f} ± {half:.4f}{' *' if abs(value) > half else ''}"
 
 
+def reference(by_name: dict[str, Row], name: str) -> Row | None:
+    """The row of a reference, or of the same at rank 46 where the task has only that."""
+    return by_name.get(name) or by_name.get(f"{name} r46")
+
+
 def task_table(rows: list[Row]) -> str:
     by_name = {row.method: row for row in rows}
+    against = [reference(by_name, name) for name in AGAINST]
     head = [
         "method",
         "r",
@@ -89,15 +95,15 @@ def task_table(rows: list[Row]) -> str:
         "trials",
         "seeds",
         rows[0].metric,
-        *(f"minus {name}" for name in AGAINST),
+        *(f"minus {other.method if other else name}" for name, other in zip(AGAINST, against, strict=True)),
         "matmul",
     ]
     text = [f"| {' | '.join(head)} |", "|---|" + "---:|" * (len(head) - 2) + "---|"]
     for row in rows:
         value, half = interval(list(row.scores.values()))
         differences = [
-            signed(paired(row.scores, by_name[name].scores)) if name in by_name and name != row.method else ""
-            for name in AGAINST
+            signed(paired(row.scores, other.scores)) if other and other.method != row.method else ""
+            for other in against
         ]
         failed = f" ({row.failed} diverged)" if row.failed else ""
         cells = [row.method, row.rank or "-", f"{row.trained:,}", f"{row.rate:.2g}{' (edge)' if row.edge else ''}", row.trials or "-",
@@ -118,12 +124,16 @@ def family_table(rows: list[Row]) -> str:
     for method in dict.fromkeys(row.method for row in rows):
         cells, shared = [], set()
         for name in AGAINST:
-            tasks = [task for task, held in by_task.items() if method in held and name in held and method != name]
+            tasks = [
+                task
+                for task, held in by_task.items()
+                if method in held and reference(held, name) and reference(held, name).method != method
+            ]
             shared |= set(tasks)
             if len(tasks) < 2:
                 cells.append("")
                 continue
-            pairs = [(by_task[task][method].scores, by_task[task][name].scores) for task in tasks]
+            pairs = [(by_task[task][method].scores, reference(by_task[task], name).scores) for task in tasks]
             seeds = set.intersection(*(a.keys() & b.keys() for a, b in pairs))
             cells.append(
                 signed(paired({s: mean(a[s] - b[s] for a, b in pairs) for s in seeds}, dict.fromkeys(seeds, 0.0)))
@@ -134,14 +144,43 @@ def family_table(rows: list[Row]) -> str:
 
 
 def variants_table(rows: list[Row]) -> str:
-    """`LOFT gradsvd refresh` minus `LOFT gradsvd`, and so on: what a last word in a name changes, paired by seed."""
+    """`LOFT pilot quiet r46` minus `LOFT pilot r46`, and so on: what one word more in a name changes, paired by seed."""
     text = ["| task | method | minus | difference |", "|---|---|---|---:|"]
     for row in rows:
         for other in rows:
-            if row.task == other.task and row.method.startswith(f"{other.method} ") and row.steps == other.steps:
+            words = row.method.split()
+            fewer = {" ".join(words[:i] + words[i + 1 :]) for i in range(len(words))}
+            if row.task == other.task and other.method in fewer and row.steps == other.steps:
                 difference = signed(paired(row.scores, other.scores))
                 text.append(f"| {row.task} | {row.method} | {other.method} | {difference} |")
     return "\n".join(text) if len(text) > 2 else ""
+
+
+def forgetting_table(lines: Lines, task: str) -> str:
+    """The NLL on the task beside that on text outside it, after training, and the answers that were right; of tasks that trace them."""
+    traced = [line for line in lines if line["task"] == task and line["phase"] == "score" and line.get("trace")]
+    if not traced:
+        return ""
+    began = [line["nll"] for line in lines if line["task"] == task and line["phase"] == "untrained"]
+    held: dict[str, Lines] = defaultdict(list)
+    for line in traced:
+        held[line["method"]].append(line)
+    outside = {name: {each["seed"]: each["trace"][-1]["outside"] for each in mine} for name, mine in held.items()}
+    text = [
+        "| method | trained | NLL, tuning split | NLL outside | minus LoRA r1 | exact match, % |",
+        "|---|" + "---:|" * 5,
+    ]
+    for line in began:
+        text.append(f"| untrained | - | {line['tune']:.4f} | {line['outside']:.3f} | | |")
+    for name, mine in sorted(held.items(), key=lambda each: mean(outside[each[0]].values())):
+        tune = interval([line["tune_nll"] for line in mine])
+        value, half = interval(list(outside[name].values()))
+        exact = [100 * line["exact"] for line in mine if line.get("exact") is not None]
+        said = f"{mean(exact):.1f} (n={len(exact)})" if exact else ""
+        difference = "" if name == "LoRA r1" else signed(paired(outside[name], outside.get("LoRA r1", {})))
+        cells = [name, f"{mine[0]['trained']:,}", f"{tune[0]:.4f}", f"{value:.3f} ± {half:.3f}", difference, said]
+        text.append(f"| {' | '.join(cells)} |")
+    return "\n".join(text)
 
 
 def unfinished(lines: Lines) -> list[str]:
@@ -170,13 +209,15 @@ def cost_table(times: Lines) -> str:
 def tables(lines: Lines, times: Lines) -> str:
     """The whole page."""
     rows = rows_of(lines)
-    devices = sorted({line["device"] for line in lines})
+    devices = sorted({line["device"] for line in lines if line["phase"] != "untrained"})
     trials = sum(line["phase"] == "tune" for line in lines)
     made = f"Written by `report.py` from {len(lines)} runs ({trials} of them trials of a rate) on {', '.join(devices)}."
     parts = ["# What the runs say", f"{made} {LEGEND}"]
     for task, steps in dict.fromkeys((row.task, row.steps) for row in rows):
         mine = [row for row in rows if (row.task, row.steps) == (task, steps)]
         parts += [f"## {task} ({mine[0].family}, {steps} steps)", task_table(mine)]
+        if forgetting := forgetting_table(lines, task):
+            parts += [f"### {task}: text outside the task, and generated answers", forgetting]
     for family in dict.fromkeys(row.family for row in rows):
         mine = [row for row in rows if row.family == family]
         if len({row.task for row in mine}) > 1:

@@ -3,7 +3,8 @@
     python bench/quality/sweep.py --packed PACKED --tasks mrpc cola sst2 --out runs.jsonl --workers 10 --wave 3 --minutes 9
 
 Runs that `--out` holds are skipped, so a sweep goes on where it was stopped. Each worker process takes a *wave* of runs of one task and
-advances them in turn. After `--minutes` no wave is begun; those in progress have `--grace` seconds to end; what has finished is written.
+advances them in turn; the workers are spread over the machine's cards. After `--minutes` no wave is begun; those in progress have
+`--grace` seconds to end; what has finished is written.
 """
 
 from __future__ import annotations
@@ -83,10 +84,14 @@ def _failed(spec: Spec, error: Exception) -> dict[str, Any]:
     return asdict(spec) | {"score": None, "error": f"{type(error).__name__}: {error}"[:500]}
 
 
-def work(todo: Any, results: Any, packed: Path, device: str, threads: int) -> None:
-    """A worker process: waves from `todo` until None."""
-    os.environ["RAYON_NUM_THREADS"] = str(threads)
+def work(todo: Any, results: Any, packed: Path, device: str, threads: int, number: int) -> None:
+    """A worker process: waves from `todo` until None, on card `number` modulo their count."""
+    for pool in ("RAYON", "OMP", "OPENBLAS"):  # before anything is imported that reads them
+        os.environ[f"{pool}_NUM_THREADS"] = str(threads)
     import torch
+
+    if device == "cuda":
+        torch.cuda.set_device(number % torch.cuda.device_count())
 
     torch.set_num_threads(threads)
     torch.set_float32_matmul_precision("high")
@@ -95,6 +100,19 @@ def work(todo: Any, results: Any, packed: Path, device: str, threads: int) -> No
         for line in run_wave(specs, packed, device):
             results.put(line | about)
         results.put(None)  # the wave is over
+
+
+def untrained(arguments: argparse.Namespace) -> None:
+    """A line for each task with the model as it comes, on the splits named: what its runs began from."""
+    from tasks import TASKS, base_model, evaluate, split
+
+    with arguments.out.open("a") as file:
+        for task in (TASKS[name] for name in arguments.tasks):
+            model = base_model(arguments.packed, task, 0, arguments.device)
+            splits = {name: split(arguments.packed, task, name, arguments.device) for name in arguments.untrained}
+            nll = {name: evaluate(model, task, data)["nll"] for name, data in splits.items()}
+            line = {"task": task.name, "method": "untrained", "phase": "untrained", "rate": 0.0, "seed": 0, "steps": 0}
+            file.write(json.dumps(line | {"family": task.family, "nll": nll} | machine(arguments.device)) + "\n")
 
 
 def next_wave(waiting: list[Spec], taken: set[tuple], size: int) -> list[Spec]:
@@ -109,7 +127,7 @@ def sweep(arguments: argparse.Namespace) -> None:
     todo, results = context.Queue(), context.Queue()
     plan = cells(arguments.packed, arguments.tasks, arguments.methods, arguments.steps)
     options = (todo, results, arguments.packed, arguments.device, arguments.threads)
-    workers = [context.Process(target=work, args=options, daemon=True) for _ in range(arguments.workers)]
+    workers = [context.Process(target=work, args=(*options, i), daemon=True) for i in range(arguments.workers)]
     for worker in workers:
         worker.start()
     lines = read_lines(arguments.out)
@@ -178,7 +196,9 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=9.0)
     parser.add_argument("--grace", type=float, default=40.0)
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
-    sweep(parser.parse_args())
+    parser.add_argument("--untrained", nargs="+", metavar="SPLIT", help="train nothing: measure the model as it comes")
+    arguments = parser.parse_args()
+    (untrained if arguments.untrained else sweep)(arguments)
 
 
 if __name__ == "__main__":

@@ -7,14 +7,17 @@ from __future__ import annotations
 
 import copy
 import functools
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
+from transformers import BertModel
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 MINILM = ("query", "key", "value", "attention.output.dense", "intermediate.dense", "output.dense")
@@ -24,7 +27,11 @@ EVALUATED = 256  # rows a batch
 
 @dataclass(frozen=True)
 class Task:
-    """`steps` of `batch` rows train; `head` is trained beside every adapter. `tied`: as `LoftConfig.tied`."""
+    """`steps` of `batch` rows train; `head` is trained beside every adapter. `tied`: as `LoftConfig.tied`.
+
+    `answer`: the most tokens of an answer, which scored runs of the first `answer_seeds` seeds generate; `traces`: how often a scored run
+    measures, on its way, the tuning split beside the text outside the task.
+    """
 
     name: str
     family: str
@@ -37,6 +44,9 @@ class Task:
     head: str | None = None
     tied: bool | tuple[tuple[str, ...], ...] = True
     evaluated: int = EVALUATED
+    answer: int = 0
+    answer_seeds: int = 5
+    traces: int = 0
 
 
 BERT_TIES = (("query", "key", "value"),)
@@ -50,25 +60,50 @@ TASKS = {
         Task("flowers17", "vision", "vit", "accuracy", 17, batch=48, head="classifier"),
         Task("blood_cells", "vision", "vit", "accuracy", 4, batch=48, head="classifier"),
         Task("emnist_letters", "vision", "vit", "accuracy", 26, batch=48, head="classifier"),
-        Task("gsm8k", "mathematics", "smollm2", "nll", steps=240, batch=16, evaluated=32),
-        Task("sib200", "multilingual", "minilm", "accuracy", 7, length=64, head="head", tied=BERT_TIES),
+        Task(
+            "gsm8k",
+            "mathematics",
+            "smollm2",
+            "nll",
+            steps=240,
+            batch=16,
+            length=320,
+            evaluated=32,
+            answer=200,
+            answer_seeds=2,
+            traces=4,
+        ),
+        Task(
+            "asdiv", "mathematics", "smollm2", "nll", steps=240, batch=16, length=112, evaluated=96, answer=40, traces=4
+        ),
+        Task("sib200", "multilingual", "gemma", "accuracy", 7, length=64, head="head"),
     )
 }
 
 
 class Classifier(nn.Module):
-    """An encoder, the mean over real tokens, and a linear head: what MiniLM was trained to be read by."""
+    """An encoder or decoder, the mean over real tokens, and a linear head: what MiniLM was trained to be read by."""
 
     def __init__(self, encoder: nn.Module, classes: int):
         super().__init__()
         self.encoder = encoder
+        self.causal = not isinstance(encoder, BertModel)
         self.head = nn.Linear(encoder.config.hidden_size, classes)
 
     def forward(
-        self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor, labels: Tensor | None = None
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        token_type_ids: Tensor | None = None,
+        labels: Tensor | None = None,
     ) -> SequenceClassifierOutput:
-        mask = attention_mask[:, None, None, :].expand(-1, 1, input_ids.shape[1], -1).bool()
-        hidden = self.encoder(input_ids=input_ids, attention_mask=mask, token_type_ids=token_type_ids).last_hidden_state
+        if self.causal:  # padding comes last: no real token sees it
+            hidden = self.encoder(input_ids=input_ids, use_cache=False).last_hidden_state.float()
+        else:
+            mask = attention_mask[:, None, None, :].expand(-1, 1, input_ids.shape[1], -1).bool()
+            hidden = self.encoder(
+                input_ids=input_ids, attention_mask=mask, token_type_ids=token_type_ids
+            ).last_hidden_state
         weight = attention_mask.unsqueeze(-1).to(hidden.dtype)
         logits = self.head((hidden * weight).sum(1) / weight.sum(1))
         return SequenceClassifierOutput(loss=None if labels is None else cross_entropy(logits, labels), logits=logits)
@@ -76,7 +111,7 @@ class Classifier(nn.Module):
 
 def _minilm(folder: Path, task: Task) -> nn.Module:
     from safetensors.torch import load_file
-    from transformers import AutoConfig, BertModel
+    from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(folder, attn_implementation="sdpa")
     config.hidden_dropout_prob = config.attention_probs_dropout_prob = 0.0
@@ -96,14 +131,45 @@ def _vit(folder: Path, task: Task) -> nn.Module:
 def _smollm2(folder: Path, task: Task) -> nn.Module:
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(folder, gguf_file="model.gguf", dtype=torch.bfloat16)
-    model.config.use_cache = False
+    read = AutoModelForCausalLM.from_pretrained(folder, gguf_file="model.gguf", dtype=torch.bfloat16)
+    config = read.config  # a model from a GGUF file may call itself quantised, though it was dequantised: build it anew
+    config.quantization_config, config.use_cache = None, False
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    model.load_state_dict(read.state_dict())
     return model
+
+
+# The names of Gemma 3's tensors in a GGUF file.
+GEMMA = {"token_embd": "embed_tokens", "output_norm": "norm", "attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj",
+         "attn_v": "self_attn.v_proj", "attn_output": "self_attn.o_proj", "attn_q_norm": "self_attn.q_norm",
+         "attn_k_norm": "self_attn.k_norm", "attn_norm": "input_layernorm", "ffn_norm": "pre_feedforward_layernorm",
+         "post_attention_norm": "post_attention_layernorm", "post_ffw_norm": "post_feedforward_layernorm",
+         "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj"}  # fmt: skip
+
+
+def _gemma(folder: Path, task: Task) -> nn.Module:
+    """Dequantised to bf16. `model.npz`: a GGUF file's tensors as they lie there, `<type>|<name>`."""
+    import gguf
+    from transformers import Gemma3TextConfig, Gemma3TextModel
+
+    state = {}
+    with np.load(folder / "model.npz") as held:
+        for key in held.files:
+            kind, name = key.split("|")
+            value = torch.from_numpy(gguf.dequantize(held[key], gguf.GGMLQuantizationType[kind]).astype(np.float32))
+            parts = name.removesuffix(".weight").split(".")
+            if GEMMA[parts[-1]].endswith("norm"):
+                value = value - 1  # transformers adds the one
+            prefix = f"layers.{parts[1]}." if parts[0] == "blk" else ""
+            state[f"{prefix}{GEMMA[parts[-1]]}.weight"] = value
+    model = Gemma3TextModel(Gemma3TextConfig.from_pretrained(folder))
+    model.load_state_dict(state)
+    return Classifier(model.to(torch.bfloat16), task.classes)
 
 
 @functools.lru_cache(maxsize=2)
 def _pretrained(packed: Path, task: Task, device: str) -> nn.Module:
-    made = {"minilm": _minilm, "vit": _vit, "smollm2": _smollm2}[task.model](packed / task.model, task)
+    made = {"minilm": _minilm, "vit": _vit, "smollm2": _smollm2, "gemma": _gemma}[task.model](packed / task.model, task)
     return made.to(device).requires_grad_(False).eval()
 
 
@@ -121,7 +187,7 @@ def base_model(packed: Path, task: Task, seed: int, device: str) -> nn.Module:
 
 @functools.lru_cache(maxsize=24)
 def split(packed: Path, task: Task, name: str, device: str) -> dict[str, Tensor]:
-    """The model's keywords for every row of a split, on the device."""
+    """The model's keywords for every row of a split, on the device, and `group`, each row's number, where rows are grouped."""
     with np.load(packed / f"{task.name}.npz") as held:
         arrays = {key.removeprefix(f"{name}_"): held[key] for key in held.files if key.startswith(f"{name}_")}
     tensors = {}
@@ -150,22 +216,66 @@ def matthews(predicted: Tensor, labels: Tensor) -> float:
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, task: Task, data: dict[str, Tensor]) -> dict[str, float]:
-    """`score` (higher is better: accuracy, Matthews' correlation, or minus the NLL a token) and `nll`."""
+def evaluate(model: nn.Module, task: Task, data: dict[str, Tensor]) -> dict[str, Any]:
+    """`score` (higher is better: accuracy, Matthews' correlation, or minus the NLL a token) and `nll`; with groups `by_group`, theirs."""
     model.eval()
-    nll, count, right, guesses = 0.0, 0, 0, []
+    nll, count, guesses = 0.0, 0, []
     for batch in slices(data, task.evaluated):
         labels = batch["labels"]
-        logits = model(**{key: value for key, value in batch.items() if key != "labels"}).logits.float()
+        logits = model(**{key: value for key, value in batch.items() if key not in ("labels", "group")}).logits.float()
         if task.metric == "nll":
             logits, labels = logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
+        else:
+            guesses.append(logits.argmax(1))
         nll += float(cross_entropy(logits, labels, reduction="sum", ignore_index=-100))
         count += int((labels != -100).sum())
-        if task.metric != "nll":
-            guesses.append(logits.argmax(1))
-            right += int((guesses[-1] == labels).sum())
     nll /= count
     if task.metric == "nll":
         return {"score": -nll, "nll": nll}
-    score = right / count if task.metric == "accuracy" else matthews(torch.cat(guesses), data["labels"])
-    return {"score": score, "nll": nll}
+    guessed, labels = torch.cat(guesses), data["labels"]
+    right = (guessed == labels).double()
+    found = {"score": float(right.mean()) if task.metric == "accuracy" else matthews(guessed, labels), "nll": nll}
+    if "group" in data:
+        found["by_group"] = [
+            float(right[data["group"] == group].mean()) for group in range(int(data["group"].max()) + 1)
+        ]
+    return found
+
+
+def last_number(text: str) -> float | None:
+    """The number after the last "####", as GSM8K marks an answer."""
+    found = re.findall(r"####\s*\$?(-?[\d,]*\.?\d+)", text)
+    return float(found[-1].replace(",", "")) if found else None
+
+
+@functools.cache
+def _tokenizer(packed: Path, task: Task) -> Any:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(packed / task.model, gguf_file="model.gguf")
+
+
+@torch.no_grad()
+def exact_match(model: nn.Module, packed: Path, task: Task, data: dict[str, Tensor], size: int = 700) -> float:
+    """The part of a split's questions whose greedily generated answer ends in the right number."""
+    model.eval()
+    tokenizer = _tokenizer(packed, task)
+    pad, right = tokenizer.eos_token_id, 0
+    for batch in slices(data, size):
+        starts = (batch["labels"] != -100).int().argmax(1)
+        longest = int(starts.max())
+        place = torch.arange(longest, device=starts.device) - (longest - starts)[:, None]
+        mask = place >= 0
+        prompt = torch.where(mask, batch["input_ids"].gather(1, place.clamp(min=0)), pad)
+        made = model.generate(
+            input_ids=prompt,
+            attention_mask=mask.long(),
+            max_new_tokens=task.answer,
+            do_sample=False,
+            use_cache=True,
+            pad_token_id=pad,
+        )[:, longest:]
+        said = tokenizer.batch_decode(made, skip_special_tokens=True)
+        true = tokenizer.batch_decode(batch["input_ids"], skip_special_tokens=True)
+        right += sum(last_number(a) == last_number(b) is not None for a, b in zip(said, true, strict=True))
+    return right / rows(data)

@@ -17,14 +17,13 @@ from typing import Any
 import torch
 from methods import METHODS, Method, Setup, shapes_of, targets
 from protocol import Spec
-from tasks import TASKS, Task, base_model, evaluate, rows, split
+from tasks import TASKS, Task, base_model, evaluate, exact_match, rows, split
 from torch import Tensor, nn
 
 import loft_rs
 
 HEAD_STEPS, HEAD_RATE = 50, 1e-3
 WARM_UP = 0.1
-CALIBRATION = 8  # batches
 EAGER = 3  # steps before a capture: what is made once must not be made in the graph
 
 
@@ -71,8 +70,9 @@ class Run:
         self.graph: torch.cuda.CUDAGraph | None = None
         self.done = self.eager = self.captures = 0
         self.refresh_seconds = 0.0
+        self.trace: list[dict[str, float]] = []
         torch.manual_seed(spec.seed)
-        data = split(packed, self.task, "train", device)
+        data = self._split("train")
         base = base_model(packed, self.task, spec.seed, device)
         if self.task.head:
             base.get_submodule(self.task.head).load_state_dict(warm_head(packed, self.task, spec.seed, device))
@@ -94,6 +94,7 @@ class Run:
         self.schedule = schedule(spec.steps).to(device)
         self.peaks = [torch.tensor(rate, device=device) for rate in (spec.rate, HEAD_RATE)]
         groups = [{"params": p, "lr": torch.tensor(0.0, device=device)} for p in (body, head) if p]
+        self.tilts = self._tilted(body) if self.method.tilt else []
         self.optimiser = torch.optim.AdamW(groups, weight_decay=0.0, fused=True, capturable=self.cuda)
         self.count = torch.zeros(1, dtype=torch.long, device=device)
         self.losses = torch.zeros(spec.steps, device=device)
@@ -112,8 +113,31 @@ class Run:
 
     def _calibration(self, start: int) -> list[dict[str, Tensor]]:
         """The batches that training takes next, or its last ones."""
-        start = min(start, max(0, len(self.order) - CALIBRATION))
-        return [take(self.data, index) for index in self.order[start : start + CALIBRATION]]
+        start = min(start, max(0, len(self.order) - self.method.batches))
+        return [take(self.data, index) for index in self.order[start : start + self.method.batches]]
+
+    def _tilted(self, body: list[Tensor]) -> list[tuple[Tensor, Tensor]]:
+        """(skew parameter, the factor of each entry's steps) of every layer."""
+        found, hooks = {}, []
+
+        def watch(layer: nn.Module, arguments: tuple[Tensor]) -> None:
+            z = arguments[0].detach().flatten(0, -2).float() @ layer.loft_support["default"].float()
+            found[layer] = found.get(layer, 0) + z.square().mean(0)
+
+        for layer in loft_rs.tuner.model.adapted_layers(self.model)[1].values():
+            hooks.append(layer.register_forward_pre_hook(watch))
+        with torch.no_grad():
+            for batch in self._calibration(0):
+                self.model(**batch)
+        for hook in hooks:
+            hook.remove()
+        tilts = []
+        for layer, energy in found.items():
+            log = energy.log()
+            i, j = torch.tril_indices(len(log), len(log), -1, device=log.device)
+            factors = (self.method.tilt * (log[i] + log[j] - 2 * log.mean())).exp()
+            tilts.append((layer.loft_theta["default"], factors))
+        return tilts
 
     @property
     def finished(self) -> bool:
@@ -127,7 +151,11 @@ class Run:
         index = self.order.index_select(0, self.count)[0]
         loss = self.model(**take(self.data, index)).loss
         loss.backward()
+        before = [parameter.detach().clone() for parameter, _ in self.tilts]
         self.optimiser.step()
+        with torch.no_grad():
+            for (parameter, factors), start in zip(self.tilts, before, strict=True):
+                parameter.copy_(start + factors * (parameter - start))
         self.losses.index_copy_(0, self.count, loss.detach().float().view(1))
         self.count += 1
 
@@ -150,13 +178,27 @@ class Run:
             if self.capture and self.eager >= EAGER and self.done + 1 < self.spec.steps:
                 self._capture()
         self.done += 1
+        if self.spec.phase == "score" and self.task.traces and self.done % (self.spec.steps // self.task.traces) == 0:
+            self._trace()
+
+    def _trace(self) -> None:
+        nll = {name: evaluate(self.model, self.task, self._split(name))["nll"] for name in ("tune", "outside")}
+        self.trace.append({"step": self.done} | nll)
+        self.model.train()
+
+    def _split(self, name: str) -> dict[str, Tensor]:
+        return split(self.packed, self.task, name, self.device)
 
     def _refresh(self) -> None:
         self.graph, self.eager = None, 0
         begun = time.perf_counter()
         self.optimiser.zero_grad(set_to_none=True)
         loft_rs.refresh(
-            self.model, self._calibration(self.done), max_batches=CALIBRATION, optimizer=self.optimiser, progress=False
+            self.model,
+            self._calibration(self.done),
+            max_batches=self.method.batches,
+            optimizer=self.optimiser,
+            progress=False,
         )
         self.model.train()
         self.refresh_seconds += time.perf_counter() - begun
@@ -186,16 +228,19 @@ class Run:
         if finite:
             names = {"tune": ("tune",), "score": ("test", "tune")}[self.spec.phase]
             for name in names:
-                measured = evaluate(self.model, self.task, split(self.packed, self.task, name, self.device))
+                measured = evaluate(self.model, self.task, self._split(name))
                 if name == names[0]:
                     found = measured
                 else:
                     found |= {f"{name}_{key}": value for key, value in measured.items()}
+            if self.spec.phase == "score" and self.task.answer and self.spec.seed < self.task.answer_seeds:
+                found["exact"] = exact_match(self.model, self.packed, self.task, self._split("test"))
         tail = losses[-min(50, len(losses)) :]
         error = None
         if finite and hasattr(self.model, "peft_config") and self.spec.method.startswith("LOFT"):
             with torch.no_grad():
-                error = float(loft_rs.orthogonality_error(self.model))
+                names = self.model.active_adapters
+                error = max(float(loft_rs.orthogonality_error(self.model, name)) for name in names)
         return found | {
             "diverged": not finite,
             "family": self.task.family,
@@ -210,6 +255,7 @@ class Run:
             "prepare_seconds": self.prepared,
             "refresh_seconds": self.refresh_seconds,
             "train_seconds": seconds,  # beside the other runs of the card
+            "trace": self.trace,
             "captured": bool(self.captures),
             "not_captured": self.not_captured,
         }

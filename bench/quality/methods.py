@@ -134,62 +134,6 @@ def _loft(support: str, **options: Any) -> Adapt:
     return adapt
 
 
-PILOT_RANK, PILOT_STEPS, PILOT_RATE = 64, 32, 1e-3
-
-
-@functools.lru_cache(maxsize=8)
-def _pilot_bases(key: tuple, model: Held, setup: Held) -> dict[str, Tensor]:
-    """Right singular vectors (inputs, PILOT_RANK) of what a short LoRA run on the calibration batches changed, W - W0 = B A, by layer; for
-    layers that `key` ties, under the first one's name, of their changes stacked.
-
-    A starts at zero and B at random, the reverse of LoRA's own start: the row space of B A is then all learnt.
-    """
-    setup, tied = setup.value, key[-1]
-    config = peft.LoraConfig(r=PILOT_RANK, lora_alpha=PILOT_RANK, target_modules=setup.targets)
-    pilot = peft.get_peft_model(model.value, config)
-    layers = {name: pilot.base_model.model.get_submodule(name) for name in setup.targets}
-    factors = {name: (layer.lora_B["default"].weight, layer.lora_A["default"].weight) for name, layer in layers.items()}
-    draw = torch.Generator().manual_seed(setup.seed)
-    with torch.no_grad():
-        for b, a in factors.values():
-            b.copy_(torch.randn(b.shape, generator=draw) / PILOT_RANK**0.5)
-            a.zero_()
-    optimiser = torch.optim.Adam([w for pair in factors.values() for w in pair], lr=PILOT_RATE)
-    for step in range(PILOT_STEPS):
-        pilot(**setup.batches[step % len(setup.batches)]).loss.backward()
-        optimiser.step()
-        optimiser.zero_grad()
-    ties: dict[str, list[str]] = {}
-    for name in factors:
-        ties.setdefault(_first_of_tie(name) if tied else name, []).append(name)
-    bases = {}
-    for first, names in ties.items():  # W - W0 of a tie is a block-diagonal B times its A stacked
-        q, r = torch.linalg.qr(torch.cat([factors[name][1].detach().float() for name in names]).mT)
-        b = torch.block_diag(*(factors[name][0].detach().float() for name in names)) @ r.mT
-        bases[first] = q @ torch.linalg.eigh(b.mT @ b)[1].flip(1)[:, :PILOT_RANK]
-    pilot.unload().requires_grad_(False)
-    return bases
-
-
-class Held:
-    """An argument that a cache does not look at."""
-
-    def __init__(self, value: Any):
-        self.value = value
-
-    def __hash__(self) -> int:
-        return 0
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Held)
-
-
-def _first_of_tie(name: str) -> str:
-    parent, _, last = name.rpartition(".")
-    first = {"k_proj": "q_proj", "v_proj": "q_proj", "up_proj": "gate_proj"}.get(last, last)
-    return f"{parent}.{first}"
-
-
 def _given(bases: Callable[[nn.Module, Setup], dict[str, Tensor]], **options: Any) -> Adapt:
     """LOFT on supports (inputs, at least r) that the harness finds, ordered by the library."""
 
@@ -203,14 +147,8 @@ def _given(bases: Callable[[nn.Module, Setup], dict[str, Tensor]], **options: An
     return adapt
 
 
-def _pilot(**options: Any) -> Adapt:
-    def bases(model: nn.Module, setup: Setup) -> dict[str, Tensor]:
-        return _pilot_bases((setup.task, setup.seed, bool(options.get("tied"))), Held(model), Held(setup))
-
-    return _given(bases, **options)
-
-
 DAMPING = 0.1  # of the mean eigenvalue
+WIDEST = 64  # rank that is asked for
 
 
 def _natural_gradient(model: nn.Module, setup: Setup) -> dict[str, Tensor]:
@@ -246,7 +184,7 @@ def _natural_gradient(model: nn.Module, setup: Setup) -> dict[str, Tensor]:
     for name, (cx, cy, g) in sums.items():
         step = torch.linalg.solve(damped(cy), g.double())
         step = torch.linalg.solve(damped(cx), step.mT)  # (inputs, outputs)
-        bases[name] = torch.linalg.eigh(step @ step.mT)[1].flip(1)[:, :PILOT_RANK].float()
+        bases[name] = torch.linalg.eigh(step @ step.mT)[1].flip(1)[:, :WIDEST].float()
     return bases
 
 
@@ -384,6 +322,7 @@ def _inputs(r: int, shapes: Shapes) -> int:
 
 SUPPORTS = ("principal", "gradsvd", "skewgrad", "activation", "random", "coordinate")
 LOFT = {"size": _planes, "middle": 0.06, "times_rank": True}
+PILOT = LOFT | {"batches": 32}  # one a step
 METHODS = {
     method.name: method
     for method in (
@@ -395,16 +334,14 @@ METHODS = {
         *(Method(f"LOFT {support} r16", _loft(support), rank=16, **LOFT) for support in SUPPORTS),
         *(Method(f"LOFT {support} natural", _loft(support, order="natural"), **LOFT) for support in SUPPORTS[:3]),
         *(Method(f"LOFT {support} r46", _loft(support), rank=46, **LOFT) for support in SUPPORTS[:4]),
-        Method("LOFT pilot", _pilot(), batches=32, **LOFT),
-        Method("LOFT pilot r46", _pilot(), rank=46, batches=32, **LOFT),
+        Method("LOFT pilot", _loft("pilot"), **PILOT),
+        Method("LOFT pilot r46", _loft("pilot"), rank=46, **PILOT),
         Method(
-            "LOFT pilot magnitudes r44", _pilot(magnitudes=True), rank=44, batches=32, rate_of="LOFT pilot r46", **LOFT
+            "LOFT pilot magnitudes r44", _loft("pilot", magnitudes=True), rank=44, rate_of="LOFT pilot r46", **PILOT
         ),
-        Method("LOFT pilot tied r60", _pilot(tied=True), rank=60, batches=32, rate_of="LOFT pilot r46", **LOFT),
+        Method("LOFT pilot tied r60", _loft("pilot", tied=True), rank=60, rate_of="LOFT pilot r46", **PILOT),
         *(
-            Method(
-                f"LOFT pilot {name}{at}", _pilot(), rank=rank, batches=32, tilt=tilt, rate_of=f"LOFT pilot{at}", **LOFT
-            )
+            Method(f"LOFT pilot {name}{at}", _loft("pilot"), rank=rank, tilt=tilt, rate_of=f"LOFT pilot{at}", **PILOT)
             for name, tilt in (("energetic", 0.125), ("quiet", -0.125), ("quieter", -0.25))
             for at, rank in (("", None), (" r46", 46))
         ),

@@ -22,6 +22,7 @@ _HOME = {
     "LoftRefreshCallback": "callback",
     "NarrowReport": "refreshing",
     "NonFiniteError": "linalg",
+    "Pilot": "pilot",
     "Support": "support",
     "calibrate": "calibration",
     "convert_adapter": "convert",

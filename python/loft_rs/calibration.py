@@ -12,7 +12,8 @@ moment of the same pass turns P into input-PCA order. `passes=1` makes do with a
 forward pass, for its order alone. The sums are linear in the batches: the processes of a `torch.distributed` run add theirs up after
 each pass, and saved ones (`saved_sketches.py`) add up anywhere. Pass 1 keeps the even and the odd batches apart, which shows how much
 of a support is theirs (`evidence.py`). With a `Budget` layers are calibrated for twice the rank of an even share, and then given theirs.
-Under `side="auto"` both sides of a module are sketched, and the one that captures more is kept (`sides.py`).
+Under `side="auto"` both sides of a module are sketched, and the one that captures more is kept (`sides.py`). A pilot's
+supports come from a short training in place of sums (`pilot.py`), and are then ordered as those that need no data.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import logging
 import os
 import time
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import chain, islice
@@ -38,6 +39,7 @@ from .evidence import Evidence, overlap
 from .footprint import Footprint, Survey, byte_count, checkpointed_blocks
 from .layer import dense_weight
 from .linalg import NonFiniteError, orthonormalize
+from .pilot import Change, Pilot, PilotTap, changes_for, checked_pilot, some_gradient
 from .ranks import Ranks
 from .saved_sketches import write_sketches
 from .sides import Place, by_module, open_places, share_both, stronger
@@ -66,6 +68,7 @@ LOSS_SCALE = 1024.0
 SHARED_BY = ("energy", "reproducible")
 # Halves of batches that are alike rarely have as much: at 2, 4 and 8 batches 7, 3 and 0 % (bench/CALIBRATION.md).
 DOMINATED = 0.9
+BATCHES = 8
 # A layer may deserve more than an even share; to how much of it its spectrum is known.
 TRIAL = 2
 
@@ -79,6 +82,7 @@ class CalibrationReport:
     memory: the bytes it was to take above the frozen training step, as it was known before it started
     sides: of modules whose side was open (`side="auto"`), module name -> {side: ||P^T S P||_F^2}, what decided it (`sides.py`); the
         chosen one is that of the support in `layers`
+    pilot: the short training that the supports come from (`support="pilot"`); its steps are not counted in `passes`
     """
 
     method: str
@@ -91,12 +95,15 @@ class CalibrationReport:
     evidence: dict[str, Evidence] = field(default_factory=dict, repr=False)
     memory: Footprint | None = None
     sides: dict[str, dict[str, float]] = field(default_factory=dict, repr=False)
+    pilot: Pilot | None = None
 
     def __str__(self) -> str:
         batches = f", {self.batches} batches" if self.batches is not None else ""
         head = f", head warmed up for {self.head_steps} steps" if self.head_steps else ""
+        pilot = f" of {self.pilot.steps} steps" if self.pilot else ""
         lines = [
-            f"{self.method}, {self.order} order: {len(self.layers)} layers, {self.passes} passes{batches}{head}, {self.seconds:.1f} s",
+            f"{self.method}{pilot}, {self.order} order: {len(self.layers)} layers, {self.passes} passes{batches}{head}, "
+            f"{self.seconds:.1f} s",
             f"{'layer':<48} {'rank':>5} {'energy':>8} {'+-':>7}"
             + f" {'side':>7} {'on input':>9} {'on output':>9}" * bool(self.sides)
             + f" {'agreement':>10} {'reproducible':>13} {'for .9':>7}" * bool(self.evidence),
@@ -132,7 +139,8 @@ def calibrate(
     dataloader: Iterable | None = None,
     *,
     train_step: Callable[[], Any] | None = None,
-    max_batches: int = 8,
+    max_batches: int | None = None,
+    pilot: Pilot | None = None,
     adapter_name: str | None = None,
     head_steps: int | None = None,
     passes: int = 2,
@@ -154,15 +162,18 @@ def calibrate(
         model: a PEFT model with a LOFT adapter, on any device and of any base, not wrapped in DDP and not compiled; FSDP2 (`fully_shard`)
             and gradient checkpointing stay as they are.
         dataloader: batches as the model takes them: a mapping gives `model(**batch)`, a list or tuple `model(*batch)`. Gradient
-            supports need `.loss` in the output, so the batches must carry labels. The first `max_batches` are kept and used in every
-            pass. The loss is scaled, so that float16 gradients do not vanish.
-        train_step: instead of a dataloader, a function of no arguments called once a pass (and once a head step) that runs
+            supports and pilots need `.loss` in the output, so the batches must carry labels. The first `max_batches` are kept and used
+            in every pass. The loss is scaled, so that float16 gradients do not vanish.
+        train_step: instead of a dataloader, a function of no arguments called once a pass (and once a head or pilot step) that runs
             forward and `backward()` over the calibration batches, the same ones each time; no optimiser step. Where gradients are
             float16 it should scale its loss: supports and energies do not depend on the scale, only `Support.values` do.
-        max_batches: how many batches of the dataloader to use.
+        max_batches: how many batches of the dataloader to use. None: 8, or as many as the pilot has steps, which are used in turn, and
+            again where they are fewer.
+        pilot: the training of a `pilot` support; None: `Pilot()`, 32 steps. It takes about as long as so many steps of LoRA training, and
+            the report's energy is what the support captures of ||B A||_F^2, all that the pilot changed.
         adapter_name: default: the active one.
         head_steps: optimiser steps that warm up the `modules_to_save` of a fresh head first, and are kept, since step-0 gradients
-            through a random head say little. None: 20 for a gradient support where the adapter has such modules, else 0.
+            through a random head say little. None: 20 for a gradient support or a pilot where the adapter has such modules, else 0.
         passes: 2, or 1 for data that comes only once: the support is then chosen, and ordered, from a wider sketch alone.
         oversampling: columns of the sketch beyond the rank, n x 4 bytes each, twice; default 16, or 192 for a single pass. More
             capture more, up to the optimum.
@@ -179,8 +190,9 @@ def calibrate(
         memory: the most bytes, or a string as "512MiB", that this may take on the model's device above the frozen training step. Layers
             are then calibrated in groups, each over the same batches again, with the same result up to what a backward pass on a GPU
             does not repeat to the bit. None: all layers at once. With a train_step only the sketches count, since nothing is known of
-            its batches. What it takes is in the report (`memory`), and logged before the first pass.
-        offload: hold the sketches on the CPU between batches.
+            its batches. What it takes is in the report (`memory`), and logged before the first pass. A pilot trains all layers at once.
+        offload: hold the sketches on the CPU between batches. This and `passes`, `oversampling`, `tol`, `budget`, `share_by` and
+            `save_sketches` are for supports from sketches, and refused with a pilot.
         progress: show a progress bar; None: on a terminal only.
 
     In a `torch.distributed` run every process calls this with its own share of the batches, and all get the supports, and the
@@ -189,8 +201,8 @@ def calibrate(
 
     Dropout is off, gradients of parameters are left as they were, no base parameter is ever asked for one. A layer that no batch
     reaches keeps the support it has, or gets a random one, with a warning. TypeError or ValueError for a bad argument, a trained
-    adapter, batches without loss or gradient, or a layer that alone needs more than `memory`; `loft_rs.NonFiniteError` names the batch
-    and the layer that saw NaN or Inf. The adapter and the head are changed only once everything has succeeded.
+    adapter, batches without loss or gradient, or a layer, or a pilot, that alone needs more than `memory`; `loft_rs.NonFiniteError` names
+    the batch and the layer that saw NaN or Inf. The adapter and the head are changed only once everything has succeeded.
     """
     started = time.perf_counter()
     require_plain(model, "calibrate")
@@ -203,19 +215,22 @@ def calibrate(
         config = next(iter(layers.values())).loft_config[adapter]
         method, order = config.support, "natural" if config.order == "natural" else "input_pca"
         needs_gradient = method in GRADIENT_SUPPORTS
+        pilot = checked_pilot(pilot, method)
         trial = _checked_options(
-            config, layers, adapter, passes, oversampling, tol, budget, share_by, save_sketches, train_step
+            config, layers, adapter, passes, oversampling, tol, budget, share_by, save_sketches, train_step, offload
         )
         places = open_places(layers, adapter)
+        homes = {place: layers[place.module] for place in places}
+        changes = {} if pilot is None else changes_for(homes, adapter, pilot, None)
         undecided = [name for name, each in by_module(places).items() if len(each) > 1]
         _require_decidable({name: layers[name] for name in undecided}, method, passes, save_sketches)
         if method not in CALIBRATED_SUPPORTS and order == "natural":
             raise ValueError(
                 f"support={method!r} with order='natural' takes nothing from data; there is nothing to calibrate"
             )
-        batches = checked_batches(dataloader, train_step, max_batches)
+        batches = checked_batches(dataloader, train_step, max_batches, pilot)
         head = _head_parameters(model)
-        head_steps = _head_steps(head_steps, head, needs_gradient)
+        head_steps = _head_steps(head_steps, head, needs_gradient or pilot is not None)
         sharded = any("FSDPModule" in {kind.__name__ for kind in type(m).__mro__} for m in model.modules())
         if sharded and head_steps:
             raise ValueError(
@@ -236,7 +251,6 @@ def calibrate(
             run.warm_up(head, head_steps)
         options = {"order": order, "seed": config.seed, "oversampling": oversampling, "single": passes == 1}
         options["loss_scale"] = run.loss_scale if needs_gradient else 1.0
-        homes = {place: layers[place.module] for place in places}
         plans = {
             place: plan_for(method, layer, adapter, side=place.side, rank=trial.get(place.module), **options)
             for place, layer in homes.items()
@@ -247,7 +261,7 @@ def calibrate(
                 return 0.0
             return sketch.rotation_energy(rank or sketch.rank, dense_weight(homes[place].get_base_layer()))
 
-        survey = Survey(plans, model, homes, adapter, offload)
+        survey = Survey(plans, model, homes, adapter, offload, changes)
         run.show(survey)
         with ranks.stage():
             groups, footprint = survey.groups(limit)
@@ -258,10 +272,16 @@ def calibrate(
         groups, footprint = ranks.first((groups, footprint))
         if ranks.rank == 0:
             _LOG.info("calibrate: %s", footprint)
+        chosen = {}
+        if pilot is not None:
+            chosen = run.pilot(changes_for(homes, adapter, pilot, config.seed), pilot, config.seed)
+            groups = [list(chosen)]
         done, found, heard, evidence, energies = 0, {}, {}, {}, {}
         home = torch.device("cpu") if offload else None
         for number, group in enumerate(groups, 1):
-            sketches = {place: sketch_for(plans[place], homes[place], adapter, home) for place in group}
+            sketches = {
+                place: sketch_for(plans[place], homes[place], adapter, home, chosen.get(place)) for place in group
+            }
             turn = 0
             while live := {place: sketch for place, sketch in sketches.items() if not sketch.finished}:
                 turn += 1
@@ -319,13 +339,17 @@ def calibrate(
     evidence = {place.module: each for place, each in evidence.items() if place.side == supports[place.module].side}
     sides = {name: {side: energies.get(Place(name, side), 0.0) for side in SIDES} for name in undecided}
     seconds = time.perf_counter() - started
-    return CalibrationReport(method, order, done, used, head_steps, seconds, supports, evidence, footprint, sides)
+    return CalibrationReport(
+        method, order, done, used, head_steps, seconds, supports, evidence, footprint, sides, pilot
+    )
 
 
 def checked_batches(
-    dataloader: Iterable | None, train_step: Callable[[], Any] | None, max_batches: int
+    dataloader: Iterable | None, train_step: Callable[[], Any] | None, max_batches: int | None, pilot: Pilot | None
 ) -> list[Mapping | list | tuple] | None:
     """The batches that every pass uses, checked; None where there is a train_step."""
+    if max_batches is None:
+        max_batches = BATCHES if pilot is None else pilot.steps
     if (dataloader is None) == (train_step is None):
         raise ValueError("give exactly one of dataloader and train_step")
     if not is_int(max_batches) or max_batches < 1:
@@ -362,8 +386,16 @@ def _checked_options(
     share_by: Any,
     save_sketches: Any,
     train_step: Any,
+    offload: bool,
 ) -> dict[str, int]:
     """The ranks that a budget calibrates the layers for; refuses what does not fit together."""
+    if config.support == "pilot":
+        given = {"passes": passes != 2, "share_by": share_by != "energy", "offload": offload}
+        given |= {"oversampling": oversampling is not None, "save_sketches": save_sketches is not None}
+        given |= {"budget": budget is not None, "tol": tol is not None}
+        for name in [name for name, is_given in given.items() if is_given]:
+            raise ValueError(f"{name} is for supports from sketches, but support is 'pilot', which a training chooses")
+        return {}
     if passes not in (1, 2) or isinstance(passes, bool):
         raise ValueError(f"passes must be 1 or 2, got {passes!r}")
     if oversampling is not None and (not is_int(oversampling) or oversampling < 2 or oversampling % 2):
@@ -675,15 +707,15 @@ class _Runner:
             if sum(sketch.seen for sketch in sketches.values()) > before:
                 self.reached.add(number)
             elif again or (last and number not in self.reached):
-                what = "received a gradient" if backward else "was run"
-                how = (
-                    "train_step must call backward() on a loss of this model"
-                    if batch is None
-                    else "check that its loss depends on an adapted layer"
-                )
-                raise ValueError(f"{label}, {where}: no adapted layer {what}; {how}")
+                raise self._unreached(f"{label}, {where}", "received a gradient" if backward else "was run")
             _require_finite(sketches, f"{label}, {where}")
             bar.update()
+
+    def _unreached(self, where: str, what: str) -> ValueError:
+        how = "check that its loss depends on an adapted layer"
+        if self.batches is None:
+            how = "train_step must call backward() on a loss of this model"
+        return ValueError(f"{where}: no adapted layer {what}; {how}")
 
     def _forward(self, batch: Any, backward: bool, where: str = "a batch") -> None:
         if batch is None:
@@ -716,27 +748,59 @@ class _Runner:
         return loss
 
     def warm_up(self, head: list[nn.Parameter], steps: int) -> None:
-        """A few Adam steps on the head alone, in float32 or wider, on the gradient's mean over the processes."""
         for layer in chain(*self.layers.values()):
             layer.tap = _untapped(self.adapter)
-        for parameter in head:
+        self._train(head, steps, HEAD_LEARNING_RATE, "head warm-up")
+
+    def pilot(self, changes: Mapping[Place, Change], pilot: Pilot, seed: int) -> dict[Place, Support]:
+        """Train these changes, of all the layers, and give rank 0's supports of those that a gradient reached."""
+        for place, change in changes.items():
+            for part, layer in enumerate(self.layers[place.module]):
+                layer.tap = PilotTap(change, self.adapter, part)
+
+        def check(where: str) -> None:
+            if not some_gradient(changes, where):
+                raise self._unreached(where, "received a gradient")
+
+        factors = [factor for change in changes.values() for factor in change.factors]
+        self._train(factors, pilot.steps, pilot.lr, "pilot", check)
+        with self.ranks.stage():
+            found = {place: change.support(seed) for place, change in changes.items()}
+        return self.ranks.first({place: support for place, support in found.items() if support is not None})
+
+    def _train(
+        self,
+        parameters: Sequence[Tensor],
+        steps: int,
+        rate: float,
+        label: str,
+        check: Callable[[str], None] = lambda where: None,
+    ) -> None:
+        """A few Adam steps on these alone, in float32 or wider, on the gradient's mean over the processes.
+
+        check: looks at what the batch of a process gave them, which is named.
+        """
+        for parameter in parameters:
             self.ranks.copy_first(parameter.data)
-        wide = [p.detach().to(torch.promote_types(p.dtype, torch.float32), copy=True) for p in head]
-        optimiser = torch.optim.Adam(wide, lr=HEAD_LEARNING_RATE)
-        with self.bar(steps, "head warm-up") as bar:
+        # In place where they are as wide already.
+        wide = [p.detach().to(torch.promote_types(p.dtype, torch.float32)) for p in parameters]
+        optimiser = torch.optim.Adam(wide, lr=rate)
+        with self.bar(steps, label) as bar:
             for step in range(steps):
                 with self.ranks.stage():
                     number = 0 if self.batches is None else step % len(self.batches)
                     batch = None if self.batches is None else self.batches[number]
-                    self._forward(batch, backward=True, where=f"batch {number}")
-                for parameter, value in zip(head, wide, strict=True):
+                    where = "train_step" if batch is None else f"batch {number}"
+                    self._forward(batch, backward=True, where=where)
+                    check(f"{label}, {where}")
+                for parameter, value in zip(parameters, wide, strict=True):
                     gradient = torch.zeros_like(value) if parameter.grad is None else parameter.grad.to(value.dtype)
+                    parameter.grad = None
                     self.ranks.add_up(gradient)
                     value.grad = gradient / (self.loss_scale * self.ranks.size)
                 optimiser.step()
-                for parameter, value in zip(head, wide, strict=True):
+                for parameter, value in zip(parameters, wide, strict=True):
                     parameter.data.copy_(value)
-                    parameter.grad = None
                 bar.update()
 
 

@@ -1,8 +1,9 @@
 """The memory that calibration takes above the frozen training step: known before it starts, and kept under a limit by groups of layers.
 
-    sketches      the sums of a pass and the basis Q, in float32 (float64 for a float64 base), and Omega, one for all layers of a width
+    sketches      the sums of a pass and the basis Q, in float32 (float64 for a float64 base), and Omega, one for all layers of a width;
+                  of a pilot the factors of all layers' changes, with their gradients and Adam's state
     activations   what a tap keeps from its layer's forward to its backward: X, once for all layers that read it (output side Y0; for
-                  gradsvd X, in pass 2 the N x k product); of blocks that are checkpointed only one block's
+                  gradsvd X, in pass 2 the N x k product; a pilot both); of blocks that are checkpointed only one block's
     workspace     the products of one layer at a time
 
 Sizes, not estimates: sketches on the meta device are asked for the first two, with the shapes that one forward pass over the largest
@@ -22,6 +23,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from ._checks import is_int
 from .layer import AdaptedLinear
+from .pilot import Change
 from .sketch import Plan, Sketch, output_product, sketch_for
 
 __all__ = ["Footprint", "Survey", "byte_count", "checkpointed_blocks"]
@@ -90,10 +92,11 @@ class Survey:
         layers: Mapping[str, AdaptedLinear],
         adapter: str,
         offload: bool,
+        changes: Mapping[str, Change],
     ):
-        self.layers, self.offload, self.seen = layers, offload, False
+        self.layers, self.offload, self.seen, self.pilot = layers, offload, False, bool(changes)
         first = {name: sketch_for(plans[name], layer, adapter, "meta") for name, layer in layers.items()}
-        self.passes = [first]
+        self.passes: list[Mapping[str, Sketch | Change]] = [changes, first] if changes else [first]
         if any(sketch.basis is None and not sketch.plan.single for sketch in first.values()):
             second = {name: sketch_for(plans[name], layer, adapter, "meta") for name, layer in layers.items()}
             for sketch in second.values():
@@ -126,9 +129,9 @@ class Survey:
         for sketches, kept in zip(self.passes, self.kept, strict=True):
             sketch = sketches[name]
             held = sketch.keep(shape, None if sketch.tap_input else output_product(layer, y.detach()).to("meta"))
-            if held is not None:
-                shared = held is shape or held._base is shape
-                kept[name][number if shared else -self.count] = (self.block.get(id(layer)), held.nbytes)
+            for each in held if isinstance(held, list) else [held] if held is not None else []:
+                shared = each is shape or each._base is shape
+                kept[name][number if shared else -self.count] = (self.block.get(id(layer)), each.nbytes)
             taken = sketch.workspace(x.shape[:-1].numel(), x.dtype, x.device.type, self.offload)
             self.workspace[name] = max(self.workspace[name], taken)
 
@@ -137,7 +140,7 @@ class Survey:
         return max((self._of_pass(i, names) for i in range(len(self.passes))), key=lambda footprint: footprint.total)
 
     def _of_pass(self, i: int, names: list[str]) -> Footprint:
-        sketches: list[Sketch] = [self.passes[i][name] for name in names]
+        sketches = [self.passes[i][name] for name in names]
         omegas = {id(drawn): drawn.nbytes for sketch in sketches for drawn in sketch.gaussians()}
         held = 0 if self.offload else sum(sketch.held() for sketch in sketches) + sum(omegas.values())
         if not self.seen:
@@ -149,9 +152,16 @@ class Survey:
         return Footprint(held, activations, max(self.workspace[name] for name in names))
 
     def groups(self, limit: int | None) -> tuple[list[list[str]], Footprint]:
-        """The layers in as few groups of neighbours as the limit allows, and what the largest takes. ValueError where one is too much."""
-        groups: list[list[str]] = [list(self.layers)] if limit is None else []
-        for name in self.layers if limit is not None else ():
+        """The layers in as few groups of neighbours as the limit allows, and what the largest takes. ValueError where one, or the pilot of
+        all, is too much."""
+        whole = limit is None or self.pilot
+        groups: list[list[str]] = [list(self.layers)] if whole else []
+        if self.pilot and limit is not None and (needed := self.footprint(groups[0])).total > limit:
+            raise ValueError(
+                f"memory={limit} bytes is too little for a pilot, which trains all layers at once: {needed}; give {needed.total} bytes or "
+                "more, smaller batches, or a Pilot of a lower rank"
+            )
+        for name in () if whole else self.layers:
             if groups and self.footprint([*groups[-1], name]).total <= limit:
                 groups[-1].append(name)
                 continue

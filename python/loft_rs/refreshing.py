@@ -29,6 +29,7 @@ from .calibration import CalibrationReport, calibrate, checked_batches
 from .factor import Frozen, LowRank, gram_root
 from .linalg import NonFiniteError, skew_planes
 from .moments import check_moments, held_moments, replace_parameter, transported, warn_of_replaced
+from .pilot import Pilot, checked_pilot
 from .ranks import Ranks
 from .tuner.config import CALIBRATED_SUPPORTS, DATA_FREE_SUPPORTS, LoftConfig
 from .tuner.layer import Linear
@@ -45,7 +46,8 @@ def refresh(
     dataloader: Iterable | None = None,
     *,
     train_step: Callable[[], Any] | None = None,
-    max_batches: int = 8,
+    max_batches: int | None = None,
+    pilot: Pilot | None = None,
     optimizer: torch.optim.Optimizer | None = None,
     adapter_name: str | None = None,
     moments: str = "transport",
@@ -64,9 +66,9 @@ def refresh(
     Args:
         model: a PEFT model whose only active adapter is the LOFT one, unmerged, not wrapped in DDP, not compiled, its LOFT parameters
             not sharded. Call this between an optimiser's step and the next forward pass: gradients of the old transform are dropped.
-        dataloader, train_step, max_batches, passes, oversampling, memory, offload, progress: as of `loft_rs.calibrate`. A gradient or
-            activation support needs one of the first two; `principal`, `random` and `coordinate` need neither, and are put in input-PCA
-            order where one is given and `LoftConfig.order` is not "natural".
+        dataloader, train_step, max_batches, pilot, passes, oversampling, memory, offload, progress: as of `loft_rs.calibrate`. A gradient,
+            activation or pilot support needs one of the first two; `principal`, `random` and `coordinate` need neither, and are put in
+            input-PCA order where one is given and `LoftConfig.order` is not "natural".
         optimizer: the one that trains the adapter, whose state is then carried over; None: left as it is.
         adapter_name: default: the active one.
         moments: "transport": the moments are turned into the new basis (see `moments.py`), step counts go on. "restart": the state of
@@ -91,7 +93,8 @@ def refresh(
         _require_refreshable(adapted, adapter, config, "refresh")
         if fold:
             _require_foldable(adapted, adapter)
-        data = _data(dataloader, train_step, max_batches, config)
+        pilot = checked_pilot(pilot, config.support)
+        data = _data(dataloader, train_step, max_batches, pilot, config)
         carried = {} if optimizer is None else held_moments(optimizer, layers, adapter, moments)
         frozen = {name: _product(name, layer, adapter) for name, layer in layers.items()}
     frozen = {name: ranks.first(factor) for name, factor in frozen.items()}
@@ -107,7 +110,8 @@ def refresh(
         report = CalibrationReport(config.support, "natural", 0, None, 0, time.perf_counter() - started, supports)
         if data:
             options = {"passes": passes, "oversampling": oversampling, "memory": memory, "offload": offload}
-            report = calibrate(model, **data, **options, adapter_name=adapter, head_steps=0, progress=progress)
+            options |= {"pilot": pilot, "adapter_name": adapter, "progress": progress}
+            report = calibrate(model, **data, **options, head_steps=0)
         with ranks.stage():
             if moments == "transport":
                 carried = _turned(carried, layers, adapter, bases)
@@ -273,16 +277,18 @@ def _require_foldable(layers: dict[str, Linear], adapter: str) -> None:
             raise ValueError(f"fold would change what adapter {others[0]!r} was trained on; use fold=False")
 
 
-def _data(dataloader: Any, train_step: Any, max_batches: int, config: LoftConfig) -> dict[str, Any]:
+def _data(
+    dataloader: Any, train_step: Any, max_batches: int | None, pilot: Pilot | None, config: LoftConfig
+) -> dict[str, Any]:
     """The arguments of `calibrate`; none where the support takes nothing from data."""
     if dataloader is None and train_step is None:
         if config.needs_calibration:
             raise ValueError(f"support={config.support!r} comes from data: give refresh a dataloader or a train_step")
         return {}
-    batches = checked_batches(dataloader, train_step, max_batches)
+    batches = checked_batches(dataloader, train_step, max_batches, pilot)
     if not config.needs_calibration and config.order == "natural":
         return {}
-    return {"train_step": train_step} if batches is None else {"dataloader": batches, "max_batches": max_batches}
+    return {"train_step": train_step} if batches is None else {"dataloader": batches, "max_batches": len(batches)}
 
 
 # -- model -----------------------------------------------------------------------------------------------------------------

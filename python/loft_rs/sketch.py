@@ -47,7 +47,18 @@ from .support import STORED_METHODS, Support
 if TYPE_CHECKING:
     from .layer import AdaptedLinear
 
-__all__ = ["SKETCHES", "LayerTap", "Plan", "Sketch", "gaussian", "output_product", "plan_for", "sketch_for"]
+__all__ = [
+    "SKETCHES",
+    "LayerTap",
+    "Plan",
+    "Sketch",
+    "gaussian",
+    "inner_product",
+    "output_product",
+    "plan_for",
+    "product",
+    "sketch_for",
+]
 
 OVERSAMPLING = 16
 # Of a single pass. MiniLM and SmolLM2-135M want so many for 0.97 of the optimum (bench/calibration.py), at low ranks and high ones.
@@ -167,16 +178,26 @@ def plan_for(
     return Plan(method, side, order, seed, rank, width, heights, columns, single, loss_scale)
 
 
-def sketch_for(plan: Plan, layer: AdaptedLinear, adapter: str, home: torch.device | str | None = None) -> Sketch:
-    """A fresh sketch of one layer for a calibrated support, or for the order of a support it already has.
+def sketch_for(
+    plan: Plan,
+    layer: AdaptedLinear,
+    adapter: str,
+    home: torch.device | str | None = None,
+    chosen: Support | None = None,
+) -> Sketch:
+    """A fresh sketch of one layer for a support that sketches choose, or for the order of one that is chosen already.
 
-    home: the device that holds it between batches; None: the layer's own.
+    home: the device that holds it between batches; None: the layer's own. chosen: default the one the layer has.
     """
-    held, energy = layer.support(adapter), layer.energy(adapter)
+    held = layer.support(adapter)
     home, dtype = torch.device(home or held.device), torch.promote_types(held.dtype, torch.float32)
     kind = SKETCHES.get(plan.method)
     if kind is None:
-        return MomentSketch(plan, home, dtype, held.to(home, dtype), energy)
+        basis, facts = held, {"energy": layer.energy(adapter)}
+        if chosen is not None:
+            basis = torch.from_numpy(chosen.basis)
+            facts = {name: getattr(chosen, name) for name in ("energy", "energy_stderr", "values", "gap")}
+        return MomentSketch(plan, home, dtype, basis.to(home, dtype), facts)
     return kind(plan, home, dtype)
 
 
@@ -409,8 +430,8 @@ class SkewSketch(Sketch):
         test, rounded = self.omega if first else self.basis, _multiplied_as_it_is(kept, gradient)
         mine = (_shared_narrow if first else _narrow)(kept, test, rounded)
         its = _narrow(gradient, test, rounded)
-        back = _inner(kept, torch.cat([its, mine], 1) if "moments" in self.pending else its)
-        image = _inner(gradient, mine).sub_(back[:, : test.shape[1]]).div_(2)
+        back = inner_product(kept, torch.cat([its, mine], 1) if "moments" in self.pending else its)
+        image = inner_product(gradient, mine).sub_(back[:, : test.shape[1]]).div_(2)
         if "moments" in self.pending:
             self.plus("moments", back[:, test.shape[1] :])
         if first:
@@ -493,8 +514,8 @@ class GradientSketch(Sketch):
             if "moments" in self.pending:
                 self.plus("moments", _gram_image(a, self.test))
             return _rows(x)
-        aq = _product(a, self.basis)
-        self.plus("moment", _inner(aq, aq))
+        aq = product(a, self.basis)
+        self.plus("moment", inner_product(aq, aq))
         return aq if self.side == "input" else _rows(x)
 
     def take(self, kept: Tensor, gradient: Tensor, part: int) -> None:
@@ -502,16 +523,16 @@ class GradientSketch(Sketch):
         own, other = (kept, gradient) if self.side == "input" else (gradient, kept)
         if self.basis is None:
             rounded = _multiplied_as_it_is(own, other)
-            self.plus_sketch(_inner(own, _narrow(other, self.omega[rows], rounded)))
+            self.plus_sketch(inner_product(own, _narrow(other, self.omega[rows], rounded)))
         else:
-            image = _inner(other, own if self.side == "input" else _product(own, self.basis))
+            image = inner_product(other, own if self.side == "input" else product(own, self.basis))
             self.pending["image"][rows] += image.to(self.home)
 
     def rotation_energy(self, rank: int, weight: Tensor | None) -> float:
         """Of two passes: P^T W0^T G P = (W0 P)^T (G P), on the output side (W0^T P)^T (G^T P), transposed."""
         q, p = self.basis.double().cpu().numpy(), self.solved()[0][:, :rank]
         w = weight.detach() if self.side == "input" else weight.detach().mT
-        left = _product(w, torch.from_numpy(np.ascontiguousarray(p)).to(self.dtype)).double().cpu().numpy()
+        left = product(w, torch.from_numpy(np.ascontiguousarray(p)).to(self.dtype)).double().cpu().numpy()
         c = left.T @ (self.numpy("image") @ (q.T @ p)) / self.plan.loss_scale
         return float(np.sum(((c - c.T) / 2) ** 2))
 
@@ -557,8 +578,8 @@ class ActivationSketch(Sketch):
             self.plus_sketch(_gram_image(a, self.omega))
             self.plus("norm", a.float().square().sum(dtype=torch.float64))
         else:
-            aq = _product(a, self.basis)
-            self.plus("moment", _inner(aq, aq))
+            aq = product(a, self.basis)
+            self.plus("moment", inner_product(aq, aq))
 
     def moment(self, p: np.ndarray) -> np.ndarray:
         if self.plan.single:
@@ -576,13 +597,14 @@ class ActivationSketch(Sketch):
 
 
 class MomentSketch(Sketch):
-    """Only sum z^T z, z = A P, for the order inside a support that the layer already has."""
+    """Only sum z^T z, z = A P, for the order inside a support P that is chosen already. facts: fields of that support."""
 
     backward = False
 
-    def __init__(self, plan: Plan, home: torch.device, dtype: torch.dtype, basis: Tensor, energy: float):
+    def __init__(self, plan: Plan, home: torch.device, dtype: torch.dtype, basis: Tensor, facts: dict[str, Any]):
         super().__init__(plan, home, dtype)
-        self.basis, self.energy = basis, energy
+        self.basis, self.facts = basis, facts
+        self.finished = plan.order == "natural"
 
     @property
     def sketched(self) -> int:
@@ -593,8 +615,8 @@ class MomentSketch(Sketch):
 
     def keep(self, x: Tensor, y0: Tensor | None) -> None:
         self.seen += 1
-        z = _product(self.activations(x, y0), self.basis)
-        self.plus("moment", _inner(z, z))
+        z = product(self.activations(x, y0), self.basis)
+        self.plus("moment", inner_product(z, z))
 
     def solve(self) -> tuple[np.ndarray, np.ndarray, float, float]:
         return self.basis.double().cpu().numpy(), np.full(self.rank, math.nan), math.nan, 0.0
@@ -603,7 +625,7 @@ class MomentSketch(Sketch):
         return self.numpy("moment")
 
     def support(self, passes: int, rank: int | None = None) -> Support:
-        return replace(super().support(passes, rank), energy=self.energy)
+        return replace(super().support(passes, rank), **self.facts)
 
 
 SKETCHES: dict[str, type[Sketch]] = {
@@ -633,7 +655,7 @@ def _multiplied_as_it_is(*tensors: Tensor) -> bool:
     return all(each.is_cuda and each.dtype == torch.bfloat16 for each in tensors)
 
 
-def _product(a: Tensor, b: Tensor) -> Tensor:
+def product(a: Tensor, b: Tensor) -> Tensor:
     """A B of a large A and a skinny B, in float32 or wider: half-precision products are slow on a CPU, and float16 could overflow.
 
     B comes to A's device. bfloat16 on a GPU is multiplied as it is, B rounded to it, and summed in float32.
@@ -644,13 +666,13 @@ def _product(a: Tensor, b: Tensor) -> Tensor:
     return a.to(work) @ b.to(a.device, work)
 
 
-def _inner(a: Tensor, b: Tensor) -> Tensor:
-    return _product(a.mT, b)
+def inner_product(a: Tensor, b: Tensor) -> Tensor:
+    return product(a.mT, b)
 
 
 def _narrow(b: Tensor, test: Tensor, rounded: bool) -> Tensor:
     """B T of a large B and a skinny T, to be multiplied with a large A^T; rounded: to B's dtype, as it is made."""
-    return torch.mm(b, test.to(b.device, b.dtype)) if rounded else _product(b, test)
+    return torch.mm(b, test.to(b.device, b.dtype)) if rounded else product(b, test)
 
 
 def _shared_narrow(a: Tensor, omega: Tensor, rounded: bool) -> Tensor:
@@ -666,7 +688,7 @@ def _shared_narrow(a: Tensor, omega: Tensor, rounded: bool) -> Tensor:
 
 def _gram_image(a: Tensor, test: Tensor) -> Tensor:
     """A^T (A T)."""
-    return _inner(a, _shared_narrow(a, test, _multiplied_as_it_is(a)))
+    return inner_product(a, _shared_narrow(a, test, _multiplied_as_it_is(a)))
 
 
 def _descending(gram: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -1,0 +1,223 @@
+"""Pilots: supports from what a short run of low-rank training changes.
+
+For a few Adam steps every layer computes y + (x A^T) B^T beside what it has, and so becomes W = W0 + B A (of a refreshed adapter
+W_cur + B A). On the input side A (k x n) starts at zero and B (m x k) at random, N(0, 1/k): the reverse of LoRA's start, so that the row
+space of B A is all learnt. Then
+
+    P = the top r right singular vectors of B A        (output side: A drawn, B learnt, and the left ones)
+
+of layers that are tied of their changes B A stacked. With A^T = Q R (n x k) and B = U L, U orthonormal, B A = U (L R^T) Q^T: P = Q V with
+V the right singular vectors of the k x k matrix L R^T, in float64. Nothing of the pilot is left in the model.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ._checks import is_int
+from .factor import no_autocast
+from .linalg import NonFiniteError
+from .sketch import inner_product, product
+from .support import Support
+
+if TYPE_CHECKING:
+    from .layer import AdaptedLinear
+
+__all__ = ["Change", "Pilot", "PilotTap", "changes_for", "checked_pilot", "some_gradient"]
+
+RANK = 64
+
+
+@dataclass(frozen=True)
+class Pilot:
+    """The short training that `LoftConfig(support="pilot")` takes its supports from (`loft_rs.calibrate(..., pilot=Pilot(...))`).
+
+    steps: of Adam, one batch each, at rate `lr`. rank: of the change of a layer, no more than min(m, n) there; None: 64, or the adapter's
+    rank where that is larger. ValueError for anything but positive numbers.
+    """
+
+    steps: int = 32
+    rank: int | None = None
+    lr: float = 1e-3
+
+    def __post_init__(self):
+        for name, value in (("steps", self.steps), ("rank", RANK if self.rank is None else self.rank)):
+            if not is_int(value) or value < 1:
+                raise ValueError(
+                    f"{name} must be {'None or ' * (name == 'rank')}an integer of at least 1, got {value!r}"
+                )
+        number = isinstance(self.lr, (int, float)) and not isinstance(self.lr, bool)
+        if not number or not 0 < self.lr < math.inf:
+            raise ValueError(f"lr must be a positive number, got {self.lr!r}")
+
+
+def checked_pilot(pilot: Any, method: str) -> Pilot | None:
+    """The pilot of a support of this method: the one that is given, or the default; None where it has none."""
+    if pilot is not None and not isinstance(pilot, Pilot):
+        raise TypeError(f"pilot must be a loft_rs.Pilot, got {type(pilot).__name__}")
+    if method != "pilot":
+        if pilot is not None:
+            raise ValueError(f"pilot needs LoftConfig(support='pilot'), but support is {method!r}")
+        return None
+    return pilot or Pilot()
+
+
+class _AddChange(torch.autograd.Function):
+    """y + (x D) U^T, in y's dtype, of y (N x m), x (N x n) and skinny D (n x k) and U (m x k).
+
+    The products, and so the gradients of D and U, are `sketch.product`'s: float32 or wider, since the factors are float32, a first step's
+    entries are as small as the rate, and float16 could overflow; bfloat16 on a GPU, where float32 would cost as much as the base does, is
+    multiplied as it is and summed in float32. The sum is rounded to y's dtype once.
+    """
+
+    @staticmethod
+    def forward(ctx, y: Tensor, x: Tensor, down: Tensor, up: Tensor) -> Tensor:
+        ctx.half = y.is_cuda and y.dtype == torch.bfloat16
+        with no_autocast(y.device.type):
+            z = _as(product(_as(x, ctx.half), down), ctx.half)
+            ctx.save_for_backward(x, z, down, up)
+            return product(z, up.mT).add_(y).to(y.dtype)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, gradient: Tensor):
+        x, z, down, up = ctx.saved_tensors
+        with no_autocast(gradient.device.type):
+            dy = _as(gradient, ctx.half)
+            dz = _as(product(dy, up), ctx.half)
+            dx = product(dz, down.mT).to(x.dtype) if ctx.needs_input_grad[1] else None
+            return gradient, dx, inner_product(_as(x, ctx.half), dz), inner_product(dy, z)
+
+
+def _as(tensor: Tensor, half: bool) -> Tensor:
+    return tensor.bfloat16() if half else tensor
+
+
+class Change:
+    """W - W0 of one layer, and of those tied to it, as a pilot trains it.
+
+    Of each of them `learnt` (n x k), which starts at zero, and `drawn` (m x k): A^T and B; on the output side B and A^T.
+    """
+
+    tap_input = True
+
+    def __init__(
+        self, layer: AdaptedLinear, adapter: str, rank: int | None, draw: torch.Generator | None, home: torch.device
+    ):
+        self.side, self.rank = layer.loft_side[adapter], layer.rank(adapter)
+        dtype = torch.promote_types(layer.support(adapter).dtype, torch.float32)
+        self.learnt: list[Tensor] = []
+        self.drawn: list[Tensor] = []
+        for each in layer.tied(adapter):
+            own, other = (each.support_width(s) for s in (self.side, "output" if self.side == "input" else "input"))
+            k = min(max(RANK, self.rank) if rank is None else rank, own, other)
+            drawn = torch.randn(other, k, generator=draw, device="meta" if draw is None else "cpu") / k**0.5
+            self.drawn.append(drawn.to(home, dtype).requires_grad_())
+            self.learnt.append(torch.zeros(own, k, dtype=dtype, device=home, requires_grad=True))
+
+    @property
+    def factors(self) -> list[Tensor]:
+        """What is trained."""
+        return [*self.learnt, *self.drawn]
+
+    def add(self, y: Tensor, x: Tensor, part: int) -> Tensor:
+        """y (..., m) and what the change of the layer `part` makes of x (..., n)."""
+        learnt, drawn = self.learnt[part], self.drawn[part]
+        down, up = (learnt, drawn) if self.side == "input" else (drawn, learnt)
+        # Rows, and y's own shape again outside: what follows the layer may change it in place.
+        rows = (tensor.reshape(-1, tensor.shape[-1]) for tensor in (y, x))
+        return _AddChange.apply(*rows, down, up).view(y.shape)
+
+    def support(self, seed: int) -> Support | None:
+        """P (n x r) and what it captures of ||B A||_F^2; None where nothing was learnt."""
+        learnt, drawn = ([t.detach().double().cpu().numpy() for t in each] for each in (self.learnt, self.drawn))
+        q, r = np.linalg.qr(np.hstack(learnt))
+        ends = np.cumsum([a.shape[1] for a in learnt])
+        parts = zip(drawn, np.split(r, ends[:-1], axis=1), strict=True)
+        core = np.vstack([np.linalg.qr(b, mode="r") @ part.T for b, part in parts])
+        if not core.any():
+            return None
+        _, values, v = np.linalg.svd(core)
+        squares, last = np.square(values / values[0]), values[self.rank - 1]
+        following = values[self.rank] if len(values) > self.rank else math.nan
+        return Support(
+            basis=np.ascontiguousarray(q @ v[: self.rank].T, dtype=np.float32),
+            energy=min(1.0, float(squares[: self.rank].sum() / squares.sum())),
+            energy_stderr=0.0,
+            values=values[: self.rank].copy(),
+            residuals=np.full(self.rank, math.nan),
+            gap=float((last - following) / last) if last > 0 else math.nan,
+            passes=0,
+            seconds=math.nan,
+            method="pilot",
+            side=self.side,
+            seed=seed,
+        )
+
+    # -- what `footprint.Survey` asks of it -----------------------------------------------------------------------------------
+
+    def keep(self, x: Tensor, y0: Tensor | None) -> list[Tensor]:
+        """What the forward keeps for the backward: X, and its product."""
+        k, dtype = max(a.shape[1] for a in self.learnt), self.learnt[0].dtype
+        return [x, x.new_empty(*x.shape[:-1], k, dtype=dtype)]
+
+    def gaussians(self) -> list[Tensor]:
+        return []
+
+    def held(self) -> int:
+        """Bytes of the factors, of their gradients, of Adam's two moments, and of what Adam makes and drops."""
+        return 5 * sum(factor.nbytes for factor in self.factors)
+
+    def workspace(self, rows: int, dtype: torch.dtype, device: str, offload: bool) -> int:
+        tall = max(len(factor) for factor in self.factors)
+        k, size = max(a.shape[1] for a in self.learnt), self.learnt[0].dtype.itemsize
+        # The change, its input or gradient in float32, and the sum in the layer's dtype.
+        return rows * tall * (2 * size + dtype.itemsize) + 2 * rows * k * size
+
+
+class PilotTap:
+    """What a layer runs in place of its adapted forward during a pilot. part: which of the tied layers it is."""
+
+    def __init__(self, change: Change, adapter: str, part: int):
+        self.change, self.adapter, self.part = change, adapter, part
+
+    def __call__(self, layer: AdaptedLinear, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return self.change.add(layer.at_identity(x, self.adapter, *args, **kwargs), x, self.part)
+
+
+def changes_for(layers: Mapping[Any, AdaptedLinear], adapter: str, pilot: Pilot, seed: int | None) -> dict[Any, Change]:
+    """The changes that a pilot starts from: the same on every process and device. seed: None for their shapes alone.
+
+    ValueError where the pilot's rank is below the adapter's.
+    """
+    if pilot.rank is not None and (most := max(layer.rank(adapter) for layer in layers.values())) > pilot.rank:
+        raise ValueError(
+            f"pilot must have a rank of at least the adapter's, which is {most}, got {pilot.rank}; None takes what is needed"
+        )
+    draw = None if seed is None else torch.Generator().manual_seed(seed)
+    meta = torch.device("meta")
+    return {
+        name: Change(layer, adapter, pilot.rank, draw, meta if draw is None else layer.support(adapter).device)
+        for name, layer in layers.items()
+    }
+
+
+def some_gradient(changes: Mapping[Any, Change], where: str) -> bool:
+    """Whether a step gave any layer a gradient. NonFiniteError where one is NaN or Inf; the sums that tell are read at once."""
+    sums: dict[torch.device, list[Tensor]] = {}
+    for change in changes.values():
+        for factor in change.factors:
+            if factor.grad is not None:
+                sums.setdefault(factor.device, []).append(factor.grad.sum())
+    if not all(bool(torch.isfinite(torch.stack(each)).all()) for each in sums.values()):
+        for name, change in changes.items():
+            if not all(factor.grad is None or bool(torch.isfinite(factor.grad).all()) for factor in change.factors):
+                raise NonFiniteError(f"layer {name} saw NaN or Inf in {where} (gradient); nothing was changed")
+    return bool(sums)

@@ -543,10 +543,10 @@ def test_a_trained_adapter_is_not_calibrated_again():
 
 def tall_products(monkeypatch, call):
     """(A or A^T, its own length) of every product with the tokens' rows that `call` makes."""
-    found, kept = [], sketch_module._product
-    monkeypatch.setattr(sketch_module, "_product", lambda a, b: (found.append(tuple(a.shape)), kept(a, b))[1])
+    found, kept = [], sketch_module.product
+    monkeypatch.setattr(sketch_module, "product", lambda a, b: (found.append(tuple(a.shape)), kept(a, b))[1])
     call()
-    monkeypatch.setattr(sketch_module, "_product", kept)
+    monkeypatch.setattr(sketch_module, "product", kept)
     return found
 
 

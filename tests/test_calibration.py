@@ -538,6 +538,20 @@ def test_a_trained_adapter_is_not_calibrated_again():
 # -- several processes -------------------------------------------------------------------------------------------------------
 
 
+def test_activation_supports_need_no_autograd_at_all():
+    (batch,) = token_batches(1)
+    first, second = build(support="activation"), build(support="activation")
+
+    def step():
+        with torch.inference_mode():
+            first(**batch)
+
+    calibrate(first, train_step=step)
+    calibrate(second, [batch])
+    for name, value in second.state_dict().items():
+        torch.testing.assert_close(first.state_dict()[name], value, equal_nan=True)
+
+
 # -- what a pass multiplies --------------------------------------------------------------------------------------------------
 
 

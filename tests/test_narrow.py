@@ -409,7 +409,7 @@ def test_the_callback_refuses_what_cannot_be(straight, tmp_path, monkeypatch):
     folder = straight[0]
     for number, (rank, step, resumed, message) in enumerate(
         (
-            (8, 3, None, "rank must be an even integer of at least 2 and less than 8"),
+            (8, 3, None, "nothing to narrow at step 3: no layer of adapter .default. is wider than 8"),
             (4, 6, None, "step must come before the last of 6 steps, got 6"),
             (
                 4,
@@ -644,7 +644,14 @@ def narrow_on_rank(rank, folder):
         narrow(model, 4, optimizer=optimiser)
     except Exception as error:
         found["error"] = type(error).__name__
-    module.transported = kept
+    module.transported, resize = kept, module.set_ranks
+    if rank == 1:
+        module.set_ranks = None  # fails before anything is exchanged
+    try:
+        narrow(model, 4, optimizer=optimiser)
+    except Exception as error:
+        found["early"] = type(error).__name__
+    module.set_ranks = resize
     found["unchanged"] = same(snapshot(model, optimiser), before)
     if rank == 1:  # all go on from what rank 0 holds
         layer = next(iter(layers_of(model).values()))
@@ -667,7 +674,8 @@ def narrow_on_rank(rank, folder):
 def test_two_processes_narrow_alike(tmp_path):
     torch.multiprocessing.spawn(narrow_on_rank, (str(tmp_path),), nprocs=2)
     first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=False) for rank in range(2))
-    assert (first["error"], second["error"]) == ("RuntimeError", "TypeError")
+    for when in ("error", "early"):
+        assert (first[when], second[when]) == ("RuntimeError", "TypeError")
     assert first["unchanged"] and second["unchanged"] and max(first["apart"], second["apart"]) <= 1e-12
     assert first["sharded"] == second["sharded"] == ["narrow", "refresh"]
     assert same(first["state"], second["state"]) and same(first["optimiser"], second["optimiser"])

@@ -552,4 +552,4 @@ def test_two_processes_are_one_with_their_batches_together(tmp_path):
         np.testing.assert_allclose(basis, report.layers[name].basis, atol=1e-6, rtol=0)
         assert energy == pytest.approx(report.layers[name].energy, rel=1e-9)
     assert ranks[0]["failing"].startswith("ValueError: dataloader batches gave no loss")
-    assert ranks[1]["failing"].startswith("RuntimeError: calibrate failed on rank 0")
+    assert ranks[1]["failing"].startswith("RuntimeError: rank 0 failed")

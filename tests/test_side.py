@@ -415,8 +415,18 @@ def test_a_state_of_open_sides_does_not_fit_a_fixed_one(trained, options):
     with pytest.raises(ValueError, match="the adapter does not fit this model"):
         model.load_state_dict(trained.state_dict())
     unchanged(model, before)
-    with pytest.raises(ValueError, match="loft_output_side.default is missing"):
+    with pytest.raises(ValueError, match="loft_output_side.default is missing.*build the model with the saved config"):
         build(make_llama(torch.float64), transform="exp").load_state_dict(model.state_dict())
+
+
+def test_a_state_from_before_the_decision_opens_the_sides_again():
+    model, other = build(), build()
+    calibrate(model, token_batches(2))
+    model.load_state_dict(other.state_dict())
+    assert model.peft_config["default"].side_pattern == {} and set(sides(model).values()) == {"input"}
+    report, wanted = (calibrate(each, token_batches(2)) for each in (model, other))
+    assert len(report.sides) == len(report.layers) and sides(model) == sides(other)
+    assert {name: s.side for name, s in wanted.layers.items()} == sides(model)
 
 
 # -- sides and supports by hand --------------------------------------------------------------------------------------------
@@ -480,6 +490,12 @@ def test_supports_bring_their_sides(tmp_path):
     fixed = build(r=6, side="input")
     with pytest.raises(ValueError, match="expected one for the input side|expected"):
         loft_rs.set_support(fixed, report.layers)
+    turned = next(name for name, s in report.layers.items() if s.side == "output")
+    by_hand = build(r=6, side_pattern={turned.rpartition(".")[2]: "input"})
+    before = saved(by_hand)
+    with pytest.raises(ValueError, match=f"{turned}: expected"):
+        loft_rs.set_support(by_hand, report.layers)
+    unchanged(by_hand, before)
     arrays = {name: basis_of(layer.in_features, 4) for name, layer in adapted_layers(fixed)[1].items()}
     model = build()
     loft_rs.set_support(model, arrays)
@@ -507,6 +523,8 @@ def test_supports_bring_their_sides(tmp_path):
         ),
         ({"side_pattern": {"q_proj": None}}, r"side_pattern\['q_proj'\] must be one of"),
         ({"side_pattern": ["q_proj"]}, "side_pattern must be a dict"),
+        ({"side_pattern": {"q_proj(": "input"}}, r"side_pattern\['q_proj\('\] must be a name or a regular expression"),
+        ({"side_pattern": {1: "input"}}, r"side_pattern\[1\] must be a name or a regular expression"),
     ],
 )
 def test_bad_configs_are_named(options, message):
@@ -641,6 +659,10 @@ def test_no_memory_for_the_other_side_leaves_the_model_as_it_was(call, monkeypat
 # -- several processes -----------------------------------------------------------------------------------------------------
 
 
+def full(*_):
+    raise MemoryError("full")
+
+
 def calibrate_on_rank(rank, size, folder):
     torch.set_num_threads(1)
     torch.distributed.init_process_group(
@@ -659,6 +681,16 @@ def calibrate_on_rank(rank, size, folder):
     assert sides(sharded) == sides(model)
     sharded.train()(**share[0]).loss.backward()
     assert all(bool(p.grad.full_tensor().any()) for p in sharded.parameters() if p.requires_grad)
+    kept, failing, told = AdaptedLinear.set_side, build(make_llama(torch.float64)), ""
+    if rank == 1:
+        AdaptedLinear.set_side = full
+    try:
+        calibrate(failing, share)
+    except Exception as error:
+        told = f"{type(error).__name__}: {error}"
+    AdaptedLinear.set_side = kept
+    assert told.startswith("RuntimeError: rank 1 failed" if rank == 0 else "MemoryError")
+    assert failing.peft_config["default"].side_pattern == {} and set(sides(failing).values()) == {"input"}
     bases = {name: layer.support("default") for name, layer in adapted_layers(model)[1].items()}
     torch.save((sides(model), report.sides, bases), f"{folder}/{rank}.pt")
     torch.distributed.barrier()

@@ -186,7 +186,7 @@ def forgetting_table(lines: Lines, task: str) -> str:
 def unfinished(lines: Lines) -> list[str]:
     """Methods of which trials were run and nothing was scored yet."""
     scored = {(line["task"], line["method"]) for line in lines if line["phase"] == "score"}
-    every = dict.fromkeys((line["task"], line["method"]) for line in lines)
+    every = dict.fromkeys((line["task"], line["method"]) for line in lines if line["phase"] != "untrained")
     return [f"{method} on {task}" for task, method in every if (task, method) not in scored]
 
 

@@ -43,7 +43,7 @@ from .pilot import Change, Pilot, PilotTap, changes_for, checked_pilot, some_gra
 from .ranks import Ranks
 from .saved_sketches import write_sketches
 from .sides import Place, by_module, open_places, share_both, stronger
-from .sketch import LayerTap, Sketch, plan_for, sketch_for
+from .sketch import LayerTap, Sketch, forget_products, plan_for, sketch_for
 from .support import SIDES, Support, blind_support
 from .tuner.config import CALIBRATED_SUPPORTS, DATA_FREE_SUPPORTS, GRADIENT_SUPPORTS, LoftConfig
 from .tuner.layer import Linear
@@ -327,7 +327,7 @@ def calibrate(
         for parameter in head if head_steps else []:
             ranks.copy_first(parameter.data)
         used = None if batches is None else ranks.total(len(run.batches))
-    with all_or_nothing(adapted, adapter):  # this takes memory
+    with all_or_nothing(adapted, adapter), ranks.stage():  # this takes memory
         if budget:
             set_ranks(adapted, adapter, {name: support.rank for name, support in supports.items()})
         for name, layer in layers.items():
@@ -604,6 +604,7 @@ def _calibrating(model: nn.Module, layers: Mapping[str, Linear], head: list[nn.P
             parameter.data.copy_(weight)
         raise
     finally:
+        forget_products()
         for layer in layers.values():
             layer.tap = None
         for hook in hooks:

@@ -72,7 +72,8 @@ class LoftNarrowCallback(TrainerCallback):
 
     The Trainer's optimiser is carried over. A run that resumes from a checkpoint builds the adapter as it was at first: give the Trainer
     this callback when it is made (`callbacks=[...]`), and a narrowed checkpoint makes the adapter narrow as it is loaded, one from
-    before leaves it wide; so too with `load_best_model_at_end`. Keyword arguments: `adapter_name` and `moments` of `loft_rs.narrow`.
+    before leaves it wide; so too with `load_best_model_at_end`. (Not with the Trainer's `model_init`, whose models it never sees before
+    they are loaded: build the model yourself.) Keyword arguments: `adapter_name` and `moments` of `loft_rs.narrow`.
     `report`: of the narrowing, once it was done here.
 
     ValueError for a `rank` or a `step` that is none; at the start of training for a `rank` that cannot be, a `step` that training
@@ -116,6 +117,11 @@ class LoftNarrowCallback(TrainerCallback):
                 f"to rank {self.rank}: give a later step, or call loft_rs.narrow before training"
             )
         if state.global_step < self.step:
+            if not wide:
+                raise ValueError(
+                    f"LoftNarrowCallback has nothing to narrow at step {self.step}: no layer of adapter {adapter!r} is wider than "
+                    f"{self.rank}; leave it out, or give a lower rank"
+                )
             check_rank(self.rank, layers, adapter)
             if self.step >= state.max_steps:
                 raise ValueError(f"step must come before the last of {state.max_steps} steps, got {self.step}")

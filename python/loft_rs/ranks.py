@@ -46,7 +46,7 @@ class Ranks:
         if error is not None:
             raise error
         if int(failed) < self.size:
-            raise RuntimeError(f"calibrate failed on rank {int(failed)}, whose own error says why; nothing was changed")
+            raise RuntimeError(f"rank {int(failed)} failed, and its own error says why; nothing was changed")
 
     def add_up(self, tensor: Tensor) -> None:
         """Replace `tensor` by its sum over the processes."""

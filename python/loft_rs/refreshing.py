@@ -101,11 +101,10 @@ def refresh(
     before = _Before(adapted, adapter)
     bases = {name: _orthonormal(layer.support(adapter)) for name, layer in layers.items()}
     try:
-        with torch.no_grad():
+        with ranks.stage(), torch.no_grad():
             for name, layer in layers.items():
                 layer.set_frozen(adapter, frozen[name])
                 layer.theta(adapter).zero_()
-        with ranks.stage():
             supports = {} if config.needs_calibration else choose_supports(layers, config, adapter)
         report = CalibrationReport(config.support, "natural", 0, None, 0, time.perf_counter() - started, supports)
         if data:
@@ -157,8 +156,9 @@ def narrow(
 ) -> NarrowReport:
     """Go on with the planes of a LOFT adapter's support that training has turned the most; the model's function stays what it is.
 
-    The cheap form of `refresh`, without data: train at rank 2r for a while, then narrow to r. The trained rotation is kept as a frozen
-    factor, as by `refresh`, and the new support lies in the old one. Layers of at most `rank` are left exactly as they are. The ranks
+    The cheap form of `refresh`, without data: train at rank 2r for a while, then narrow to r. Fewer parameters are trained from then on,
+    but the trained rotation is kept as a frozen factor, as by `refresh`: the adapter and its forward pass get larger, by the old
+    rank's columns. The new support lies in the old one. Layers of at most `rank` are left exactly as they are. The ranks
     are noted in the config (`rank_pattern`) that is saved with the adapter.
 
     Args:
@@ -194,11 +194,11 @@ def narrow(
     thetas = {name: layer.theta(adapter) for name, layer in layers.items()}
     bases = {name: _orthonormal(layer.support(adapter)) for name, layer in layers.items()}
     try:
-        set_ranks(adapted, adapter, dict.fromkeys(layers, rank))
-        for name, layer in layers.items():
-            layer.set_frozen(adapter, frozen[name])
-            layer.set_basis(adapter, planes[name][0])
         with ranks.stage():
+            set_ranks(adapted, adapter, dict.fromkeys(layers, rank))
+            for name, layer in layers.items():
+                layer.set_frozen(adapter, frozen[name])
+                layer.set_basis(adapter, planes[name][0])
             if moments == "transport":
                 carried = _turned(carried, layers, adapter, bases)
     except BaseException:

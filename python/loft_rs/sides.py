@@ -59,7 +59,8 @@ def stronger(places: Iterable[Place], energy: Callable[[Place], float]) -> dict[
 def share_both(
     spectra: Mapping[Place, Any], budget: Budget, start: Mapping[str, int], energy: Callable[[Place, int], float]
 ) -> dict[Place, int]:
-    """The place and the rank of each module: sides and ranks in turn, each the best for the other, until they stay.
+    """The place and the rank of each module: sides and ranks in turn, each the best for the other, until they stay or come round again: the
+    sides are then the best for the ranks, and those the best for sides that were tried.
 
     spectra: of both sides where they are open. start: the ranks at which the sides are compared first. energy: what a place's support of
     a rank captures, for the comparison.

@@ -52,6 +52,7 @@ __all__ = [
     "LayerTap",
     "Plan",
     "Sketch",
+    "forget_products",
     "gaussian",
     "inner_product",
     "output_product",
@@ -316,7 +317,7 @@ class Sketch:
     def end_pass(self, name: str) -> None:
         """Judge the pass by its sums and say whether another one is needed (`finished`)."""
         self.require_finite(name, "calibration")
-        _LAST[0] = None
+        forget_products()
         self.sums |= {what: value.cpu() for what, value in self.pending.items()}
         main = self.sums.get("sketch", self.sums.get("moment"))
         if not bool(main.any()):
@@ -676,7 +677,10 @@ def _narrow(b: Tensor, test: Tensor, rounded: bool) -> Tensor:
 
 
 def _shared_narrow(a: Tensor, omega: Tensor, rounded: bool) -> Tensor:
-    """`_narrow`, made once for all that ask for the same A and Omega one after another."""
+    """`_narrow`, made once for all that ask for the same A and Omega one after another; not under inference mode, where an A that was
+    written over does not show it."""
+    if a.is_inference():
+        return _narrow(a, omega, rounded)
     storages = tuple(StorageWeakRef(each.untyped_storage()) for each in (a, omega))
     which = (*storages, a._version, a.storage_offset(), a.shape, a.stride(), a.dtype, rounded)
     held = _LAST[0]
@@ -684,6 +688,11 @@ def _shared_narrow(a: Tensor, omega: Tensor, rounded: bool) -> Tensor:
         held = _LAST[0] = None  # not two of them at a time
         held = _LAST[0] = which, _narrow(a, omega, rounded)
     return held[1]
+
+
+def forget_products() -> None:
+    """Let go of what `_shared_narrow` holds."""
+    _LAST[0] = None
 
 
 def _gram_image(a: Tensor, test: Tensor) -> Tensor:

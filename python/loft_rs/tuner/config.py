@@ -158,6 +158,11 @@ class LoftConfig(PeftConfig):
                 )
         if not isinstance(self.side_pattern, dict):
             raise ValueError(f"side_pattern must be a dict of names and sides, got {self.side_pattern!r}")
+        for name in self.side_pattern:
+            try:
+                re.compile(name)
+            except (TypeError, re.error) as error:
+                raise ValueError(f"side_pattern[{name!r}] must be a name or a regular expression: {error}") from None
         for name, value, choices in (
             ("transform", self.transform, _TRANSFORMS["trained" if self.support == "trained" else "others"]),
             ("side", self.side, (*SIDES, "auto")),

@@ -464,6 +464,8 @@ def check_state(model: nn.Module, state_dict: dict, prefix: str, *_: Any) -> Non
     if problems:
         more = f" (and {len(problems) - 8} more)" if len(problems) > 8 else ""
         more += _other_ranks(expected, state_dict)
+        if any(".loft_output_side." in problem for problem in problems):
+            more += ". One of the two was made with side='auto' or a side_pattern, the other without: build the model with the saved config"
         raise ValueError("the adapter does not fit this model: " + "; ".join(problems[:8]) + more)
     for adapter, ranks in brought.items():
         layers = {n: m for n, m in model.named_modules() if isinstance(m, Linear) and m.has_adapter(adapter)}
@@ -512,6 +514,13 @@ def _make_room(model: nn.Module, state_dict: dict, prefix: str) -> None:
         note_frozen_ranks(layers, adapter)
     for adapter in loaded - unset:
         note_sides(layers, adapter)
+    for adapter in loaded & unset:  # open again, with what `note_sides` wrote
+        noted = {full_name(name) for name, layer in layers.items() if layer.has_adapter(adapter)}
+        for config in {
+            id(c): c for c in (m.loft_config[adapter] for m in layers.values() if m.has_adapter(adapter))
+        }.values():
+            if config.side_pattern.keys() == noted:
+                config.side_pattern = {}
 
 
 def note_frozen_ranks(layers: dict[str, Linear], adapter: str) -> None:

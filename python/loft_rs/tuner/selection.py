@@ -94,7 +94,8 @@ def set_support(model: torch.nn.Module, supports: Mapping[str, Any], adapter_nam
 
     supports: module name -> `Support`, or array or tensor (n, r) (custom: re-orthonormalised). Names are full module names or unique
     suffixes. Every adapted module needs one, of the rank and the side the adapter was built with; under `side="auto"` a `Support` brings
-    its side, which is kept. ValueError lists what is missing, ambiguous or does not fit, before anything is changed.
+    its side, which is kept, to a module that has none yet. ValueError lists what is missing, ambiguous or does not fit, before anything
+    is changed.
     """
     from .model import adapted_layers, all_or_nothing, note_sides, owners, require_untrained
 
@@ -106,7 +107,7 @@ def set_support(model: torch.nn.Module, supports: Mapping[str, Any], adapter_nam
     for name, support in matched.items():
         bases[name], layer = custom_basis(support), layers[name]
         side = layer.loft_side[adapter]
-        if layer.loft_config[adapter].side == "auto" and not layer.frozen_rank(adapter):
+        if layer.loft_config[adapter].side_of(name) == "auto" and not layer.frozen_rank(adapter):
             side = getattr(support, "side", side)
         sides[name], expected = side, (layer.support_width(side), layer.rank(adapter))
         if bases[name].shape != expected:

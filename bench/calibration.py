@@ -3,8 +3,10 @@
     quality       captured ||P^T S P||_F^2 (gradsvd: ||G P||_F^2) over that of the best P, from dense gradients of the same batches in
                   float32, by passes and sketch columns k; mean and least over the layers; the stated energy over the true one, and
                   how much of the off-diagonal of sum z^T z is left by the input-PCA order that one sketch gave
-    split-half    MiniLM on MRPC, one draw of 2 to 16 batches of 8: the reported agreement, batches_needed(0.7) and reproducible part,
-                  against the overlap with a support from 16 times the data, and the captured part that shows there. Medians over layers
+    split-half    MiniLM on MRPC, disjoint draws of 2 to 16 batches of 8, by the squared error of the pairs' cosines: the reported agreement
+                  and reproducible part, against the overlap with the support of the next draw and of all the other batches, and the
+                  captured part that shows in those. Means over layers and draws, the draws' standard error, and the spread (standard
+                  deviation) of one layer's error in one draw. `contrastive`: the loss of `quality`, of which a few batches have all
     sides         MiniLM on MRPC, side="auto", two draws of 4 batches: how many modules turn their output; ||P^T S P||^2 summed over all
                   modules on one side over that on the chosen ones; the larger over the smaller; how often the other draw chooses the
                   same side, and how often the chosen side captures more there with the P of this draw
@@ -19,8 +21,7 @@ import gzip
 import importlib.util
 import json
 import time
-from collections import Counter
-from collections.abc import Iterator
+from collections import Counter, defaultdict
 from pathlib import Path
 
 import numpy as np
@@ -30,7 +31,8 @@ from common import Report, machine
 from torch import nn
 
 from loft_rs import LoftConfig, calibrate
-from loft_rs.evidence import overlap
+from loft_rs.evidence import Evidence, overlap
+from loft_rs.sketch import OVERSAMPLING, SKETCHES, Plan
 
 PACKAGES = ["torch", "transformers", "peft"]
 SIZE = 8
@@ -38,7 +40,7 @@ MINILM_TARGETS = ["query", "key", "value", "dense"]
 
 
 class Pairs(nn.Module):
-    """MiniLM with the in-batch contrastive loss of sentence pairs."""
+    """MiniLM with a loss of sentence pairs: the in-batch contrastive one of paraphrases, or with labels the squared error of cosines."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -46,15 +48,17 @@ class Pairs(nn.Module):
 
         self.encoder = load_encoder(model_directory(None))
 
-    def forward(self, ids: torch.Tensor, mask: torch.Tensor) -> dict[str, torch.Tensor]:
+    def forward(self, ids: torch.Tensor, mask: torch.Tensor, labels: torch.Tensor | None = None) -> dict:
         from loft_rs.demo.encoder import embed
 
         one, two = embed(self.encoder, ids, mask).chunk(2)
+        if labels is not None:
+            return {"loss": ((one * two).sum(-1) - labels).square().mean()}
         return {"loss": nn.functional.cross_entropy(20 * one @ two.T, torch.arange(len(one)))}
 
 
-def minilm(data: Path, count: int) -> tuple[nn.Module, list[dict]]:
-    """The model and batches of SIZE paraphrases."""
+def minilm(data: Path, count: int, contrastive: bool = True) -> tuple[nn.Module, list[dict]]:
+    """The model and batches of SIZE pairs: of paraphrases alone where the loss is contrastive, labelled otherwise."""
     from transformers import AutoTokenizer
 
     from loft_rs.demo.encoder import model_directory
@@ -62,12 +66,13 @@ def minilm(data: Path, count: int) -> tuple[nn.Module, list[dict]]:
     tokenizer = AutoTokenizer.from_pretrained(model_directory(None))
     with gzip.open(data / "glue_mrpc" / "train.tsv.gz", "rt") as file:
         rows = [line.rstrip("\n").split("\t") for line in file][1:]
-    pairs = [row[-2:] for row in rows if row[0] == "1" and len(row) >= 3]
+    pairs = [(row[0], *row[-2:]) for row in rows if len(row) >= 3 and (row[0] == "1" or not contrastive)]
     batches = []
     for start in range(0, count * SIZE, SIZE):
-        one, two = zip(*pairs[start : start + SIZE], strict=True)
+        same, one, two = zip(*pairs[start : start + SIZE], strict=True)
         given = tokenizer([*one, *two], padding=True, truncation=True, max_length=48, return_tensors="pt")
-        batches.append({"ids": given["input_ids"], "mask": given["attention_mask"]})
+        labels = {} if contrastive else {"labels": torch.tensor([float(each) for each in same])}
+        batches.append({"ids": given["input_ids"], "mask": given["attention_mask"]} | labels)
     return Pairs(), batches
 
 
@@ -186,57 +191,67 @@ def quality(report: Report, data: Path) -> None:
     report.table("quality")
 
 
-def shares(batches: list[dict], count: int, times: int) -> Iterator[tuple[list[dict], list[dict]]]:
-    """(`count` batches, 16 times as many others), `times` times, as far as the batches go."""
-    for start in range(0, min(times, len(batches) // count) * count, count):
-        some = batches[start : start + count]
-        rest = batches[:start] + batches[start + count :]
-        yield some, rest[: 16 * count]
+def objective(w: np.ndarray, g: np.ndarray, support: str) -> np.ndarray:
+    """S, or G."""
+    return (w.T @ g - g.T @ w) / 2 if support == "skewgrad" else g
 
 
-def split_half(report: Report, data: Path) -> None:
+def within(p: np.ndarray, matrix: np.ndarray, support: str) -> np.ndarray:
+    return p.T @ matrix @ p if support == "skewgrad" else matrix @ p
+
+
+def best_basis(matrix: np.ndarray, rank: int) -> np.ndarray:
+    return np.linalg.eigh(matrix.T @ matrix)[1][:, : -rank - 1 : -1]
+
+
+def from_gradients(gradients: list[np.ndarray], w: np.ndarray, support: str, rank: int) -> tuple[np.ndarray, Evidence]:
+    """(P, evidence) as `calibrate` has them of batches whose dense gradients (m x n) are these: S and G are made of W0 and I in place of
+    the tokens' rows."""
+    m, n = w.shape
+    plan = Plan(support, "input", "natural", 0, rank, n, (m,), min(rank + OVERSAMPLING, n), False)
+    sketch = SKETCHES[support](plan, torch.device("cpu"), torch.float32)
+    other = torch.from_numpy(w) if support == "skewgrad" else torch.eye(m)
+    while not sketch.finished:
+        for number, g in enumerate(gradients):
+            sketch.begin_batch(number % 2)
+            sketch.collect(sketch.keep(torch.from_numpy(g), None), other, 0)
+        sketch.end_pass("a layer")
+    return sketch.support(2).basis.astype(np.float64), sketch.evidence
+
+
+def split_half(report: Report, data: Path, pool: int, draws: int) -> None:
     report.open("split-half")
-    rank, count = 16, 272
-    base, batches = minilm(data, count)
-    base.requires_grad_(False)
-    names = linear_names(base, 4)
-    for support in ("skewgrad", "gradsvd"):
-        for b in (2, 4, 8, 16) if support == "skewgrad" else (2, 8):
-            rows = []
-            for some, others in shares(batches, b, 1):
-                model = adapted(base, names, rank, support)
-                told = calibrate(model, some, max_batches=b, progress=False)
-                base = unadapted(model)
-                model = adapted(base, names, rank, support)
-                large = calibrate(model, others, max_batches=len(others), progress=False)
-                base = unadapted(model)
-                gradients = [dense(base, part, names) for part in (some, others)]
-                for layer, e in told.evidence.items():
-                    p, chosen = told.layers[layer].basis.astype(np.float64), large.layers[layer].basis
-                    shown = []
-                    for part, length in zip(gradients, (b, len(others)), strict=True):
-                        w, g, _ = part[layer]
-                        s = (w.T @ g - g.T @ w) / 2 if support == "skewgrad" else g
-                        shown.append((p.T @ s @ p if support == "skewgrad" else s @ p) / length)
-                    rows.append(
-                        {
-                            "agreement": e.agreement,
-                            "true_agreement": overlap(p, chosen.astype(np.float64)),
-                            "halves": e.halves,
-                            "reproducible": e.reproducible,
-                            "true_reproducible": float(np.sum(shown[0] * shown[1]) / np.sum(shown[0] ** 2)),
-                            "needed_for_0.7": e.batches_needed(0.7),
-                        }
-                    )
-            gap = [row["agreement"] - row["true_agreement"] for row in rows]
+    rank = 16
+    for contrastive in (False, True):
+        base, batches = minilm(data, pool, contrastive)
+        base.requires_grad_(False)
+        names = linear_names(base, 4)
+        weights = {name: base.get_submodule(name).weight.detach().numpy() for name in names}
+        gradients: dict[str, list[np.ndarray]] = {name: [] for name in names}
+        for batch in batches:
+            for name, (_, g, _) in dense(base, [batch], names).items():
+                gradients[name].append(g.astype(np.float32))
+        energies = np.sort([sum(float(np.sum(g**2)) for g in each) for each in zip(*gradients.values(), strict=True)])
+        totals = {name: np.sum(each, 0, dtype=np.float64) for name, each in gradients.items()}
+        cases = [("skewgrad", 8)] if contrastive else [(s, b) for s in ("skewgrad", "gradsvd") for b in (2, 4, 8, 16)]
+        for support, b in cases:
+            rows = [judged(gradients[name], totals[name], weights[name], support, rank, b, draws) for name in names]
+            held = {key: np.array([row[key] for row in rows]) for key in rows[0]}  # layers x draws
+            error = held["reproducible"] - held["true_reproducible"]
             report.add(
+                loss="contrastive" if contrastive else "cosine",
                 support=support,
                 rank=rank,
                 batches=b,
-                cases=len(rows),
-                **{key: float(np.median([row[key] for row in rows])) for key in rows[0]},
-                bias=float(np.mean(gap)),
-                spread=float(np.std(gap)),
+                layers=len(names),
+                draws=draws,
+                **{key: float(np.nanmean(each)) for key, each in held.items()},
+                true_tenth=float(np.quantile(held["true_reproducible"], 0.1)),
+                true_nine_tenths=float(np.quantile(held["true_reproducible"], 0.9)),
+                reproducible_bias_stderr=float(np.std(error.mean(0), ddof=1) / draws**0.5),
+                reproducible_spread=float(np.std(error)),
+                agreement_spread=float(np.nanstd(held["agreement"] - held["next_draw"])),
+                five_batches_have=float(energies[-5:].sum() / energies.sum()),
             )
     report.close("split-half")
     report.table("split-half")
@@ -296,6 +311,28 @@ def sides(report: Report, data: Path) -> None:
     report.table("sides")
 
 
+def judged(
+    gradients: list[np.ndarray], total: np.ndarray, w: np.ndarray, support: str, rank: int, b: int, draws: int
+) -> dict[str, list[float]]:
+    """Of one layer and so many disjoint draws of b batches: what the evidence says, and what the other batches show."""
+    found: dict[str, list[float]] = defaultdict(list)
+    before = None
+    for start in range(0, draws * b, b):
+        some = gradients[start : start + b]
+        p, e = from_gradients(some, w, support, rank)
+        g = np.sum(some, 0, dtype=np.float64)
+        others = objective(w, (total - g) / (len(gradients) - b), support)
+        seen = within(p, objective(w, g / b, support), support)
+        found["agreement"].append(e.agreement)
+        found["next_draw"].append(np.nan if before is None else overlap(p, before))
+        found["other_batches"].append(overlap(p, best_basis(others, rank)))
+        found["reproducible"].append(e.reproducible)
+        found["true_reproducible"].append(float(np.sum(seen * within(p, others, support)) / np.sum(seen**2)))
+        found["dominance"].append(e.dominance)
+        before = p
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, default=2)
@@ -304,13 +341,22 @@ def main() -> None:
     parser.add_argument("--quality", action="store_true")
     parser.add_argument("--split-half", action="store_true")
     parser.add_argument("--sides", action="store_true")
+    parser.add_argument(
+        "--pool", type=int, default=300, help="batches of which split-half draws, and that are its truth"
+    )
+    parser.add_argument("--draws", type=int, default=18, help="disjoint draws of each size")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     report = Report(options.out, machine(options.threads, PACKAGES))
-    sections = {split_half: options.split_half, quality: options.quality, sides: options.sides}
-    for section, chosen in sections.items():
-        if chosen or not any(sections.values()):
-            section(report, options.data)
+    chosen = {"split_half": options.split_half, "quality": options.quality, "sides": options.sides}
+    if not any(chosen.values()):
+        chosen = dict.fromkeys(chosen, True)
+    if chosen["split_half"]:
+        split_half(report, options.data, options.pool, options.draws)
+    if chosen["quality"]:
+        quality(report, options.data)
+    if chosen["sides"]:
+        sides(report, options.data)
 
 
 if __name__ == "__main__":

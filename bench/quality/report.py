@@ -210,8 +210,9 @@ def tables(lines: Lines, times: Lines) -> str:
     """The whole page."""
     rows = rows_of(lines)
     devices = sorted({line["device"] for line in lines if line["phase"] != "untrained"})
+    runs = sum(line["phase"] != "untrained" for line in lines)
     trials = sum(line["phase"] == "tune" for line in lines)
-    made = f"Written by `report.py` from {len(lines)} runs ({trials} of them trials of a rate) on {', '.join(devices)}."
+    made = f"Written by `report.py` from {runs} runs ({trials} of them trials of a rate) on {', '.join(devices)}."
     parts = ["# What the runs say", f"{made} {LEGEND}"]
     for task, steps in dict.fromkeys((row.task, row.steps) for row in rows):
         mine = [row for row in rows if (row.task, row.steps) == (task, steps)]

@@ -18,6 +18,7 @@ _HOME = {
     "LoftCalibrationCallback": "callback",
     "LoftConfig": "tuner",
     "LoftModel": "tuner",
+    "LoftNarrowCallback": "callback",
     "LoftRefreshCallback": "callback",
     "NarrowReport": "refreshing",
     "NonFiniteError": "linalg",

@@ -1,4 +1,4 @@
-"""Calibration and refresh where the user never holds the model, as in `SFTTrainer(peft_config=LoftConfig(...))`."""
+"""Calibration, refresh and narrowing where the user never holds the model, as in `SFTTrainer(peft_config=LoftConfig(...))`."""
 
 from __future__ import annotations
 
@@ -6,14 +6,18 @@ import random
 from itertools import islice
 from typing import Any
 
+from torch import nn
 from transformers import TrainerCallback
+from transformers.training_args import ParallelMode
 
 from ._checks import is_int
 from .calibration import CalibrationReport, calibrate
-from .refreshing import refresh
-from .tuner.model import adapted_layers
+from .moments import check_moments, replace_parameter
+from .refreshing import NarrowReport, check_rank, narrow, refresh
+from .tuner.layer import Linear
+from .tuner.model import adapted_layers, owners
 
-__all__ = ["LoftCalibrationCallback", "LoftRefreshCallback"]
+__all__ = ["LoftCalibrationCallback", "LoftNarrowCallback", "LoftRefreshCallback"]
 
 
 class LoftCalibrationCallback(TrainerCallback):
@@ -61,6 +65,69 @@ class LoftRefreshCallback(TrainerCallback):
             draw = random.Random(f"{args.seed} {state.global_step} {args.process_index}")
             options["dataloader"] = _draw(train_dataloader, args.train_batch_size, self.batches, draw)
         self.reports.append((state.global_step, refresh(model, **options)))
+
+
+class LoftNarrowCallback(TrainerCallback):
+    """Narrows the active LOFT adapter to `rank` (`loft_rs.narrow`), once, after optimiser step `step`.
+
+    The Trainer's optimiser is carried over. A run that resumes from a checkpoint builds the adapter as it was at first: give the Trainer
+    this callback when it is made (`callbacks=[...]`), and a narrowed checkpoint makes the adapter narrow as it is loaded, one from
+    before leaves it wide; so too with `load_best_model_at_end`. Keyword arguments: `adapter_name` and `moments` of `loft_rs.narrow`.
+    `report`: of the narrowing, once it was done here.
+
+    ValueError for a `rank` or a `step` that is none; at the start of training for a `rank` that cannot be, a `step` that training
+    does not reach or that has passed without a narrowing, and under DistributedDataParallel, which would hold the old parameters.
+    """
+
+    def __init__(self, rank: int, step: int, *, adapter_name: str | None = None, moments: str = "transport"):
+        if not is_int(step) or step < 1:
+            raise ValueError(f"step must be an integer of at least 1, got {step!r}")
+        if not is_int(rank) or rank % 2 or rank < 2:
+            raise ValueError(f"rank must be an even integer of at least 2, got {rank!r}")
+        check_moments(moments)
+        self.rank, self.step, self.adapter_name, self.moments = rank, step, adapter_name, moments
+        self.report: NarrowReport | None = None
+        self._built: dict[Linear, nn.Parameter] = {}  # with the theta that an optimiser given to the Trainer has
+
+    def _layers(self, model: nn.Module) -> tuple[str, dict[str, Linear]]:
+        """(adapter, its layers that hold a support of their own), ready for a checkpoint of the rank they have, or of `rank`."""
+        adapter, layers = adapted_layers(model, self.adapter_name)
+        layers = owners(layers, adapter)
+        for layer in layers.values():
+            held = layer.rank(adapter)
+            layer.loft_loadable_ranks.setdefault(adapter, set()).update({held, min(held, self.rank)})
+        return adapter, layers
+
+    def on_init_end(self, args, state, control, model=None, **kwargs):
+        adapter, layers = self._layers(model)
+        self._built = {layer: layer.theta(adapter) for layer in layers.values()}
+
+    def on_train_begin(self, args, state, control, model=None, optimizer=None, **kwargs):
+        adapter, layers = self._layers(model)
+        if args.parallel_mode == ParallelMode.DISTRIBUTED:
+            raise ValueError(
+                "LoftNarrowCallback cannot run under DistributedDataParallel, which would hold the old parameters: train to "
+                f"step {self.step}, call loft_rs.narrow on the model, and train on with a new Trainer"
+            )
+        wide = any(layer.rank(adapter) > self.rank for layer in layers.values())
+        if state.global_step >= self.step and wide:
+            raise ValueError(
+                f"step {self.step} has passed, since the checkpoint is of step {state.global_step}, but its adapter was not narrowed "
+                f"to rank {self.rank}: give a later step, or call loft_rs.narrow before training"
+            )
+        if state.global_step < self.step:
+            check_rank(self.rank, layers, adapter)
+            if self.step >= state.max_steps:
+                raise ValueError(f"step must come before the last of {state.max_steps} steps, got {self.step}")
+        for layer, theta in self._built.items() if optimizer is not None else ():
+            if theta is not layer.theta(adapter):  # a checkpoint made it narrow
+                replace_parameter(optimizer, theta, layer.theta(adapter), {} if theta in optimizer.state else None)
+
+    def on_step_end(self, args, state, control, model=None, optimizer=None, **kwargs):
+        if state.global_step == self.step:
+            options = {"adapter_name": self.adapter_name, "moments": self.moments}
+            self.report = narrow(model, self.rank, optimizer=optimizer, **options)
+            self._built = {}
 
 
 def _draw(loader: Any, size: int, count: int, draw: random.Random) -> list:

@@ -4,12 +4,16 @@ With Y_h = S_h Omega the sketch of half h over its number of batches b_h, and P_
 has no part in it (every product below is of P_h and both halves, summed over h):
 
     overlap        t = ||P_0^T P_1||_F^2 / r, chance being r / n
-    reproducible   beta = <P_h^T Y_0, P_h^T Y_1> / ||P_h^T Y_h||_F^2, and 2 beta / (1 + beta) for all B batches (Spearman-Brown)
+    reproducible   beta = <P_h^T Y_0, P_h^T Y_1> / ||P_h^T Y_h||_F^2, and 2 beta / (1 + |beta|) for all B batches (Spearman-Brown's,
+                   made odd: it is concave, and where beta is mostly noise its mean would be too low)
 
-The first product is signal alone, since the noise of the halves is independent; the second is signal and noise, the noise falling as
-1 / b. Their difference is the noise, direction by direction. The overlap of two supports is modelled the same way: with t free of
-chance, its odds t / (1 - t) grow as the batches, so all B batches and as many others have 2 t / (1 + t). With the support of unlimited
-data the overlap is no less than that. (Taking a half's overlap with it to be sqrt(t) says up to 0.3 too much on real gradients.)
+The first product is signal alone, since the noise of the halves is independent: its mean is that of <P_h^T Y_h, P_h^T Y>, Y of unlimited
+data, whatever P_h was fitted to. The second is signal and noise, the noise falling as 1 / b. Their difference is the noise, direction by
+direction. Where one batch in sixty has nearly all of the squared gradient no few batches tell of the mean: `dominance` shows it.
+
+The overlap of two supports is modelled the same way: with t free of chance, its odds t / (1 - t) grow as the batches, so all B batches
+and as many others have 2 t / (1 + t). With the support of unlimited data the overlap is no less than that. (Taking a half's overlap with
+it to be sqrt(t) says up to 0.3 too much on real gradients.)
 """
 
 from __future__ import annotations
@@ -30,10 +34,15 @@ class Evidence:
     agreement: expected ||P^T P'||_F^2 / r with the support P' of as many other batches, in [0, 1]
     halves: the same of two supports, each from one half of the batches: measured, not modelled
     angles: (r,) principal angles between those two, radians, ascending
-    reproducible: the part of the squared objective captured in the sample that other data would show too; at most 1, and below 0 where
-        the halves contradict each other
+    reproducible: the part of the squared objective captured in the sample that other data would show too; in [-1, 1], below 0 where the
+        halves contradict each other
     snr: signal over noise at all the batches, of every plane (skewgrad) or direction, strongest first; 0 where no signal is seen
     batches: how many there were, of all processes
+    dominance: the stronger half's part of both halves' ||Y_h||_F^2, a half or little more where the batches are alike; near 1 one batch
+        or two have nearly all of the gradient, and nothing here tells of other data
+
+    One layer's `reproducible` is a noisy figure: with 2 to 16 batches of 8 sentence pairs its standard error is .16 to .19, and errors of
+    neighbouring layers go the same way (bench/CALIBRATION.md). Two halves do not show that error themselves.
     """
 
     agreement: float
@@ -43,6 +52,7 @@ class Evidence:
     snr: np.ndarray = field(repr=False)
     batches: int
     chance: float
+    dominance: float
 
     def batches_needed(self, agreement: float = 0.9) -> float:
         """Batches for an expected agreement: B o* / o with o = (t - chance) / (1 - t), the odds of the agreement t; inf where t is chance.
@@ -86,7 +96,8 @@ def evidence_of(
     count, chance = int(batches.sum()), rank / halves.shape[1]
     planes = rank // 2 if pairs else rank
     if not batches.all() or not halves.any((1, 2)).all():
-        return Evidence(math.nan, math.nan, np.full(rank, math.nan), math.nan, np.full(planes, math.nan), count, chance)
+        unknown = np.full(rank, math.nan), math.nan, np.full(planes, math.nan)
+        return Evidence(math.nan, math.nan, *unknown, count, chance, math.nan)
     y = halves / batches[:, None, None]
     p = [choose(each) for each in y]
     # signal: s^2, twice; own: s^2 + n^2 / b_h, of each half.
@@ -94,25 +105,27 @@ def evidence_of(
     own = sum(np.sum((each.T @ half) ** 2, 1) for each, half in zip(p, y, strict=True)) / 2
     if pairs:
         signal, own = (each[: 2 * planes].reshape(-1, 2).sum(1) for each in (signal, own))
-    noise = (own - signal) * 2 / (np.sum(1 / batches) * count)  # n^2 / B
+    left = 2 / (np.sum(1 / batches) * count)  # of a half's noise, when all batches are together
+    noise = (own - signal) * left
     # Of halves that agree to rounding the noise is none, or less.
     least = np.finfo(np.float64).eps * np.maximum(own, np.finfo(np.float64).tiny)
-    halved = overlap(*p)
+    halved, energies = overlap(*p), np.sum(y**2, (1, 2))
     return Evidence(
         agreement=_all_of(halved, chance),
         halves=halved,
         angles=np.sort(np.arccos(np.clip(np.linalg.svd(p[0].T @ p[1], compute_uv=False), 0, 1))),
-        reproducible=_reproducible(float(signal.sum()), float(noise.sum())),
+        reproducible=_reproducible(float(signal.sum()), float(own.sum()), left),
         snr=np.maximum(signal, 0) / np.maximum(noise, least),
         batches=count,
         chance=chance,
+        dominance=float(energies.max() / energies.sum()),
     )
 
 
-def _reproducible(signal: float, noise: float) -> float:
-    """s^2 / (s^2 + n^2 / B), which is 2 beta / (1 + beta) of equal halves; the captured energy itself is never negative."""
-    whole = signal + max(noise, 0.0)
-    return min(1.0, signal / whole) if whole > 0 else -1.0
+def _reproducible(signal: float, own: float, left: float) -> float:
+    """beta / (beta + left (1 - beta)) of beta = signal / own, and minus that of -beta, so that noise alone has mean 0."""
+    beta = min(abs(signal) / own, 1.0) if own > 0 else 0.0
+    return math.copysign(beta / (beta + left * (1 - beta)), signal) if beta else 0.0
 
 
 def _all_of(halves: float, chance: float) -> float:

@@ -222,10 +222,9 @@ class AdaptedLinear(nn.Module):
 
     def resize(self, adapter: str, rank: int) -> None:
         """Give an untrained adapter another rank: theta anew, at the identity, and an unset support."""
-        held, trained = self.loft_support[adapter], self.loft_theta[adapter]
-        theta = self.loft_kind[adapter].theta(self.loft_group[adapter].transform, len(held), rank, 0, True)
+        trained = self.loft_theta[adapter]
+        theta, self.loft_support[adapter] = self.of_rank(adapter, rank)
         self.loft_theta[adapter] = nn.Parameter(theta.to(trained.device, trained.dtype), trained.requires_grad)
-        self.loft_support[adapter] = held.new_zeros(len(held), rank)
         self._forget(adapter)
 
     def set_side(self, adapter: str, side: str) -> None:
@@ -246,6 +245,12 @@ class AdaptedLinear(nn.Module):
         for layer in self.tied(adapter):
             for slot in [slot for slot in layer._derived if slot[1] == adapter]:
                 del layer._derived[slot]
+
+    def of_rank(self, adapter: str, rank: int) -> tuple[Tensor, Tensor]:
+        """(theta at the identity, P unset (n x rank)) as an adapter of another rank has them."""
+        held = self.loft_support[adapter]
+        theta = self.loft_kind[adapter].theta(self.loft_group[adapter].transform, len(held), rank, 0, True)
+        return theta, held.new_zeros(len(held), rank)
 
     def support_width(self, side: str) -> int:
         """The number of rows of P: n on the input side, m on the output side."""

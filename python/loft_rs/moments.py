@@ -12,13 +12,19 @@ Where P2 lies in the span of P1, as after `narrow`, O (r_2 x r_1) has orthonorma
 
 from __future__ import annotations
 
+import warnings
+import weakref
+from collections.abc import Iterable
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from .transform import skew
 from .tuner.layer import Linear
 
-__all__ = ["MOMENTS", "check_moments", "held_moments", "replace_parameter", "transported"]
+__all__ = ["MOMENTS", "check_moments", "held_moments", "replace_parameter", "transported", "warn_of_replaced"]
 
 MOMENTS = ("transport", "restart")
 # What the optimisers of torch and transformers call a mean of gradients and a mean of their squares.
@@ -82,6 +88,29 @@ def replace_parameter(
     state = optimizer.state.pop(old, None)
     if moments is not None:
         optimizer.state[new] = {**state, **moments}
+
+
+def warn_of_replaced(parameters: Iterable[Tensor]) -> None:
+    """Warn, once, as soon as an optimiser that still has one of these takes a step."""
+    _REPLACED.extend(weakref.ref(parameter) for parameter in parameters)
+
+
+def _look_for_replaced(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+    if not _REPLACED:
+        return
+    left = {id(parameter) for ref in _REPLACED if (parameter := ref()) is not None}
+    found = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]} & left
+    _REPLACED[:] = [ref for ref in _REPLACED if ref() is not None and id(ref()) not in found]
+    if found:
+        warnings.warn(
+            "an optimizer took a step that has parameters which loft_rs.narrow has replaced, and does not train the new ones: give it "
+            "to narrow (optimizer=), or make it anew",
+            stacklevel=2,
+        )
+
+
+_REPLACED: list[weakref.ref[Tensor]] = []  # by a `narrow` that was given no optimiser
+register_optimizer_step_post_hook(_look_for_replaced)
 
 
 def _symmetric(lower: Tensor, r: int) -> Tensor:

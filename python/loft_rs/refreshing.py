@@ -28,7 +28,7 @@ from ._checks import is_int
 from .calibration import CalibrationReport, calibrate, checked_batches
 from .factor import Frozen, LowRank, gram_root
 from .linalg import NonFiniteError, skew_planes
-from .moments import check_moments, held_moments, replace_parameter, transported
+from .moments import check_moments, held_moments, replace_parameter, transported, warn_of_replaced
 from .pilot import Pilot, checked_pilot
 from .ranks import Ranks
 from .tuner.config import CALIBRATED_SUPPORTS, DATA_FREE_SUPPORTS, LoftConfig
@@ -36,7 +36,7 @@ from .tuner.layer import Linear
 from .tuner.model import adapted_layers, note_frozen_ranks, owners, require_plain, set_ranks
 from .tuner.selection import choose_supports
 
-__all__ = ["NarrowReport", "narrow", "refresh"]
+__all__ = ["NarrowReport", "check_rank", "narrow", "refresh"]
 
 _NOT_ORTHOGONAL = 1e-4  # ||R_f^T R_f - I||_2 of a frozen factor in float32 is below 1e-6
 
@@ -165,7 +165,8 @@ def narrow(
         model: as of `refresh`. The narrowed layers get new, smaller parameters: a DDP wrapper, a captured graph, or an optimiser that is
             not given here, holds the old ones and must be made anew.
         rank: an even number of at least 2, less than the largest rank that the adapter has.
-        optimizer: the one that trains the adapter: it goes on with the new parameters, in their places; None: there is none yet.
+        optimizer: the one that trains the adapter: it goes on with the new parameters, in their places; None: there is none yet. One
+            that is there all the same trains nothing any more, and its next step warns of it.
         adapter_name: default: the active one.
         moments: "transport": the moments are turned into the new basis (see `moments.py`), step counts go on. "restart": the state of
             these parameters is dropped.
@@ -182,12 +183,7 @@ def narrow(
         adapter, adapted = adapted_layers(model, adapter_name)
         layers = owners(adapted, adapter)
         _require_refreshable(adapted, adapter, next(iter(layers.values())).loft_config[adapter], "narrow")
-        largest = max(layer.rank(adapter) for layer in layers.values())
-        if not is_int(rank) or rank % 2 or not 2 <= rank < largest:
-            raise ValueError(
-                f"rank must be an even integer of at least 2 and less than {largest}, the largest rank of adapter {adapter!r}, "
-                f"got {rank!r}"
-            )
+        check_rank(rank, layers, adapter)
         rank, layers = int(rank), {name: layer for name, layer in layers.items() if layer.rank(adapter) > rank}
         carried = {} if optimizer is None else held_moments(optimizer, layers, adapter, moments)
         frozen = {name: _product(name, layer, adapter) for name, layer in layers.items()}
@@ -210,9 +206,21 @@ def narrow(
         raise
     note_frozen_ranks(adapted, adapter)
     kept = carried if moments == "transport" else {}
-    for name, theta in thetas.items() if optimizer is not None else ():
-        replace_parameter(optimizer, theta, layers[name].theta(adapter), kept.get(name))
+    if optimizer is None:
+        warn_of_replaced(thetas.values())
+    else:
+        for name, theta in thetas.items():
+            replace_parameter(optimizer, theta, layers[name].theta(adapter), kept.get(name))
     return NarrowReport(rank, {name: kept for name, (_, kept) in planes.items()})
+
+
+def check_rank(rank: Any, layers: dict[str, Linear], adapter: str) -> None:
+    """ValueError where an adapter cannot be narrowed to this rank."""
+    largest = max(layer.rank(adapter) for layer in layers.values())
+    if not is_int(rank) or rank % 2 or not 2 <= rank < largest:
+        raise ValueError(
+            f"rank must be an even integer of at least 2 and less than {largest}, the largest rank of adapter {adapter!r}, got {rank!r}"
+        )
 
 
 # -- what can be refreshed -------------------------------------------------------------------------------------------------

@@ -2,7 +2,7 @@
 
 With A the activations on the support's side (X, or Y0 = Y - b on the output side), B the gradient there (dX or dY), k = r + oversampling:
 
-    skewgrad    pass 1  S Omega = (B^T (A Omega) - A^T (B Omega)) / 2        pass 2  S Q, in the same way, and A^T (A Q)
+    skewgrad    pass 1  S Omega = (B^T (A Omega) - A^T (B Omega)) / 2        pass 2  S Q, in the same way, and A^T [B Q, A Q] at once
     gradsvd     pass 1  G^T Omega = X^T (dY Omega)                           pass 2  G Q = dY^T (X Q)
     activation  pass 1  A^T (A Omega)                                        pass 2  (A Q)^T (A Q)
 
@@ -22,6 +22,8 @@ One pass (`single`; Halko, Martinsson and Tropp 2011, 5.5; Tropp, Yurtsever, Ude
 
 What orders P is its moment P^T M P, M = A^T A. Where only M on a test matrix T (Omega or Q) is known it is Nystroem's, which is
 exact on span(T): (P^T M T) (T^T M T)^+ (P^T M T)^T.
+
+A and B are large, and what a pass costs is reading them: layers that read one X and have one Omega have one X Omega.
 """
 
 from __future__ import annotations
@@ -36,6 +38,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from . import linalg
 from .evidence import Evidence, evidence_of
@@ -63,6 +66,8 @@ SINGLE_OVERSAMPLING = 192
 PROBES = 8
 # Omega depends on its size, the seed and the device alone: layers of one width hold one between them.
 _GAUSSIANS: weakref.WeakValueDictionary[tuple, Tensor] = weakref.WeakValueDictionary()
+# (which A and Omega, A Omega), the last there was: the q, k and v projections take it in turn.
+_LAST: list[tuple[tuple, Tensor] | None] = [None]
 
 
 class _Tap(torch.autograd.Function):
@@ -288,7 +293,8 @@ class Sketch:
         narrow = dtype.itemsize < size and (dtype, device) != (torch.bfloat16, "cuda")
         # A copy in float32; the tap's own of Y.
         wide = rows * tall * (size * narrow + dtype.itemsize * (not self.tap_input))
-        return wide + 2 * rows * k * size + (3 + offload) * tall * k * size
+        thin = 4 if "moments" in self.pending else 2
+        return wide + thin * rows * k * size + (3 + offload) * tall * k * size
 
     def start_second_pass(self, basis: Tensor) -> None:
         """basis: Q (n x k)."""
@@ -310,6 +316,7 @@ class Sketch:
     def end_pass(self, name: str) -> None:
         """Judge the pass by its sums and say whether another one is needed (`finished`)."""
         self.require_finite(name, "calibration")
+        _LAST[0] = None
         self.sums |= {what: value.cpu() for what, value in self.pending.items()}
         main = self.sums.get("sketch", self.sums.get("moment"))
         if not bool(main.any()):
@@ -416,15 +423,18 @@ class SkewSketch(Sketch):
             self.pending["moments"] = self.zeros(self.plan.width, test)
 
     def keep(self, x: Tensor, y0: Tensor | None) -> Tensor:
-        a = self.activations(x, y0)
-        if "moments" in self.pending:
-            self.plus("moments", _image(a, a, self.omega if self.basis is None else self.basis))
-        return a
+        return self.activations(x, y0)
 
     def take(self, kept: Tensor, gradient: Tensor, part: int) -> None:
-        test = self.omega if self.basis is None else self.basis
-        image = _image(gradient, kept, test).sub_(_image(kept, gradient, test)).div_(2)
-        if self.basis is None:
+        first = self.basis is None
+        test, rounded = self.omega if first else self.basis, _multiplied_as_it_is(kept, gradient)
+        mine = (_shared_narrow if first else _narrow)(kept, test, rounded)
+        its = _narrow(gradient, test, rounded)
+        back = inner_product(kept, torch.cat([its, mine], 1) if "moments" in self.pending else its)
+        image = inner_product(gradient, mine).sub_(back[:, : test.shape[1]]).div_(2)
+        if "moments" in self.pending:
+            self.plus("moments", back[:, test.shape[1] :])
+        if first:
             self.plus_sketch(image)
         else:
             self.plus("image", image)
@@ -502,7 +512,7 @@ class GradientSketch(Sketch):
         a = self.activations(x, y0)
         if self.basis is None:
             if "moments" in self.pending:
-                self.plus("moments", _image(a, a, self.test))
+                self.plus("moments", _gram_image(a, self.test))
             return _rows(x)
         aq = product(a, self.basis)
         self.plus("moment", inner_product(aq, aq))
@@ -512,7 +522,8 @@ class GradientSketch(Sketch):
         rows = self.parts[part]
         own, other = (kept, gradient) if self.side == "input" else (gradient, kept)
         if self.basis is None:
-            self.plus_sketch(_image(own, other, self.omega[rows]))
+            rounded = _multiplied_as_it_is(own, other)
+            self.plus_sketch(inner_product(own, _narrow(other, self.omega[rows], rounded)))
         else:
             image = inner_product(other, own if self.side == "input" else product(own, self.basis))
             self.pending["image"][rows] += image.to(self.home)
@@ -564,7 +575,7 @@ class ActivationSketch(Sketch):
         self.seen += 1
         a = self.activations(x, y0)
         if self.basis is None:
-            self.plus_sketch(_image(a, a, self.omega))
+            self.plus_sketch(_gram_image(a, self.omega))
             self.plus("norm", a.float().square().sum(dtype=torch.float64))
         else:
             aq = product(a, self.basis)
@@ -639,12 +650,17 @@ def _rows(tensor: Tensor) -> Tensor:
     return tensor.reshape(-1, tensor.shape[-1])
 
 
+def _multiplied_as_it_is(*tensors: Tensor) -> bool:
+    """Whether products of these large tensors take them as they are: bfloat16 on a GPU, summed in float32."""
+    return all(each.is_cuda and each.dtype == torch.bfloat16 for each in tensors)
+
+
 def product(a: Tensor, b: Tensor) -> Tensor:
     """A B of a large A and a skinny B, in float32 or wider: half-precision products are slow on a CPU, and float16 could overflow.
 
     B comes to A's device. bfloat16 on a GPU is multiplied as it is, B rounded to it, and summed in float32.
     """
-    if a.is_cuda and a.dtype == torch.bfloat16:
+    if _multiplied_as_it_is(a):
         return torch.mm(a, b.to(a.device, a.dtype), out_dtype=torch.float32)
     work = torch.promote_types(torch.promote_types(a.dtype, b.dtype), torch.float32)
     return a.to(work) @ b.to(a.device, work)
@@ -654,11 +670,25 @@ def inner_product(a: Tensor, b: Tensor) -> Tensor:
     return product(a.mT, b)
 
 
-def _image(a: Tensor, b: Tensor, test: Tensor) -> Tensor:
-    """A^T (B T) of large A and B and a skinny T, as `product`; where A is bfloat16 on a GPU, B T is rounded to it as it is made."""
-    if a.is_cuda and a.dtype == b.dtype == torch.bfloat16:
-        return torch.mm(a.mT, torch.mm(b, test.to(b.device, b.dtype)), out_dtype=torch.float32)
-    return inner_product(a, product(b, test))
+def _narrow(b: Tensor, test: Tensor, rounded: bool) -> Tensor:
+    """B T of a large B and a skinny T, to be multiplied with a large A^T; rounded: to B's dtype, as it is made."""
+    return torch.mm(b, test.to(b.device, b.dtype)) if rounded else product(b, test)
+
+
+def _shared_narrow(a: Tensor, omega: Tensor, rounded: bool) -> Tensor:
+    """`_narrow`, made once for all that ask for the same A and Omega one after another."""
+    storages = tuple(StorageWeakRef(each.untyped_storage()) for each in (a, omega))
+    which = (*storages, a._version, a.storage_offset(), a.shape, a.stride(), a.dtype, rounded)
+    held = _LAST[0]
+    if held is None or held[0] != which:
+        held = _LAST[0] = None  # not two of them at a time
+        held = _LAST[0] = which, _narrow(a, omega, rounded)
+    return held[1]
+
+
+def _gram_image(a: Tensor, test: Tensor) -> Tensor:
+    """A^T (A T)."""
+    return inner_product(a, _shared_narrow(a, test, _multiplied_as_it_is(a)))
 
 
 def _descending(gram: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -31,6 +31,7 @@ class LoftLayer(BaseTunerLayer):
         "loft_ready",
         "loft_config",
         "loft_tied",
+        "loft_loadable_ranks",
     )
 
 
@@ -42,6 +43,7 @@ class Linear(AdaptedLinear, LoftLayer):
         self._active_adapter = adapter_name
         self.merged_adapters: list[str] = []
         self.loft_config: dict[str, LoftConfig] = {}
+        self.loft_loadable_ranks: dict[str, set[int]] = {}  # others than its own that a checkpoint may bring
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """x (..., n) -> (..., m), through the active adapters, the merged weight, or the base layer alone."""

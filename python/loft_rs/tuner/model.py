@@ -415,12 +415,14 @@ def check_state(model: nn.Module, state_dict: dict, prefix: str, *_: Any) -> Non
 
     Every tensor of each adapter that the state names must be there, with its shape, finite, and P orthonormal to half precision or
     all zero (not yet calibrated); an adapter that waits for its checkpoint must be named. ValueError lists the first problems.
-    What `refresh` has frozen has the size that the state gives it, or is not there: room for it is made, or taken back, at the end.
+    What `refresh` has frozen has the size that the state gives it, or is not there: room for it is made, or taken back, at the end. So is
+    a rank among the layer's `loft_loadable_ranks`.
     """
     expected: dict[str, dict[str, torch.Tensor]] = {}
     refreshed: dict[str, tuple[str, str]] = {}
     vectors: set[str] = set()
     waiting: set[str] = set()
+    brought: dict[str, dict[str, int]] = {}  # adapter -> layer -> rank
     for name, module in model.named_modules():
         if isinstance(module, Linear):
             module.refresh_ready()
@@ -432,15 +434,18 @@ def check_state(model: nn.Module, state_dict: dict, prefix: str, *_: Any) -> Non
             vectors |= {
                 f"{prefix}{name}.loft_theta.{a}" for a, k in module.loft_kind.items() if isinstance(k, Householder)
             }
-            for adapter in module.loft_output_side.keys():
-                expected[adapter][f"{prefix}{name}.loft_support.{adapter}"] = module.loft_support[adapter].new_empty(
-                    module.support_width(_stated_side(state_dict, prefix, name, module, adapter)),
-                    module.rank(adapter),
-                    device="meta",
-                )
             for adapter in module.loft_support.keys():
                 places = (f"{prefix}{name}.loft_frozen_{part}.{adapter}" for part in ("basis", "delta"))
-                refreshed[f"{prefix}{name}.loft_theta.{adapter}"] = tuple(places)
+                theta, support = (f"{prefix}{name}.loft_{kind}.{adapter}" for kind in ("theta", "support"))
+                refreshed[theta] = tuple(places)
+                basis = state_dict.get(support)
+                rank = basis.shape[1] if basis is not None and basis.dim() == 2 else None
+                if rank != module.rank(adapter) and rank in module.loft_loadable_ranks.get(adapter, ()):
+                    brought.setdefault(adapter, {})[name] = rank
+                    expected[adapter][theta], expected[adapter][support] = module.of_rank(adapter, rank)
+                width = module.support_width(_stated_side(state_dict, prefix, name, module, adapter))
+                held = expected[adapter][support]
+                expected[adapter][support] = held.new_empty(width, held.shape[1], device="meta")
     given = {key for key in state_dict if ".loft_" in key and key.startswith(prefix)}
     problems = [] if given else [f"it holds no tensor of adapter {adapter!r}" for adapter in sorted(waiting)]
     for tensors in expected.values():
@@ -458,7 +463,11 @@ def check_state(model: nn.Module, state_dict: dict, prefix: str, *_: Any) -> Non
     problems += [f"{key} belongs to no adapted module" for key in sorted(given - known)] if expected else []
     if problems:
         more = f" (and {len(problems) - 8} more)" if len(problems) > 8 else ""
+        more += _other_ranks(expected, state_dict)
         raise ValueError("the adapter does not fit this model: " + "; ".join(problems[:8]) + more)
+    for adapter, ranks in brought.items():
+        layers = {n: m for n, m in model.named_modules() if isinstance(m, Linear) and m.has_adapter(adapter)}
+        set_ranks(layers, adapter, ranks)
     _make_room(model, state_dict, prefix)
 
 
@@ -468,6 +477,20 @@ def _stated_side(state_dict: dict, prefix: str, name: str, layer: Linear, adapte
     if stated is None or stated.is_meta or stated.numel() != 1:
         return layer.loft_side[adapter]
     return "output" if bool(stated) else "input"
+
+
+def _other_ranks(expected: dict[str, dict[str, torch.Tensor]], state_dict: dict) -> str:
+    """What to do where the supports of a checkpoint are all well but for their rank, as after `narrow`."""
+    for tensors in expected.values():
+        for key, held in tensors.items():
+            given = state_dict.get(key) if ".loft_support." in key else None
+            if given is not None and given.dim() == 2 and len(given) == len(held) and given.shape != held.shape:
+                return (
+                    f". Its rank is {given.shape[1]} there, not {held.shape[1]}, as after loft_rs.narrow: build the model with "
+                    "peft.PeftModel.from_pretrained(base, checkpoint, is_trainable=True), or give the Trainer its "
+                    "LoftNarrowCallback when it is made (callbacks=[...])"
+                )
+    return ""
 
 
 def _make_room(model: nn.Module, state_dict: dict, prefix: str) -> None:

@@ -197,11 +197,12 @@ def test_autocast_on_cuda_follows_nn_linear(dtype, x_dtype, side, placement):
     assert torch.linalg.norm(got - wanted) <= TOLERANCE[torch.bfloat16] * torch.linalg.norm(wanted)
 
 
+@pytest.mark.parametrize("support", ["skewgrad", "pilot"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_calibrate_train_save_load_and_export(tmp_path, dtype):
+def test_calibrate_train_save_load_and_export(tmp_path, dtype, support):
     base = make_llama(dtype).cuda()
     batches = [{k: v.cuda() for k, v in batch.items()} for batch in token_batches(4)]
-    model = peft.get_peft_model(base, LoftConfig(r=8, target_modules="all-linear", support="skewgrad"))
+    model = peft.get_peft_model(base, LoftConfig(r=8, target_modules="all-linear", support=support))
     report = loft_rs.calibrate(model, batches)
     assert all(0 < s.energy <= 1 for s in report.layers.values())
     optimiser = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.02, fused=True)

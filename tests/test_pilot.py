@@ -524,9 +524,16 @@ def calibrate_on_rank(rank, size, folder):
     torch.distributed.init_process_group(
         "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=size, timeout=timedelta(seconds=120)
     )
+    from torch.distributed.fsdp import fully_shard
+
     share, found = token_batches(4)[rank::size], {}
-    report = calibrate(build(make_llama(torch.float64), tied=True), share, pilot=SHORT)
-    found["bases"] = {name: (s.basis, s.energy) for name, s in report.layers.items()}
+    sharded = build(make_llama(torch.float64), tied=True)
+    for block in sharded.base_model.model.model.layers:
+        fully_shard(block)
+    fully_shard(sharded)
+    for kind, model in (("plain", build(make_llama(torch.float64), tied=True)), ("fsdp2", sharded)):
+        report = calibrate(model, share, pilot=SHORT)
+        found[kind] = {name: (s.basis, s.energy) for name, s in report.layers.items()}
     try:
         calibrate(build(), share if rank else [{"input_ids": share[0]["input_ids"]}], pilot=SHORT)
     except Exception as error:
@@ -546,10 +553,12 @@ def test_two_processes_are_one_with_their_batches_together(tmp_path):
         for one, other in zip(four[::2], four[1::2], strict=True)
     ]
     report = calibrate(build(make_llama(torch.float64), tied=True), both, pilot=SHORT)
-    for name, (basis, energy) in ranks[0]["bases"].items():
-        assert np.array_equal(basis, ranks[1]["bases"][name][0])
-        # float64 sums in another order, stored in float32
-        np.testing.assert_allclose(basis, report.layers[name].basis, atol=1e-6, rtol=0)
-        assert energy == pytest.approx(report.layers[name].energy, rel=1e-9)
+    for kind in ("plain", "fsdp2"):
+        assert ranks[0][kind].keys() == report.layers.keys()
+        for name, (basis, energy) in ranks[0][kind].items():
+            assert np.array_equal(basis, ranks[1][kind][name][0])
+            # float64 sums in another order, stored in float32
+            np.testing.assert_allclose(basis, report.layers[name].basis, atol=1e-6, rtol=0)
+            assert energy == pytest.approx(report.layers[name].energy, rel=1e-9)
     assert ranks[0]["failing"].startswith("ValueError: dataloader batches gave no loss")
     assert ranks[1]["failing"].startswith("RuntimeError: rank 0 failed")

@@ -169,7 +169,7 @@ def calibrate(
             float16 it should scale its loss: supports and energies do not depend on the scale, only `Support.values` do.
         max_batches: how many batches of the dataloader to use. None: 8, or as many as the pilot has steps, which are used in turn, and
             again where they are fewer.
-        pilot: the training of a `pilot` support; None: `Pilot()`, 32 steps. It takes about as long as so many steps of LoRA training, and
+        pilot: the training of a `pilot` support; None: `Pilot()`, 32 steps. It costs so many steps of LoRA training, then the order's pass;
             the report's energy is what the support captures of ||B A||_F^2, all that the pilot changed.
         adapter_name: default: the active one.
         head_steps: optimiser steps that warm up the `modules_to_save` of a fresh head first, and are kept, since step-0 gradients

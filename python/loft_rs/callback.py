@@ -23,8 +23,8 @@ __all__ = ["LoftCalibrationCallback", "LoftNarrowCallback", "LoftRefreshCallback
 class LoftCalibrationCallback(TrainerCallback):
     """Calibrates the active LOFT adapter at the start of training.
 
-    Left alone are the supports of a resumed run and of a trained adapter, and gradient or activation supports that are set already
-    (`calibrate`, `set_support`). Keyword arguments are those of `loft_rs.calibrate`; the Trainer's own dataloader is used, of every
+    Left alone are the supports of a resumed run and of a trained adapter, and those from data that are set already (`calibrate`,
+    `set_support`). Keyword arguments are those of `loft_rs.calibrate`; the Trainer's own dataloader is used, of every
     process its share. The last report is `report`.
     """
 
@@ -44,10 +44,10 @@ class LoftCalibrationCallback(TrainerCallback):
 class LoftRefreshCallback(TrainerCallback):
     """Refreshes the active LOFT adapter's support (`loft_rs.refresh`) after every `every`-th optimiser step but the last.
 
-    batches: how many of the Trainer's batches each refresh sees. They are drawn anew from the Trainer's dataset, by its seed and the step
-    alone, so that its own order stays what it is and a resumed run sees the same. Keyword arguments are those of `loft_rs.refresh`; with
-    `dataloader` or `train_step` the Trainer's data is not used. The Trainer's optimiser is carried over. `reports`: (step, report) of
-    every refresh. ValueError where `every` or `batches` is no integer of at least 1.
+    batches: how many of the Trainer's batches each refresh sees, a pilot in turn. They are drawn anew from the Trainer's dataset, by its
+    seed and the step alone, so that its own order stays what it is and a resumed run sees the same. Keyword arguments are those of
+    `loft_rs.refresh`; with `dataloader` or `train_step` the Trainer's data is not used. The Trainer's optimiser is carried over.
+    `reports`: (step, report) of every refresh. ValueError where `every` or `batches` is no integer of at least 1.
     """
 
     def __init__(self, every: int, batches: int = 8, **options: Any):

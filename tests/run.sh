@@ -18,4 +18,5 @@ cargo test --quiet --workspace --exclude loft-python
 # Outside the checkout's python/ folder, so that what is checked is what was installed.
 cd tests
 python -m mypy.stubtest loft_rs._core
-python -m pytest -q -p no:cacheprovider -c ../pyproject.toml --rootdir .. .
+# Two processes of one thread each are faster on two cores than one of two: the tests are small.
+OMP_NUM_THREADS=1 python -m pytest -q -n 2 -p no:cacheprovider -c ../pyproject.toml --rootdir .. .

@@ -48,8 +48,10 @@ def test_the_converted_adapter_gives_the_output_of_peft(name, tmp_path):
     base = Net() if name.startswith("psoft") else None
     assert convert_adapter(tmp_path / "peft", tmp_path / "loft", base) == str(tmp_path / "loft")
     loft = loaded(tmp_path / "loft")
-    assert apart(output(loft), wanted) <= 2e-6
-    assert apart(output(loft.merge_and_unload()), wanted) <= 2e-6
+    # PEFT applies HRA's r reflections one after the other, and rounds after each.
+    bound = 2e-6 + (int(name.split()[1]) * 2**-23 if name.startswith("hra") else 0)
+    assert apart(output(loft), wanted) <= bound
+    assert apart(output(loft.merge_and_unload()), wanted) <= bound
 
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="PEFT runs one butterfly factor")

@@ -10,6 +10,7 @@
     sides         MiniLM on MRPC, side="auto", two draws of 4 batches: how many modules turn their output; ||P^T S P||^2 summed over all
                   modules on one side over that on the chosen ones; the larger over the smaller; how often the other draw chooses the
                   same side, and how often the chosen side captures more there with the P of this draw
+    pilot         MiniLM on MRPC, all linears: the time of a pilot beside so many steps of PEFT's LoRA r=64, and of other supports; 5 rounds
 
 MiniLM-L6 and SmolLM2-135M come as packages (`matrices.py`); the texts are sentence pairs of MRPC and problems of GSM8K, in `--data`.
 """
@@ -17,17 +18,19 @@ MiniLM-L6 and SmolLM2-135M come as packages (`matrices.py`); the texts are sente
 from __future__ import annotations
 
 import argparse
+import copy
 import gzip
 import importlib.util
 import json
 import time
 from collections import Counter, defaultdict
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import peft
 import torch
-from common import Report, machine
+from common import Report, machine, seconds
 from torch import nn
 
 from loft_rs import LoftConfig, calibrate
@@ -311,6 +314,43 @@ def sides(report: Report, data: Path) -> None:
     report.table("sides")
 
 
+def pilot_cost(report: Report, data: Path) -> None:
+    report.open("pilot")
+    steps = 32
+    base, batches = minilm(data, steps, contrastive=False)
+    base.requires_grad_(False)
+    names = linear_names(base, 1)
+
+    def lora(model: nn.Module) -> None:
+        optimiser = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], 1e-3)
+        for batch in batches:
+            model(**batch)["loss"].backward()
+            optimiser.step()
+            optimiser.zero_grad()
+
+    def supports(count: int) -> Callable[[nn.Module], object]:
+        return lambda model: calibrate(model, batches, max_batches=count, progress=False)
+
+    configs = {f"PEFT's LoRA r=64, {steps} steps": (peft.LoraConfig(r=64, lora_alpha=64, target_modules=names), lora)}
+    for support, count in (("pilot", steps), ("skewgrad", 8), ("principal", 8)):
+        configs[f"{support}, {count} batches"] = (
+            LoftConfig(r=46, support=support, target_modules=names),
+            supports(count),
+        )
+    found: dict[str, list[float]] = defaultdict(list)
+    for _ in range(5):
+        for name, (config, call) in configs.items():
+            model = peft.get_peft_model(copy.deepcopy(base), config)
+            found[name].append(seconds(lambda model=model, call=call: call(model)))
+    first = next(iter(found.values()))
+    for name, each in found.items():
+        ratios = [mine / lora for mine, lora in zip(each, first, strict=True)]
+        report.add(what=name, layers=len(names), median_seconds=float(np.median(each)), over_lora=float(np.median(ratios)),
+                   least=min(ratios), most=max(ratios))  # fmt: skip
+    report.close("pilot")
+    report.table("pilot")
+
+
 def judged(
     gradients: list[np.ndarray], total: np.ndarray, w: np.ndarray, support: str, rank: int, b: int, draws: int
 ) -> dict[str, list[float]]:
@@ -341,6 +381,7 @@ def main() -> None:
     parser.add_argument("--quality", action="store_true")
     parser.add_argument("--split-half", action="store_true")
     parser.add_argument("--sides", action="store_true")
+    parser.add_argument("--pilot", action="store_true")
     parser.add_argument(
         "--pool", type=int, default=300, help="batches of which split-half draws, and that are its truth"
     )
@@ -348,7 +389,12 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     report = Report(options.out, machine(options.threads, PACKAGES))
-    chosen = {"split_half": options.split_half, "quality": options.quality, "sides": options.sides}
+    chosen = {
+        "split_half": options.split_half,
+        "quality": options.quality,
+        "sides": options.sides,
+        "pilot": options.pilot,
+    }
     if not any(chosen.values()):
         chosen = dict.fromkeys(chosen, True)
     if chosen["split_half"]:
@@ -357,6 +403,8 @@ def main() -> None:
         quality(report, options.data)
     if chosen["sides"]:
         sides(report, options.data)
+    if chosen["pilot"]:
+        pilot_cost(report, options.data)
 
 
 if __name__ == "__main__":

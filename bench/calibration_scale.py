@@ -30,9 +30,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 import loft_rs
-from loft_rs.calibration import _require_finite
 from loft_rs.footprint import Survey
-from loft_rs.sketch import OVERSAMPLING, LayerTap, Sketch, plan_for, sketch_for
+from loft_rs.runner import require_finite
+from loft_rs.sketch import OVERSAMPLING, Sketch, plan_for, sketch_for
+from loft_rs.tap import LayerTap
 from loft_rs.tuner.model import adapted_layers
 
 RANK = 64
@@ -183,7 +184,7 @@ class Tapped:
 
     def batch(self) -> None:
         self.run()
-        _require_finite(self.sketches, "the bench")
+        require_finite(self.sketches, "the bench")
 
 
 def cost(report: Report, card: Card, tiny: bool, rounds: int) -> None:

@@ -71,3 +71,38 @@ def token_batches(count: int, *, size: int = 4, length: int = 12, classes: bool 
         labels = torch.randint(0, 2, (size,), generator=generator) if classes else ids
         batches.append({"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels})
     return batches
+
+
+def adam(model, lr=0.05):
+    return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr, weight_decay=0.0)
+
+
+def train(model, optimiser=None, steps=3, seed=0):
+    optimiser = optimiser or adam(model)
+    model.train()
+    for batch in token_batches(steps, seed=seed):
+        model(**batch).loss.backward()
+        optimiser.step()
+        optimiser.zero_grad()
+    return optimiser
+
+
+def logits(model, seed=7):
+    with torch.no_grad():
+        return model.eval()(**token_batches(1, seed=seed)[0]).logits.double()
+
+
+def unchanged(model, before):
+    """Asserts that a state holds what it held, to the bit."""
+    assert model.state_dict().keys() == before.keys()
+    for key, value in model.state_dict().items():
+        torch.testing.assert_close(value, before[key], equal_nan=True, atol=0, rtol=0)
+
+
+def untouched(model, before):
+    """Asserts that a state holds what it held, and that calibration has left no tap and no hook."""
+    from loft_rs.tuner.model import adapted_layers
+
+    unchanged(model, before)
+    assert all(layer.tap is None for layer in adapted_layers(model)[1].values())
+    assert not any(module._forward_pre_hooks or module._forward_hooks for module in model.modules())

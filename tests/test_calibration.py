@@ -14,8 +14,7 @@ from reference import basis_of, make_bert, make_llama, token_batches
 
 import loft_rs
 from loft_rs import LoftConfig, NonFiniteError, calibrate
-from loft_rs import sketch as sketch_module
-from loft_rs.sketch import OVERSAMPLING, SKETCHES, Plan
+from loft_rs.sketch import OVERSAMPLING
 from loft_rs.tuner.model import adapted_layers
 
 
@@ -535,9 +534,6 @@ def test_a_trained_adapter_is_not_calibrated_again():
         calibrate(make_llama(), token_batches(1))
 
 
-# -- several processes -------------------------------------------------------------------------------------------------------
-
-
 def test_activation_supports_need_no_autograd_at_all():
     (batch,) = token_batches(1)
     first, second = build(support="activation"), build(support="activation")
@@ -550,78 +546,3 @@ def test_activation_supports_need_no_autograd_at_all():
     calibrate(second, [batch])
     for name, value in second.state_dict().items():
         torch.testing.assert_close(first.state_dict()[name], value, equal_nan=True)
-
-
-# -- what a pass multiplies --------------------------------------------------------------------------------------------------
-
-
-def tall_products(monkeypatch, call):
-    """(A or A^T, its own length) of every product with the tokens' rows that `call` makes."""
-    found, kept = [], sketch_module.product
-    monkeypatch.setattr(sketch_module, "product", lambda a, b: (found.append(tuple(a.shape)), kept(a, b))[1])
-    call()
-    monkeypatch.setattr(sketch_module, "product", kept)
-    return found
-
-
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_a_pass_reads_a_shared_input_as_rarely_as_it_can(monkeypatch, checkpointing):
-    (batch,) = token_batches(1)
-
-    def products(**options):
-        model = build(support="skewgrad")
-        if checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
-            model.enable_input_require_grads()
-        return len(tall_products(monkeypatch, lambda: calibrate(model, [batch], **options)))
-
-    # Two blocks of 7 linears, four products each: q, k and v, and gate and up, have X Omega together. The moments are in one of X^T.
-    assert products(passes=1) == 2 * (7 * 4 - 3)
-    assert products(passes=2) == 2 * (7 * 4 - 3) + 2 * 7 * 4
-
-
-@pytest.mark.parametrize("single", [False, True])
-@pytest.mark.parametrize("method", ["skewgrad", "activation"])
-@given(seed=st.integers(0, 2**16), rows=st.integers(1, 9), changed=st.booleans())
-def test_the_sums_of_siblings_are_those_of_each_alone(method, single, seed, rows, changed):
-    draw, n = torch.Generator().manual_seed(seed), 10
-    plan = Plan(method, "input", "input_pca", seed, 4, n, (n,), 6, single)
-    sketches = [SKETCHES[method](plan, torch.device("cpu"), torch.float64) for _ in range(2)]
-    omega = sketches[0].omega.double()
-    assert sketches[0].omega is sketches[1].omega
-    wanted = [{}, {}]
-
-    def passed(test):
-        x = torch.randn(3, rows, n, generator=draw, dtype=torch.float64)
-        for sums, sketch in zip(wanted, sketches, strict=True):
-            sketch.begin_batch(0)
-            a, b = x.reshape(-1, n), torch.randn(3 * rows, n, generator=draw, dtype=torch.float64)
-            gram = a.mT @ (a @ test)
-            skew = (b.mT @ (a @ test) - a.mT @ (b @ test)) / 2
-            first = sketch.basis is None
-            found = (
-                {"sketch" if first else "image": skew, "moments": gram} if method == "skewgrad" else {"sketch": gram}
-            )
-            for key, value in found.items():
-                sums[key] = sums.get(key, 0) + value
-            sketch.collect(sketch.keep(x, None), b, 0)
-            if changed:
-                x.mul_(1.5)  # in place: the same storage, other numbers
-
-    def compare(keys):
-        for sums, sketch in zip(wanted, sketches, strict=True):
-            for key in keys:
-                held = sketch.pending[key]
-                torch.testing.assert_close(held[0] if key == "sketch" else held, sums[key], atol=1e-11, rtol=1e-11)
-
-    for _ in range(2):
-        passed(omega)
-    compare(["sketch", "moments"] if single and method == "skewgrad" else ["sketch"])
-    if not single and method == "skewgrad":
-        basis = torch.linalg.qr(torch.randn(n, 6, generator=draw, dtype=torch.float64))[0]
-        wanted[:] = [{}, {}]
-        for sketch in sketches:
-            sketch.start_second_pass(basis)
-        for _ in range(2):
-            passed(basis)
-        compare(["image", "moments"])

@@ -15,8 +15,8 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from reference import basis_of, exact_transform, make_llama, token_batches
-from test_refresh import adam, apart, build, logits, quantise, same, snapshot, train, trainer
+from reference import adam, basis_of, exact_transform, logits, make_llama, token_batches, train
+from test_refresh import apart, build, quantise, same, snapshot, trainer
 
 import loft_rs
 from loft_rs import LoftConfig, NarrowReport, NonFiniteError, narrow, refresh

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from reference import make_bert, make_llama, token_batches
 from test_calibration import Perceptron, X, overlap
-from test_calibration_scale import LiveBytes, frozen_peak
+from test_calibration_memory import LiveBytes, frozen_peak
 from torch import nn
 
 import loft_rs

@@ -12,7 +12,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from reference import basis_of, exact_transform, make_llama, token_batches
+from reference import adam, basis_of, exact_transform, logits, make_llama, token_batches, train
 from safetensors.torch import load_file, save_file
 from test_calibration import skew_of, span_energy
 
@@ -32,25 +32,6 @@ def build(base=None, *, calibrated=True, **options):
     if calibrated and options["support"] in ("skewgrad", "gradsvd", "activation"):
         loft_rs.calibrate(model, token_batches(2))
     return model
-
-
-def adam(model, lr=0.05):
-    return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr, weight_decay=0.0)
-
-
-def train(model, optimiser=None, steps=3, seed=0):
-    optimiser = optimiser or adam(model)
-    model.train()
-    for batch in token_batches(steps, seed=seed):
-        model(**batch).loss.backward()
-        optimiser.step()
-        optimiser.zero_grad()
-    return optimiser
-
-
-def logits(model, seed=7):
-    with torch.no_grad():
-        return model.eval()(**token_batches(1, seed=seed)[0]).logits.double()
 
 
 def apart(a, b):

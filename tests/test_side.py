@@ -11,14 +11,15 @@ import peft
 import pytest
 import torch
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
-from reference import basis_of, make_llama, token_batches
+from reference import basis_of, logits, make_llama, token_batches, train, unchanged
 from test_calibration import dense_gradients, skew_of, span_energy
 from torch import nn
 
 import loft_rs
 from loft_rs import Budget, LoftConfig, NonFiniteError, calibrate
+from loft_rs.base import dense_weight
 from loft_rs.inspection import inspect_adapter
-from loft_rs.layer import AdaptedLinear, dense_weight
+from loft_rs.layer import AdaptedLinear
 from loft_rs.tuner.model import adapted_layers
 
 SIDES = ("input", "output")
@@ -29,19 +30,9 @@ def build(base=None, **options):
     return peft.get_peft_model(base or make_llama(), LoftConfig(**options))
 
 
-def train(model, steps=3):
-    optimiser = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.05, weight_decay=0.0)
-    model.train()
-    for batch in token_batches(steps):
-        model(**batch).loss.backward()
-        optimiser.step()
-        optimiser.zero_grad()
+def trained_from(model):
+    train(model)
     return model
-
-
-def logits(model, seed=7):
-    with torch.no_grad():
-        return model.eval()(**token_batches(1, seed=seed)[0]).logits.double()
 
 
 def sides(model):
@@ -50,12 +41,6 @@ def sides(model):
 
 def saved(model):
     return {key: value.clone() for key, value in model.state_dict().items()}
-
-
-def unchanged(model, before):
-    assert model.state_dict().keys() == before.keys()
-    for key, value in model.state_dict().items():
-        torch.testing.assert_close(value, before[key], equal_nan=True, atol=0, rtol=0)
 
 
 class OneSided(nn.Module):
@@ -108,7 +93,7 @@ def test_an_open_side_is_the_identity_and_waits_for_calibration(dtype, tmp_path)
     report = calibrate(model, token_batches(2))
     assert torch.equal(logits(model), wanted) and set(sides(model).values()) == set(SIDES)
     assert {name: s.side for name, s in report.layers.items()} == sides(model)
-    train(model, 1)
+    train(model, steps=1)
     assert not torch.equal(logits(model), wanted)
 
 
@@ -279,7 +264,7 @@ def test_a_decision_is_kept():
 def trained():
     model = build(make_llama(torch.float64), transform="exp")
     calibrate(model, token_batches(2))
-    return train(model)
+    return trained_from(model)
 
 
 def test_every_way_out_is_the_forward(trained, tmp_path):
@@ -383,7 +368,7 @@ def test_refresh_and_narrow_stay_on_their_sides(tmp_path):
     loft_rs.refresh(model, token_batches(2))
     assert sides(model) == chosen
     torch.testing.assert_close(logits(model), before, atol=1e-5, rtol=1e-5)
-    before = logits(train(model))
+    before = logits(trained_from(model))
     loft_rs.narrow(model, 4)
     assert sides(model) == chosen
     torch.testing.assert_close(logits(model), before, atol=1e-5, rtol=1e-5)
@@ -447,7 +432,7 @@ def test_a_side_pattern_by_hand(support, tmp_path):
                 calibrate(whole, token_batches(2)).layers[name] if name.endswith("q_proj") else report.layers[name]
             )
             np.testing.assert_array_equal(report.layers[name].basis, reference.basis)
-    wanted_logits = logits(train(model))
+    wanted_logits = logits(trained_from(model))
     model.save_pretrained(tmp_path)
     loaded = peft.PeftModel.from_pretrained(make_llama(), tmp_path)
     assert sides(loaded) == wanted and torch.equal(logits(loaded), wanted_logits)
@@ -482,7 +467,7 @@ def test_supports_bring_their_sides(tmp_path):
             torch.testing.assert_close(layer.support("default"), held, atol=1e-6, rtol=0)
     calibrate(second, token_batches(2))  # their order alone
     assert sides(second) == sides(first)
-    wanted = logits(train(second))
+    wanted = logits(trained_from(second))
     second.save_pretrained(tmp_path / "adapter")
     assert torch.equal(logits(peft.PeftModel.from_pretrained(make_llama(), tmp_path / "adapter")), wanted)
     with pytest.raises(ValueError, match="is 'input', but .* holds a support of side 'output'"):
@@ -540,7 +525,7 @@ def test_tied_modules_are_on_the_input_side():
     unchanged(base, before)
     model = build(base, side="input", tied=True, side_pattern={"down_proj": "output"})
     calibrate(model, token_batches(2))
-    state = train(model).state_dict()
+    state = trained_from(model).state_dict()
     fresh = build(side="input", tied=True, side_pattern={"down_proj": "output"})
     fresh.load_state_dict(state)
     assert torch.equal(logits(fresh), logits(model))
@@ -653,7 +638,7 @@ def test_no_memory_for_the_other_side_leaves_the_model_as_it_was(call, monkeypat
     monkeypatch.undo()
     calibrate(model, token_batches(2))
     assert sides(model) == {name: support.side for name, support in report.layers.items()}
-    train(model, 1)
+    train(model, steps=1)
 
 
 # -- several processes -----------------------------------------------------------------------------------------------------

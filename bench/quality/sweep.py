@@ -102,19 +102,6 @@ def work(todo: Any, results: Any, packed: Path, device: str, threads: int, numbe
         results.put(None)  # the wave is over
 
 
-def untrained(arguments: argparse.Namespace) -> None:
-    """A line for each task with the model as it comes, on the splits named: what its runs began from."""
-    from tasks import TASKS, base_model, evaluate, split
-
-    with arguments.out.open("a") as file:
-        for task in (TASKS[name] for name in arguments.tasks):
-            model = base_model(arguments.packed, task, 0, arguments.device)
-            splits = {name: split(arguments.packed, task, name, arguments.device) for name in arguments.untrained}
-            nll = {name: evaluate(model, task, data)["nll"] for name, data in splits.items()}
-            line = {"task": task.name, "method": "untrained", "phase": "untrained", "rate": 0.0, "seed": 0, "steps": 0}
-            file.write(json.dumps(line | {"family": task.family, "nll": nll} | machine(arguments.device)) + "\n")
-
-
 def next_wave(waiting: list[Spec], taken: set[tuple], size: int) -> list[Spec]:
     """The first run that nobody has, and up to `size` - 1 more of the same task."""
     free = [spec for spec in waiting if key(spec) not in taken]
@@ -196,9 +183,7 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=9.0)
     parser.add_argument("--grace", type=float, default=40.0)
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
-    parser.add_argument("--untrained", nargs="+", metavar="SPLIT", help="train nothing: measure the model as it comes")
-    arguments = parser.parse_args()
-    (untrained if arguments.untrained else sweep)(arguments)
+    sweep(parser.parse_args())
 
 
 if __name__ == "__main__":

@@ -50,6 +50,7 @@ class Task:
 
 
 BERT_TIES = (("query", "key", "value"),)
+PROBLEMS = {"family": "mathematics", "model": "smollm2", "metric": "nll", "steps": 240, "batch": 16, "traces": 4}
 TASKS = {
     task.name: task
     for task in (
@@ -60,22 +61,8 @@ TASKS = {
         Task("flowers17", "vision", "vit", "accuracy", 17, batch=48, head="classifier"),
         Task("blood_cells", "vision", "vit", "accuracy", 4, batch=48, head="classifier"),
         Task("emnist_letters", "vision", "vit", "accuracy", 26, batch=48, head="classifier"),
-        Task(
-            "gsm8k",
-            "mathematics",
-            "smollm2",
-            "nll",
-            steps=240,
-            batch=16,
-            length=320,
-            evaluated=32,
-            answer=200,
-            answer_seeds=2,
-            traces=4,
-        ),
-        Task(
-            "asdiv", "mathematics", "smollm2", "nll", steps=240, batch=16, length=112, evaluated=96, answer=40, traces=4
-        ),
+        Task("gsm8k", **PROBLEMS, length=320, evaluated=32, answer=200, answer_seeds=2),
+        Task("asdiv", **PROBLEMS, length=112, evaluated=96, answer=40),
         Task("sib200", "multilingual", "gemma", "accuracy", 7, length=64, head="head"),
     )
 }

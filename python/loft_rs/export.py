@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from ._checks import is_int
 from ._io import whole_directory
+from .base import is_conv1d
 from .inspection import CONFIG_FILE, read_peft_config
-from .layer import is_conv1d
 from .tuner.layer import Linear
 from .tuner.model import adapted_layers, require_supports
 

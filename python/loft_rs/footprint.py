@@ -24,7 +24,8 @@ from torch.utils.weak import WeakIdKeyDictionary
 from ._checks import is_int
 from .layer import AdaptedLinear
 from .pilot import Change
-from .sketch import Plan, Sketch, output_product, sketch_for
+from .sketch import Plan, Sketch, sketch_for
+from .tap import output_product
 
 __all__ = ["Footprint", "Survey", "byte_count", "checkpointed_blocks"]
 

@@ -1,7 +1,7 @@
 """Layers: a frozen linear layer and its rotations, y = x (W0 R)^T + b or y = x (R W0)^T + b, in LOFT's own case R = I + P E P^T.
 
 `AdaptedLinear` stores the factors of one layer by adapter name and holds its forward, merge, LoRA form and calibration tap; the PEFT
-tuner (`tuner/layer.py`) and the plain-PyTorch `LoftLinear` below are both it, so there is one path to every result.
+tuner (`tuner/layer.py`) and the plain-PyTorch `nn.LoftLinear` are both it, so there is one path to every result.
 
 Two placements of the same factor, chosen by shape (`choose_placement`): `rotate` turns the activations of any base layer, `add` lays
 the low-rank term down and accumulates the base product on it. Each exists for both sides (see `factor.py`).
@@ -19,13 +19,14 @@ import torch
 from torch import Tensor, nn
 
 from . import compiled
+from .base import dense_weight, feature_sizes, fusible_weight
 from .factor import HALF, AddInputs, AddLowRank, Blocks, Frozen, Joined, LowRank, ScaleOutput, gram_root, no_autocast
 from .kinds import Kind, Partition, Supported
 from .siblings import Siblings
 from .support import SIDES
-from .transform import DeltaGroup, get_transform
+from .transform import DeltaGroup
 
-__all__ = ["AdaptedLinear", "LoftLinear", "choose_placement", "dense_weight", "feature_sizes"]
+__all__ = ["AdaptedLinear", "choose_placement", "custom_basis"]
 
 
 class TensorDict(nn.Module):
@@ -45,55 +46,6 @@ class TensorDict(nn.Module):
 
     def keys(self):
         return self._buffers.keys()
-
-
-def is_conv1d(base: nn.Module) -> bool:
-    """Whether `base` is transformers' Conv1D, whose weight is stored (in, out)."""
-    return type(base).__name__ == "Conv1D" and hasattr(base, "nf")
-
-
-def feature_sizes(base: nn.Module) -> tuple[int, int]:
-    """(n, m) = (in, out) features of a linear layer; TypeError for anything else."""
-    if is_conv1d(base):
-        return base.weight.shape[0], base.weight.shape[1]
-    if hasattr(base, "in_features") and hasattr(base, "out_features"):
-        return base.in_features, base.out_features
-    raise TypeError(
-        f"base_layer must be a linear layer (nn.Linear, Conv1D or a quantised linear), got {type(base).__name__}"
-    )
-
-
-def dense_weight(base: nn.Module) -> Tensor | None:
-    """W (m x n) of an ordinary dense linear layer, without a copy; None where the weight is quantised, sharded or a subclass."""
-    weight = getattr(base, "weight", None)
-    if type(weight) not in (nn.Parameter, Tensor) or not weight.dtype.is_floating_point or weight.dim() != 2:
-        return None
-    if not (isinstance(base, nn.Linear) or is_conv1d(base)):
-        return None
-    return weight.mT if is_conv1d(base) else weight
-
-
-def _fusible_weight(base: nn.Module) -> Tensor | None:
-    """The dense W where y = x W^T + b is all that `base` does, and frozen: no hooks, no replaced forward, no gradient to W or b."""
-    if (
-        type(base) is not nn.Linear
-        and type(base) is not nn.modules.linear.NonDynamicallyQuantizableLinear
-        and not is_conv1d(base)
-    ):
-        return None
-    if base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or base._backward_pre_hooks:
-        return None
-    weight, bias = base._parameters.get("weight"), base._parameters.get("bias")
-    if (
-        type(weight) is not nn.Parameter
-        or not weight.dtype.is_floating_point
-        or weight.dim() != 2
-        or "forward" in vars(base)
-    ):
-        return None
-    if weight.requires_grad or (bias is not None and bias.requires_grad):
-        return None
-    return weight if type(base) is nn.Linear else dense_weight(base)
 
 
 def choose_placement(in_features: int, out_features: int, side: str, dtype: torch.dtype) -> str:
@@ -447,7 +399,7 @@ class AdaptedLinear(nn.Module):
 
     def _added(self, adapter: str, x: Tensor) -> tuple[Tensor | None, torch.dtype]:
         """(W, the dtype of the products for an input like x, as nn.Linear's), W None where the `add` placement does not apply."""
-        weight = _fusible_weight(self.base_layer) if self.loft_kind[adapter].has_support else None
+        weight = fusible_weight(self.base_layer) if self.loft_kind[adapter].has_support else None
         if weight is None:
             return None, x.dtype
         kind, dtype = x.device.type, weight.dtype
@@ -592,53 +544,6 @@ class AdaptedLinear(nn.Module):
 
 def _mark_ready(module: AdaptedLinear, incompatible_keys: Any) -> None:
     module.refresh_ready()
-
-
-class LoftLinear(AdaptedLinear):
-    """A frozen `nn.Linear` rotated inside a fixed support, for plain PyTorch.
-
-    base_layer: the linear layer (m x n); its parameters are frozen here.
-    support: a `loft_rs.Support`, or an array or tensor (n, r) on the input side, (m, r) on the output side, which is re-orthonormalised.
-    transform: `cayley`, `exp` or `free`. side: `input` (W0 R) or `output` (R W0); a `Support` knows its own.
-
-    The output equals the base layer's exactly until the transform is trained. TypeError or ValueError name a bad argument.
-    """
-
-    ADAPTER = "default"
-
-    def __init__(self, base_layer: nn.Linear, support: Any, transform: str = "cayley", side: str | None = None):
-        get_transform(transform)
-        super().__init__(base_layer)
-        own = getattr(support, "side", None)
-        if side and own and side != own:
-            raise ValueError(f"side is {side!r}, but the support was chosen for the {own} side")
-        side = side or own or "input"
-        basis, energy = custom_basis(support), float(getattr(support, "energy", float("nan")))
-        if side in SIDES and basis.shape[0] != self.support_width(side):
-            raise ValueError(
-                f"support has {basis.shape[0]} rows, but the {side} side of this layer has {self.support_width(side)} features"
-            )
-        base_layer.requires_grad_(False)
-        self.add_factor(self.ADAPTER, basis.shape[1], DeltaGroup(transform), side)
-        self.set_basis(self.ADAPTER, basis, energy)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x (..., n) -> (..., m)."""
-        return self.adapted_forward(x, [] if self._original is not None else [self.ADAPTER])
-
-    def merge(self) -> nn.Module:
-        """Merge in place, once, and return the base layer, whose weight is now the rotated one."""
-        if self._original is None:
-            self.merge_factors([self.ADAPTER])
-        return self.base_layer
-
-    def unmerge(self) -> None:
-        """Undo `merge`, bit for bit."""
-        self.unmerge_factors()
-
-    def extra_repr(self) -> str:
-        group = self.loft_group[self.ADAPTER]
-        return f"rank={self.rank(self.ADAPTER)}, transform={group.transform.name}, side={self.loft_side[self.ADAPTER]}"
 
 
 def custom_basis(support: Any) -> np.ndarray:

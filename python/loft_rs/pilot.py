@@ -24,7 +24,7 @@ from torch import Tensor
 from ._checks import is_int
 from .factor import no_autocast
 from .linalg import NonFiniteError
-from .sketch import inner_product, product
+from .products import inner_product, product
 from .support import Support
 
 if TYPE_CHECKING:
@@ -72,7 +72,7 @@ def checked_pilot(pilot: Any, method: str) -> Pilot | None:
 class _AddChange(torch.autograd.Function):
     """y + (x D) U^T, in y's dtype, of y (N x m), x (N x n) and skinny D (n x k) and U (m x k).
 
-    The products, and so the gradients of D and U, are `sketch.product`'s: float32 or wider, since the factors are float32, a first step's
+    The products, and so the gradients of D and U, are `products.product`'s: float32 or wider, since the factors are float32, a first step's
     entries are as small as the rate, and float16 could overflow; bfloat16 on a GPU, where float32 would cost as much as the base does, is
     multiplied as it is and summed in float32. The sum is rounded to y's dtype once.
     """

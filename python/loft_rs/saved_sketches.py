@@ -17,7 +17,8 @@ import numpy as np
 import torch
 
 from ._io import read_safetensors, whole_file
-from .sketch import SKETCHES, Plan, Sketch, gaussian
+from .products import gaussian
+from .sketch import SKETCHES, Plan, Sketch
 from .support import Support
 
 __all__ = ["supports_from_sketches", "write_sketches"]

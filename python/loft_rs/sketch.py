@@ -1,4 +1,4 @@
-"""Sketches: what calibration accumulates of one layer, and the tap in the layer's forward that feeds them.
+"""Sketches: what calibration accumulates of one layer, fed by a tap in its forward (`tap.py`).
 
 With A the activations on the support's side (X, or Y0 = Y - b on the output side), B the gradient there (dX or dY), k = r + oversampling:
 
@@ -22,14 +22,11 @@ One pass (`single`; Halko, Martinsson and Tropp 2011, 5.5; Tropp, Yurtsever, Ude
 
 What orders P is its moment P^T M P, M = A^T A. Where only M on a test matrix T (Omega or Q) is known it is Nystroem's, which is
 exact on span(T): (P^T M T) (T^T M T)^+ (P^T M T)^T.
-
-A and B are large, and what a pass costs is reading them: layers that read one X and have one Omega have one X Omega.
 """
 
 from __future__ import annotations
 
 import math
-import weakref
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import accumulate
@@ -38,97 +35,21 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.multiprocessing.reductions import StorageWeakRef
 
 from . import linalg
 from .evidence import Evidence, evidence_of
+from .products import as_it_is, forget_products, gaussian, gram_image, inner_product, narrow, product, shared_narrow
 from .support import STORED_METHODS, Support
 
 if TYPE_CHECKING:
     from .layer import AdaptedLinear
 
-__all__ = [
-    "SKETCHES",
-    "LayerTap",
-    "Plan",
-    "Sketch",
-    "forget_products",
-    "gaussian",
-    "inner_product",
-    "output_product",
-    "plan_for",
-    "product",
-    "sketch_for",
-]
+__all__ = ["SKETCHES", "Plan", "Sketch", "left_vectors", "plan_for", "sketch_for"]
 
 OVERSAMPLING = 16
 # Of a single pass. MiniLM and SmolLM2-135M want so many for 0.97 of the optimum (bench/calibration.py), at low ranks and high ones.
 SINGLE_OVERSAMPLING = 192
 PROBES = 8
-# Omega depends on its size, the seed and the device alone: layers of one width hold one between them.
-_GAUSSIANS: weakref.WeakValueDictionary[tuple, Tensor] = weakref.WeakValueDictionary()
-# (which A and Omega, A Omega), the last there was: the q, k and v projections take it in turn.
-_LAST: list[tuple[tuple, Tensor] | None] = [None]
-
-
-class _Tap(torch.autograd.Function):
-    """The identity on `value`; its backward hands what was kept in the forward, and dL/dvalue, to a sketch."""
-
-    @staticmethod
-    def forward(ctx, value: Tensor, kept: Tensor | None, anchor: Tensor, sketch: Sketch, part: int) -> Tensor:
-        ctx.save_for_backward(kept)
-        ctx.sketch, ctx.part = sketch, part
-        # What follows the layer may change its output in place, which neither a view nor the output that was kept would survive.
-        return value.view_as(value) if sketch.tap_input else value.clone()
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, gradient: Tensor):
-        with torch.autocast(gradient.device.type, enabled=False):
-            ctx.sketch.collect(ctx.saved_tensors[0], gradient, ctx.part)
-        return gradient, None, None, None, None
-
-
-class LayerTap:
-    """What a layer runs in place of its adapted forward during a pass: the same at the identity, tapped. After `refresh` that is the
-    base layer with the frozen factor, W_cur = W0 R_f, and X, Y0 and their gradients are those of W_cur. within: another tap of the
-    layer, for its other side, which runs inside this one.
-
-    The tap sees an activation and its own gradient together, whatever comes after the layer, however often it runs, and under
-    checkpointing. Its anchor makes autograd reach the layers of a model in which nothing else requires a gradient.
-    """
-
-    def __init__(self, sketch: Sketch, adapter: str, part: int = 0, within: LayerTap | None = None):
-        self.sketch, self.adapter, self.part, self.within = sketch, adapter, part, within
-
-    def __call__(self, layer: AdaptedLinear, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        sketch, watched = self.sketch, torch.is_grad_enabled()
-        if sketch.backward and not watched:  # the first of the two forward passes of a checkpointed block
-            return self._run(layer, x, *args, **kwargs)
-        sketch.runs(watched)
-        anchor = torch.zeros((), device=x.device, requires_grad=True)
-        if sketch.tap_input:
-            kept = self._keep(x, None)
-            x = _Tap.apply(x, kept, anchor, sketch, self.part) if watched else x
-            return self._run(layer, x, *args, **kwargs)
-        y = self._run(layer, x, *args, **kwargs)
-        kept = self._keep(x, output_product(layer, y.detach()))
-        return _Tap.apply(y, kept, anchor, sketch, self.part) if watched else y
-
-    def _run(self, layer: AdaptedLinear, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if self.within is None:
-            return layer.at_identity(x, self.adapter, *args, **kwargs)
-        return self.within(layer, x, *args, **kwargs)
-
-    def _keep(self, x: Tensor, y0: Tensor | None) -> Tensor | None:
-        with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
-            return self.sketch.keep(x.detach(), None if y0 is None else y0.detach())
-
-
-def output_product(layer: AdaptedLinear, y: Tensor) -> Tensor:
-    """Y0 = Y - b (N x m)."""
-    bias = getattr(layer.get_base_layer(), "bias", None)
-    return y if bias is None else y - bias.detach()
 
 
 @dataclass(frozen=True)
@@ -428,9 +349,9 @@ class SkewSketch(Sketch):
 
     def take(self, kept: Tensor, gradient: Tensor, part: int) -> None:
         first = self.basis is None
-        test, rounded = self.omega if first else self.basis, _multiplied_as_it_is(kept, gradient)
-        mine = (_shared_narrow if first else _narrow)(kept, test, rounded)
-        its = _narrow(gradient, test, rounded)
+        test, rounded = self.omega if first else self.basis, as_it_is(kept, gradient)
+        mine = (shared_narrow if first else narrow)(kept, test, rounded)
+        its = narrow(gradient, test, rounded)
         back = inner_product(kept, torch.cat([its, mine], 1) if "moments" in self.pending else its)
         image = inner_product(gradient, mine).sub_(back[:, : test.shape[1]]).div_(2)
         if "moments" in self.pending:
@@ -513,7 +434,7 @@ class GradientSketch(Sketch):
         a = self.activations(x, y0)
         if self.basis is None:
             if "moments" in self.pending:
-                self.plus("moments", _gram_image(a, self.test))
+                self.plus("moments", gram_image(a, self.test))
             return _rows(x)
         aq = product(a, self.basis)
         self.plus("moment", inner_product(aq, aq))
@@ -523,8 +444,8 @@ class GradientSketch(Sketch):
         rows = self.parts[part]
         own, other = (kept, gradient) if self.side == "input" else (gradient, kept)
         if self.basis is None:
-            rounded = _multiplied_as_it_is(own, other)
-            self.plus_sketch(inner_product(own, _narrow(other, self.omega[rows], rounded)))
+            rounded = as_it_is(own, other)
+            self.plus_sketch(inner_product(own, narrow(other, self.omega[rows], rounded)))
         else:
             image = inner_product(other, own if self.side == "input" else product(own, self.basis))
             self.pending["image"][rows] += image.to(self.home)
@@ -576,7 +497,7 @@ class ActivationSketch(Sketch):
         self.seen += 1
         a = self.activations(x, y0)
         if self.basis is None:
-            self.plus_sketch(_gram_image(a, self.omega))
+            self.plus_sketch(gram_image(a, self.omega))
             self.plus("norm", a.float().square().sum(dtype=torch.float64))
         else:
             aq = product(a, self.basis)
@@ -636,68 +557,8 @@ SKETCHES: dict[str, type[Sketch]] = {
 }
 
 
-def gaussian(rows: int, columns: int, seed: int, home: torch.device = torch.device("cpu")) -> Tensor:  # noqa: B008
-    """Omega (rows x columns), whose entries depend on the three numbers alone."""
-    key = rows, columns, seed, home
-    if (held := _GAUSSIANS.get(key)) is None:
-        on_meta = home.type == "meta"
-        generator = None if on_meta else torch.Generator().manual_seed(seed)
-        held = torch.randn(rows, columns, generator=generator, device="meta" if on_meta else "cpu").to(home)
-        _GAUSSIANS[key] = held
-    return held
-
-
 def _rows(tensor: Tensor) -> Tensor:
     return tensor.reshape(-1, tensor.shape[-1])
-
-
-def _multiplied_as_it_is(*tensors: Tensor) -> bool:
-    """Whether products of these large tensors take them as they are: bfloat16 on a GPU, summed in float32."""
-    return all(each.is_cuda and each.dtype == torch.bfloat16 for each in tensors)
-
-
-def product(a: Tensor, b: Tensor) -> Tensor:
-    """A B of a large A and a skinny B, in float32 or wider: half-precision products are slow on a CPU, and float16 could overflow.
-
-    B comes to A's device. bfloat16 on a GPU is multiplied as it is, B rounded to it, and summed in float32.
-    """
-    if _multiplied_as_it_is(a):
-        return torch.mm(a, b.to(a.device, a.dtype), out_dtype=torch.float32)
-    work = torch.promote_types(torch.promote_types(a.dtype, b.dtype), torch.float32)
-    return a.to(work) @ b.to(a.device, work)
-
-
-def inner_product(a: Tensor, b: Tensor) -> Tensor:
-    return product(a.mT, b)
-
-
-def _narrow(b: Tensor, test: Tensor, rounded: bool) -> Tensor:
-    """B T of a large B and a skinny T, to be multiplied with a large A^T; rounded: to B's dtype, as it is made."""
-    return torch.mm(b, test.to(b.device, b.dtype)) if rounded else product(b, test)
-
-
-def _shared_narrow(a: Tensor, omega: Tensor, rounded: bool) -> Tensor:
-    """`_narrow`, made once for all that ask for the same A and Omega one after another; not under inference mode, where an A that was
-    written over does not show it."""
-    if a.is_inference():
-        return _narrow(a, omega, rounded)
-    storages = tuple(StorageWeakRef(each.untyped_storage()) for each in (a, omega))
-    which = (*storages, a._version, a.storage_offset(), a.shape, a.stride(), a.dtype, rounded)
-    held = _LAST[0]
-    if held is None or held[0] != which:
-        held = _LAST[0] = None  # not two of them at a time
-        held = _LAST[0] = which, _narrow(a, omega, rounded)
-    return held[1]
-
-
-def forget_products() -> None:
-    """Let go of what `_shared_narrow` holds."""
-    _LAST[0] = None
-
-
-def _gram_image(a: Tensor, test: Tensor) -> Tensor:
-    """A^T (A T)."""
-    return inner_product(a, _shared_narrow(a, test, _multiplied_as_it_is(a)))
 
 
 def _descending(gram: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

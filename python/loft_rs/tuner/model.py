@@ -14,9 +14,9 @@ from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from peft.utils.other import AuxiliaryTrainingWrapper, get_pattern_key
 from torch import nn
 
+from ..base import feature_sizes
 from ..factor import LowRank
 from ..kinds import Householder
-from ..layer import feature_sizes
 from ..siblings import SHARED_INPUT, Siblings, named_groups
 from ..transform import DeltaGroup
 from .config import LoftConfig, full_name
@@ -375,10 +375,16 @@ def set_ranks(layers: dict[str, Linear], adapter: str, ranks: dict[str, int]) ->
         config.rank_pattern = {full_name(name): rank for name, rank in held.items() if rank != config.r}
 
 
+def _configs(layers: dict[str, Linear], adapter: str) -> list[LoftConfig]:
+    """The configs that these layers hold of an adapter, each once."""
+    held = (layer.loft_config[adapter] for layer in layers.values() if layer.has_adapter(adapter))
+    return list({id(config): config for config in held}.values())
+
+
 def note_sides(layers: dict[str, Linear], adapter: str) -> None:
     """Write the sides of an adapter whose supports are all there into its config, which is saved with it, where it does not say so yet."""
     held = {name: layer.loft_side[adapter] for name, layer in layers.items() if layer.has_adapter(adapter)}
-    for config in {id(c): c for c in (layers[name].loft_config[adapter] for name in held)}.values():
+    for config in _configs(layers, adapter):
         if any(config.side_of(name) != side for name, side in held.items()):
             config.side_pattern = {full_name(name): side for name, side in held.items()}
 
@@ -516,9 +522,7 @@ def _make_room(model: nn.Module, state_dict: dict, prefix: str) -> None:
         note_sides(layers, adapter)
     for adapter in loaded & unset:  # open again, with what `note_sides` wrote
         noted = {full_name(name) for name, layer in layers.items() if layer.has_adapter(adapter)}
-        for config in {
-            id(c): c for c in (m.loft_config[adapter] for m in layers.values() if m.has_adapter(adapter))
-        }.values():
+        for config in _configs(layers, adapter):
             if config.side_pattern.keys() == noted:
                 config.side_pattern = {}
 

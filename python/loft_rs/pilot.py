@@ -24,7 +24,7 @@ from torch import Tensor
 from ._checks import is_int
 from .factor import no_autocast
 from .linalg import NonFiniteError
-from .products import inner_product, product
+from .products import as_it_is, inner_product, product
 from .support import Support
 
 if TYPE_CHECKING:
@@ -79,7 +79,7 @@ class _AddChange(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, y: Tensor, x: Tensor, down: Tensor, up: Tensor) -> Tensor:
-        ctx.half = y.is_cuda and y.dtype == torch.bfloat16
+        ctx.half = as_it_is(y)
         with no_autocast(y.device.type):
             z = _as(product(_as(x, ctx.half), down), ctx.half)
             ctx.save_for_backward(x, z, down, up)

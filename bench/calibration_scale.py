@@ -3,11 +3,12 @@
     --cpu    a 1B-shaped Llama (16 layers, 2048 wide, mlp 8192), bf16, on this machine: the resident set's peak
     --cost   four Llama-3.1-8B-shaped layers, 8192 tokens, bf16, r = 64 (k = 80), on a CUDA device: a batch of pass 1 and of pass 2, with
              the check for NaN that follows it, and a batch with weight gradients, over the frozen forward and backward pass
+    --pilot  four such layers under a language model's loss, 2048 tokens a batch: `support="pilot"` and skewgrad, over PEFT's LoRA
     --big    32 such layers with 4-bit weights on one CUDA device, calibrated for all linear layers at once and in groups
 
 Weights are random. The times of --cost are medians of CUDA events in rounds that alternate with the frozen step; a ratio is the median over
 the rounds of the ratio inside one. Memory is the allocator's peak during a step above what is held before it, less the same of the frozen
-step. `--out FILE` keeps the rows as JSON. `--tiny` tries --cost and --big on a CPU.
+step. `--out FILE` keeps the rows as JSON. `--tiny` tries --cost, --pilot and --big on a CPU.
 """
 
 from __future__ import annotations
@@ -37,6 +38,8 @@ from loft_rs.tap import LayerTap
 from loft_rs.tuner.model import adapted_layers
 
 RANK = 64
+SHAPE_8B = {"hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32, "num_key_value_heads": 8}
+SHAPE_TINY = {"hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 4, "num_key_value_heads": 2}
 MIB = 2**20
 
 
@@ -253,14 +256,57 @@ def cost(report: Report, card: Card, tiny: bool, rounds: int) -> None:
         report.add(step=f"pass {number}", k=RANK + OVERSAMPLING, **row, known_mib=known.total / MIB, **parts)
 
 
+def pilot(report: Report, card: Card, tiny: bool, rounds: int) -> None:
+    steps, tokens = 32, 2048
+    sizes = SHAPE_8B | {"num_hidden_layers": 4, "vocab_size": 32000}
+    if tiny:
+        steps, tokens, sizes = 4, 16, SHAPE_TINY | {"num_hidden_layers": 2, "vocab_size": 64}
+    base = llama(card.device, False, **sizes)
+    targets = linears(base.model)
+    given = batches(steps, tokens, sizes["vocab_size"], card.device)
+
+    def lora(model: nn.Module) -> None:
+        optimiser = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], 1e-3)
+        for batch in given:
+            model(**batch).loss.backward()
+            optimiser.step()
+            optimiser.zero_grad()
+
+    def supports(count: int) -> Callable[[nn.Module], object]:
+        return lambda model: loft_rs.calibrate(model, given, max_batches=count, progress=False)
+
+    def loft(support: str) -> loft_rs.LoftConfig:
+        return loft_rs.LoftConfig(r=RANK, support=support, target_modules=targets)
+
+    plain = peft.LoraConfig(r=RANK, lora_alpha=RANK, target_modules=targets)
+    ways: dict[str, tuple[peft.PeftConfig, Callable[[nn.Module], object], bool]] = {
+        f"PEFT's LoRA r=64, fp32 adapters, {steps} steps": (plain, lora, True),
+        f"PEFT's LoRA r=64, bf16 adapters, {steps} steps": (plain, lora, False),
+        f"pilot, {steps} steps": (loft("pilot"), supports(steps), True),
+        f"skewgrad, two passes over {min(8, steps)} batches": (loft("skewgrad"), supports(min(8, steps)), True),
+    }
+    taken: dict[str, list[float]] = {name: [] for name in ways}
+    for _ in range(rounds):
+        for name, (config, call, fp32) in ways.items():
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                model = peft.get_peft_model(base, config, autocast_adapter_dtype=fp32)
+            taken[name] += [ms / 1e3 for ms in card.times(lambda model=model, call=call: call(model), 1)]
+            base = model.unload()
+            del model
+            gc.collect()
+    first = next(iter(taken.values()))
+    for name, each in taken.items():
+        ratios = [mine / other for mine, other in zip(each, first, strict=True)]
+        report.add(way=name, tokens=tokens, s=median(each), over_lora=median(ratios), ratios=ratios)
+
+
 def big(report: Report, card: Card, tiny: bool) -> None:
-    sizes = {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "vocab_size": 32000}
-    heads = {"num_attention_heads": 32, "num_key_value_heads": 8}
+    sizes = SHAPE_8B | {"num_hidden_layers": 32, "vocab_size": 32000}
     tokens = 2048
     if tiny:
-        sizes = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "vocab_size": 64}
-        heads, tokens = {"num_attention_heads": 4, "num_key_value_heads": 2}, 16
-    base = llama(card.device, True, **sizes, **heads)
+        sizes, tokens = SHAPE_TINY | {"num_hidden_layers": 2, "vocab_size": 64}, 16
+    base = llama(card.device, True, **sizes)
     given = batches(4, tokens, sizes["vocab_size"], card.device)
     weights = sum(t.nbytes for t in [*base.parameters(), *base.buffers()])
 
@@ -303,7 +349,7 @@ def big(report: Report, card: Card, tiny: bool) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name in ("cpu", "cost", "big"):
+    for name in ("cpu", "cost", "pilot", "big"):
         parser.add_argument(f"--{name}", action="store_true")
     parser.add_argument("--out", type=Path, default=Path("calibration_scale.json"))
     parser.add_argument("--rounds", type=int, default=7)
@@ -317,6 +363,7 @@ def main() -> None:
     for name, call in (
         ("cpu", lambda: cpu(report)),
         ("cost", lambda: cost(report, card, arguments.tiny, arguments.rounds)),
+        ("pilot", lambda: pilot(report, card, arguments.tiny, arguments.rounds)),
         ("big", lambda: big(report, card, arguments.tiny)),
     ):
         if getattr(arguments, name):

@@ -1,7 +1,8 @@
 """The methods, by name: what each makes of a base model, its rank at a parameter budget, and the learning rates it is tried at.
 
 The budget is LoRA r=1's, the sum of inputs and outputs over the adapted layers; a matched method takes the largest (even) rank within it. A
-name that ends in `r16` or `r46` has that rank instead. LOFT and PSOFT rates are `lr * r`, the others' plain; Adam.
+name that ends in `r16` or `r46` has that rank instead, in `tenth` a tenth of LoRA r=8's parameters as its budget. LOFT and PSOFT rates are
+`lr * r`, the others' plain; Adam.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from tasks import LLAMA, MINILM, Task
 from torch import Tensor, nn
 
 import loft_rs
-from loft_rs import Budget, LoftConfig
+from loft_rs import Budget, LoftConfig, Pilot
 
 Shapes = Sequence[tuple[int, int]]  # (inputs, outputs) of the adapted layers
 Batches = list[dict[str, Tensor]]
@@ -48,9 +49,10 @@ Adapt = Callable[[nn.Module, int, Setup], nn.Module]
 class Method:
     """`adapt` makes the model that is trained, given the rank; `size` counts the parameters a rank trains in the adapted layers.
 
-    `times_rank`: the rates are lr * r. `captured`: a training step can be a CUDA graph. `refreshes`: how often the support is chosen
-    anew during the run. `rate_of`: trained at that method's rate, without trials. `batches`: to calibrate with. `tilt`: entry (i, j) of the
-    skew parameter is trained at its rate times (l_i l_j)^tilt, l the input energy of the support's coordinates, over their geometric mean.
+    `share`: of that budget. `times_rank`: the rates are lr * r. `captured`: a training step can be a CUDA graph. `refreshes`: how often the
+    support is chosen anew during the run. `rate_of`: trained at that method's rate, without trials. `batches`: to calibrate with. `tilt`:
+    entry (i, j) of the skew parameter is trained at its rate times (l_i l_j)^tilt, l the input energy of the support's coordinates, over
+    their geometric mean.
     """
 
     name: str
@@ -59,6 +61,7 @@ class Method:
     size: Callable[[int, Shapes], int] | None = None
     rank: int | None = None
     step: int = 2
+    share: float = 1.0
     times_rank: bool = False
     captured: bool = True
     refreshes: int = 0
@@ -66,14 +69,14 @@ class Method:
     batches: int = 8
     tilt: float = 0.0
 
-    def rank_at(self, shapes: Shapes, budget: int | None = None) -> int:
-        """The rank given, or the largest within `budget` (default: LoRA r=1's), no wider than the narrowest layer."""
+    def rank_at(self, shapes: Shapes) -> int:
+        """The rank given, or the largest within the budget, no wider than the narrowest layer."""
         if self.rank is not None:
             return self.rank
-        budget = sum(n + m for n, m in shapes) if budget is None else budget
+        budget = self.share * sum(n + m for n, m in shapes)
         fitting = [r for r in range(self.step, min(map(min, shapes)) + 1, self.step) if self.size(r, shapes) <= budget]
         if not fitting:
-            raise ValueError(f"{self.name}: no rank trains at most {budget} parameters")
+            raise ValueError(f"{self.name}: no rank trains at most {budget:.0f} parameters")
         return fitting[-1]
 
     def rate(self, middle: float, shapes: Shapes) -> float:
@@ -123,12 +126,12 @@ def _calibrate(model: nn.Module, setup: Setup, **options: Any) -> None:
     loft_rs.calibrate(model, setup.batches, max_batches=len(setup.batches), head_steps=0, progress=False, **options)
 
 
-def _loft(support: str, **options: Any) -> Adapt:
+def _loft(support: str, pilot: Pilot | None = None, **options: Any) -> Adapt:
     def adapt(model: nn.Module, rank: int, setup: Setup) -> nn.Module:
         config = _config(rank, setup, support=support, **options)
         model = peft.get_peft_model(model, config)
         if config.needs_calibration or config.order != "natural":
-            _calibrate(model, setup)
+            _calibrate(model, setup, pilot=pilot)
         return model
 
     return adapt
@@ -341,9 +344,23 @@ METHODS = {
         ),
         Method("LOFT pilot tied r60", _loft("pilot", tied=True), rank=60, rate_of="LOFT pilot r46", **PILOT),
         *(
-            Method(f"LOFT pilot {name}{at}", _loft("pilot"), rank=rank, tilt=tilt, rate_of=f"LOFT pilot{at}", **PILOT)
-            for name, tilt in (("energetic", 0.125), ("quiet", -0.125), ("quieter", -0.25))
+            Method(f"LOFT {support} tenth", _loft(support), share=0.8, rate_of=f"LOFT {support}", **options)
+            for support, options in (("principal", LOFT), ("pilot", PILOT))
+        ),
+        Method("LOFT pilot energetic r46", _loft("pilot"), rank=46, tilt=0.125, rate_of="LOFT pilot r46", **PILOT),
+        *(
+            Method(f"LOFT pilot {name}{at}", _loft("pilot"), rank=rank, tilt=tilt, **PILOT)
+            for name, tilt in (("quiet", -0.125), ("quieter", -0.25))
             for at, rank in (("", None), (" r46", 46))
+        ),
+        Method("LOFT principal quiet", _loft("principal"), tilt=-0.125, **LOFT),
+        Method(
+            "LOFT pilot 64 quiet r46",
+            _loft("pilot", Pilot(steps=64)),
+            rank=46,
+            tilt=-0.125,
+            rate_of="LOFT pilot quiet r46",
+            **PILOT | {"batches": 64},
         ),
         Method("LOFT kfac r46", _given(_natural_gradient), rank=46, rate_of="LOFT pilot r46", **LOFT),
         Method("LOFT gradsvd both sides r32", _two_sides, rank=32, rate_of="LOFT gradsvd r46", **LOFT),

@@ -172,7 +172,7 @@ class Tapped:
         self.adapter, self.layers = adapted_layers(model)
         options = {"order": "input_pca", "seed": 0}
         self.plans = {n: plan_for("skewgrad", each, self.adapter, **options) for n, each in self.layers.items()}
-        self.survey = Survey(self.plans, model, self.layers, self.adapter, False)
+        self.survey = Survey(self.plans, model, self.layers, self.adapter, False, {})
         for name, layer in self.layers.items():
             layer.tap = self.survey.tap([name], self.adapter)
         self.sketches: dict[str, Sketch] = {}
@@ -321,7 +321,7 @@ def big(report: Report, card: Card, tiny: bool) -> None:
     entries = weights_of(model)
     found: list[loft_rs.CalibrationReport] = []
     for options in ({}, {"memory": "1GiB"}, {"offload": True}):
-        options = {"memory": "600KiB"} if tiny and "memory" in options else options
+        options = {"memory": "700KiB"} if tiny and "memory" in options else options
         begun = time.perf_counter()
         extra = card.peak(
             lambda options=options: found.append(loft_rs.calibrate(model, given, progress=False, **options))

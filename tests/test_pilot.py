@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from datetime import timedelta
 
@@ -19,6 +20,7 @@ from torch import nn
 import loft_rs
 from loft_rs import Budget, LoftConfig, NonFiniteError, Pilot, calibrate, refresh
 from loft_rs.layer import AdaptedLinear
+from loft_rs.pairs import ITERATIONS, paired_basis, preimages, rotation_makes
 from loft_rs.pilot import Change, changes_for
 from loft_rs.transform import DeltaGroup
 from loft_rs.tuner.model import adapted_layers
@@ -62,7 +64,7 @@ def linear(n, m, r, side="input", dtype=torch.float32):
     side=st.sampled_from(["input", "output"]),
     seed=st.integers(0, 2**31),
 )
-def test_the_support_is_that_of_a_dense_svd_of_the_change(n, heights, rank, side, seed):
+def test_the_support_has_the_change_s_own_directions_and_says_what_a_rotation_makes_of_it(n, heights, rank, side, seed):
     heights = heights[:1] if side == "output" else heights
     r = min(rank, n, *heights)
     layers = [linear(n, m, r, side) for m in heights]
@@ -73,29 +75,86 @@ def test_the_support_is_that_of_a_dense_svd_of_the_change(n, heights, rank, side
     with torch.no_grad():
         for learnt in change.learnt:
             learnt.copy_(1e-3 * torch.randn(learnt.shape, generator=draw))
-    found = change.support(5)
+    weights = [layer.base_layer.weight.detach() for layer in layers]
     pairs = list(zip(change.learnt, change.drawn, strict=True))
     assert all(learnt.shape[1] == min(max(r, rank), n, m) for (learnt, _), m in zip(pairs, heights, strict=True))
-    dense = torch.cat([drawn.double() @ learnt.double().mT for learnt, drawn in pairs]).detach()
-    _, values, v = torch.linalg.svd(dense)
-    np.testing.assert_allclose(found.values, values[:r], rtol=1e-10, atol=1e-10 * float(values[0]))
-    captured = float((dense @ torch.from_numpy(found.basis).double()).square().sum() / dense.square().sum())
-    best = float(values[:r].square().sum() / values.square().sum())
-    # P is rounded to float32; what it then loses is of second order, what rounding adds is not.
-    assert abs(captured - best) <= 1e-6 and abs(found.energy - best) <= 1e-10
-    assert (found.method, found.side, found.seed, found.energy_stderr) == ("pilot", side, 5, 0.0)
-    eps = torch.finfo(torch.float32).eps
-    assert np.linalg.norm(found.basis.T.astype(np.float64) @ found.basis - np.eye(r), 2) <= 8 * eps * r**0.5
-    if r < min(dense.shape) and values[r - 1] - values[r] > 1e-3 * values[0]:  # where the span is one
-        inside = np.linalg.norm(v[:r].numpy() @ found.basis) ** 2
-        assert inside >= r - 1e-4
+    dense = torch.cat([drawn.double() @ learnt.double().mT for learnt, drawn in pairs]).detach().numpy()  # (other, own)
+    whole = torch.cat(weights).double()
+    whole = (whole if side == "input" else whole.mT).numpy()
+    for where in ("input", "output") if len(heights) == 1 else ("input",):
+        d, w = (dense, whole) if where == side else (dense.T, whole.T)
+        found = change.support(where, weights, 5)
+        p = found.basis.astype(np.float64)
+        _, values, vt = np.linalg.svd(d)
+        half = -(-r // 2)
+        np.testing.assert_allclose(found.values, np.repeat(values[:half], 2)[:r], rtol=1e-10, atol=1e-10 * values[0])
+        assert p.shape == (d.shape[1], r) and (found.method, found.side, found.seed) == ("pilot", where, 5)
+        eps = np.finfo(np.float32).eps
+        assert np.linalg.norm(p.T @ p - np.eye(r), 2) <= 8 * eps * r**0.5
+        if (
+            half == len(values) or values[half - 1] - values[half] > 1e-3 * values[0]
+        ):  # where they are ones of their own
+            assert np.linalg.norm(vt[:half] @ p) ** 2 >= half - 1e-4
+        assert found.energy == pytest.approx(made_by_rotation(w, p, d), abs=1e-5)
+        assert found.energy_stderr == 0.0
+
+
+def made_by_rotation(w, p, d):
+    """1 - min ||W P A P^T - D||^2 / ||D||^2, by least squares over the entries of a skew A."""
+    r = p.shape[1]
+    columns = []
+    for i in range(r):
+        for j in range(i):
+            a = np.zeros((r, r))
+            a[i, j], a[j, i] = 1.0, -1.0
+            columns.append((w @ p @ a @ p.T).ravel())
+    if not columns:
+        return 0.0
+    basis = np.stack(columns, 1)
+    missed = d.ravel() - basis @ np.linalg.lstsq(basis, d.ravel(), rcond=1e-12)[0]
+    return 1 - float(missed @ missed / (d.ravel() @ d.ravel()))
+
+
+@given(
+    m=st.integers(1, 30),
+    n=st.integers(1, 30),
+    parts=st.integers(1, 3),
+    columns=st.integers(1, 5),
+    scale=st.sampled_from([1e-8, 1.0, 1e6]),
+    seed=st.integers(0, 2**31),
+)
+def test_preimages_are_the_pseudoinverse_s_of_a_weight_of_few_singular_values(m, n, parts, columns, scale, seed):
+    draw = np.random.default_rng(seed)
+    u, _, vt = np.linalg.svd(draw.normal(size=(m * parts, n)), full_matrices=False)
+    # As many different singular values as CGLS takes steps, some of them zero: it ends at the pseudoinverse.
+    w = scale * (u * draw.choice([0.0, 0.5, 1.0, 2.0, 3.0], len(vt))) @ vt
+    images = draw.normal(size=(m * parts, columns))
+    images[:, 0] -= w @ np.linalg.lstsq(w, images[:, 0], rcond=1e-9)[0]  # W0 does not reach it
+    blocks = [[torch.from_numpy(block) for block in np.split(each, parts)] for each in (w, images)]
+    found = preimages(*blocks).numpy()
+    wanted = np.linalg.pinv(w, rcond=1e-9) @ images
+    np.testing.assert_allclose(found, wanted, atol=1e-9 * np.abs(images).max() / scale)
+
+
+def test_a_pair_makes_a_change_that_its_right_singular_vectors_do_not():
+    draw = np.random.default_rng(0)
+    w, u, v = draw.normal(size=(40, 64)), draw.normal(size=(40, 2)), draw.normal(size=(64, 2))
+    d = u @ v.T
+    u, _, vt = np.linalg.svd(d)
+    y = preimages([torch.from_numpy(w)], [torch.from_numpy(u[:, :2])]).numpy()
+    paired = paired_basis(vt[:2].T, y, 4)
+    alone = np.linalg.qr(vt[:4].T)[0]
+    made = [rotation_makes(w @ p, d @ p) / np.sum(d**2) for p in (paired, alone)]
+    assert made[0] == pytest.approx(made_by_rotation(w, paired, d), rel=1e-9)
+    assert made[0] >= 0.3 and made[1] <= 0.06
 
 
 def test_an_untrained_change_has_no_support_and_starts_alike_on_every_call():
     model = build()
     layers = adapted_layers(model)[1]
     one, other = (changes_for(layers, "default", Pilot(), 3) for _ in range(2))
-    assert all(change.support(3) is None for change in one.values())
+    weights = {name: [layer.current_weight("default", torch.float32)] for name, layer in layers.items()}
+    assert all(change.support("input", weights[name], 3) is None for name, change in one.items())
     for name, change in one.items():
         (drawn,), (learnt,), layer = change.drawn, change.learnt, layers[name]
         k = min(64, layer.in_features, layer.out_features)
@@ -159,21 +218,97 @@ class Regression(nn.Module):
 
 
 @pytest.mark.parametrize("side", ["input", "output"])
-def test_the_support_is_where_the_task_changes_the_weight(side):
-    n, m, r = 64, 48, 4
+def test_the_support_is_where_the_task_changes_the_weight_and_a_rotation_in_it_makes_that(side):
+    n, m, rank = 64, 48, 4
     draw = torch.Generator().manual_seed(2)
     batches = [{"x": torch.randn(256, n, generator=draw)} for _ in range(32)]
-    model = build(Regression(n, m, r), target_modules=["inner"], r=r, side=side)
-    change = model.base_model.model.change
-    change = change if side == "input" else change.mT
-    captured = {}
+    held = Regression(n, m, rank)
+    change, weight = held.change.double(), held.inner_weight.double()
+    if side == "output":
+        change, weight = change.mT, weight.mT
+    captured, made = {}, {}
     for support in ("random", "pilot"):
-        held = build(Regression(n, m, r), target_modules=["inner"], r=r, side=side, support=support)
-        report = calibrate(held, batches, max_batches=32)
-        basis = torch.from_numpy(report.layers["inner"].basis)
-        captured[support] = float((change @ basis).square().sum() / change.square().sum())
+        model = build(Regression(n, m, rank), target_modules=["inner"], r=2 * rank, side=side, support=support)
+        basis = calibrate(model, batches, max_batches=32).layers["inner"].basis.astype(np.float64)
+        captured[support] = float(np.sum((change.numpy() @ basis) ** 2) / change.square().sum())
+        made[support] = made_by_rotation(weight.numpy(), basis, change.numpy())
     assert captured["pilot"] >= 0.95
-    assert captured["random"] <= 4 * r / len(basis)
+    assert captured["random"] <= 4 * rank / len(basis)
+    assert made["pilot"] >= 5 * made["random"]
+
+
+class TwoLinears(nn.Module):
+    """A tall and a wide layer, of which only one side's rotations can make what the task asks for."""
+
+    def __init__(self):
+        super().__init__()
+        draw = torch.Generator().manual_seed(1)
+        self.tall, self.wide = (nn.Linear(n, m, bias=False) for n, m in ((12, 48), (48, 12)))
+        for layer in (self.tall, self.wide):
+            m, n = layer.weight.shape
+            with torch.no_grad():
+                layer.weight.copy_(torch.randn(m, n, generator=draw) / n**0.5)
+        for name in ("tall", "wide"):
+            weight = getattr(self, name).weight.detach()
+            m, n = weight.shape
+            target = weight + torch.randn(m, 1, generator=draw) @ torch.randn(1, n, generator=draw) / 12
+            self.register_buffer(f"{name}_target", target)
+
+    def forward(self, x):
+        errors = [self.tall(x[:, :12]) - x[:, :12] @ self.tall_target.mT, self.wide(x) - x @ self.wide_target.mT]
+        return {"loss": sum(error.square().mean() for error in errors)}
+
+
+def test_an_open_side_is_the_one_on_which_a_rotation_makes_more_of_the_change():
+    base = TwoLinears()
+    draw = torch.Generator().manual_seed(2)
+    batches = [{"x": torch.randn(64, 48, generator=draw)} for _ in range(8)]
+    names = ["tall", "wide"]
+    reports = {
+        side: calibrate(build(copy.deepcopy(base), target_modules=names, r=4, side=side), batches, pilot=Pilot(steps=8))
+        for side in ("input", "output", "auto")
+    }
+    energies = {side: {name: s.energy for name, s in report.layers.items()} for side, report in reports.items()}
+    # Outside W0's column space, or row space, a rotation of the smaller side makes nothing.
+    assert {name: s.side for name, s in reports["auto"].layers.items()} == {"tall": "output", "wide": "input"}
+    for name, side in (("tall", "output"), ("wide", "input")):
+        other = "input" if side == "output" else "output"
+        assert energies[side][name] > energies[other][name]
+        assert reports["auto"].sides[name][side] == reports["auto"].layers[name].energy
+        assert reports["auto"].sides[name][side] > reports["auto"].sides[name][other] > 0
+
+
+class Packed(nn.Module):
+    """A linear layer whose weight nobody can read, as a quantised one's: it only multiplies."""
+
+    compute_dtype = torch.float32
+
+    def __init__(self, linear):
+        super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.weight = nn.Parameter(torch.zeros(1, dtype=torch.uint8), requires_grad=False)
+        self.bias, self._linear = linear.bias, [linear]
+
+    def forward(self, x):
+        return self._linear[0](x)
+
+
+@pytest.mark.parametrize("side", ["input", "output"])
+def test_a_base_without_a_readable_weight_has_the_same_supports(side, monkeypatch):
+    monkeypatch.setattr(loft_rs.layer, "UNIT_VECTORS", 5)
+    wanted = calibrate(perceptron(side=side), [{"x": X}], pilot=SHORT)
+    base = Perceptron()
+    for name in ("a", "b"):
+        linear = getattr(base, name).requires_grad_(False)
+        setattr(base, name, Packed(linear))
+    model = perceptron(base, side=side)
+    report = calibrate(model, [{"x": X}], pilot=SHORT)
+    assert overlap(wanted, report) >= 1 - 1e-5
+    for name, support in wanted.layers.items():
+        assert report.layers[name].energy == pytest.approx(support.energy, abs=1e-3)
+        layer = adapted_layers(model)[1][name]
+        weight = getattr(Perceptron(), name).weight
+        torch.testing.assert_close(layer.current_weight("default", torch.float32), weight.detach())
 
 
 def reference(base, batches, steps, seed, r, side="input", ties=()):
@@ -205,9 +340,29 @@ def reference(base, batches, steps, seed, r, side="input", ties=()):
     found = {}
     for name, names in groups.items():
         change = torch.cat([pairs[each][1] @ pairs[each][0].mT for each in names]).detach()
-        _, values, v = torch.linalg.svd(change)
-        found[name] = v[:r].mT.numpy(), float(values[:r].square().sum() / values.square().sum())
+        weight = torch.cat([layers[each].weight.detach().double() for each in names])
+        weight, change = (weight if side == "input" else weight.mT).numpy(), change.numpy()
+        u, _, vt = np.linalg.svd(change)
+        columns = []
+        for i in range(-(-r // 2)):
+            columns += [vt[i], krylov_preimage(weight, u[:, i])]
+        p = np.linalg.qr(np.stack(columns[:r], 1))[0]
+        found[name] = p, made_by_rotation(weight, p, change)
     return found
+
+
+def krylov_preimage(w, u, steps=ITERATIONS):
+    """argmin ||W y - u|| over the Krylov space of W^T W and W^T u, which is where CGLS is after so many steps; of length one."""
+    basis = (w.T @ u)[:, None] / np.linalg.norm(w.T @ u)
+    for _ in range(min(steps, len(basis)) - 1):
+        following = w.T @ (w @ basis[:, -1])
+        for _ in range(2):
+            following -= basis @ (basis.T @ following)
+        if np.linalg.norm(following) < 1e-9 * np.linalg.norm(w) ** 2:
+            break
+        basis = np.column_stack([basis, following / np.linalg.norm(following)])
+    y = basis @ np.linalg.lstsq(w @ basis, u, rcond=None)[0]
+    return y / np.linalg.norm(y)
 
 
 def assert_spans(report, wanted, least):
@@ -473,8 +628,8 @@ def test_what_makes_no_sense_is_refused_before_anything_runs(config, arguments, 
 
 
 def test_wrong_configs_and_pilots_are_refused():
-    with pytest.raises(ValueError, match="side='auto' is decided by what the gradient shows"):
-        LoftConfig(support="pilot", side="auto")
+    with pytest.raises(ValueError, match="side='auto' is decided by what the task shows"):
+        LoftConfig(support="activation", side="auto")
     with pytest.raises(ValueError, match="of a kind that has none"):
         calibrate(peft.get_peft_model(make_llama(), LoftConfig.oft(8)), token_batches(1), pilot=Pilot())
     for options, message in (

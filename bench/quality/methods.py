@@ -339,6 +339,8 @@ METHODS = {
         *(Method(f"LOFT {support} r46", _loft(support), rank=46, **LOFT) for support in SUPPORTS[:4]),
         Method("LOFT pilot", _loft("pilot"), **PILOT),
         Method("LOFT pilot r46", _loft("pilot"), rank=46, **PILOT),
+        Method("LOFT pilot auto", _loft("pilot", side="auto"), **PILOT),
+        Method("LOFT pilot auto r46", _loft("pilot", side="auto"), rank=46, **PILOT),
         Method(
             "LOFT pilot magnitudes r44", _loft("pilot", magnitudes=True), rank=44, rate_of="LOFT pilot r46", **PILOT
         ),

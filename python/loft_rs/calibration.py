@@ -77,8 +77,8 @@ class CalibrationReport:
     layers: module name -> the `Support` stored there (energy with its standard error, values, order)
     evidence: module name -> `Evidence`, how far that support is the task's and not these batches'; of chosen supports only
     memory: the bytes it was to take above the frozen training step, as it was known before it started
-    sides: of modules whose side was open (`side="auto"`), module name -> {side: ||P^T S P||_F^2}, what decided it (`sides.py`); the
-        chosen one is that of the support in `layers`
+    sides: of modules whose side was open (`side="auto"`), module name -> {side: ||P^T S P||_F^2}, of a pilot {side: energy}, what decided
+        it (`sides.py`); the chosen one is that of the support in `layers`
     pilot: the short training that the supports come from (`support="pilot"`); its steps are not counted in `passes`
     """
 
@@ -153,7 +153,8 @@ def calibrate(
     """Choose and store the supports of an untrained LOFT adapter from a task's batches, then order them (`LoftConfig.order`).
 
     Under `LoftConfig(side="auto")` the side of every module that has none yet is chosen too (`sides.py`) and noted in the config's
-    `side_pattern`: both sides are sketched, at the memory and the products of both. gradsvd then needs two passes and dense weights.
+    `side_pattern`: both sides are sketched, at the memory and the products of both; a pilot serves both. gradsvd then needs two passes and
+    dense weights.
 
     Args:
         model: a PEFT model with a LOFT adapter, on any device and of any base, not wrapped in DDP and not compiled; FSDP2 (`fully_shard`)
@@ -167,7 +168,7 @@ def calibrate(
         max_batches: how many batches of the dataloader to use. None: 8, or as many as the pilot has steps, which are used in turn, and
             again where they are fewer.
         pilot: the training of a `pilot` support; None: `Pilot()`, 32 steps. It costs so many steps of LoRA training, then the order's pass;
-            the report's energy is what the support captures of ||B A||_F^2, all that the pilot changed.
+            the report's energy is the part of ||B A||_F^2, all that the pilot changed, that a rotation in the support makes to first order.
         adapter_name: default: the active one.
         head_steps: optimiser steps that warm up the `modules_to_save` of a fresh head first, and are kept, since step-0 gradients
             through a random head say little. None: 20 for a gradient support or a pilot where the adapter has such modules, else 0.
@@ -218,7 +219,8 @@ def calibrate(
         )
         places = open_places(layers, adapter)
         homes = {place: layers[place.module] for place in places}
-        changes = {} if pilot is None else changes_for(homes, adapter, pilot, None)
+        trained = {each[0]: homes[each[0]] for each in by_module(places).values()} if pilot else {}
+        changes = changes_for(trained, adapter, pilot, None) if pilot else {}
         undecided = [name for name, each in by_module(places).items() if len(each) > 1]
         _require_decidable({name: layers[name] for name in undecided}, method, passes, save_sketches)
         if method not in CALIBRATED_SUPPORTS and order == "natural":
@@ -256,6 +258,8 @@ def calibrate(
         def energy(place: Place, sketch: Sketch, rank: int | None = None) -> float:
             if place.module not in undecided:
                 return 0.0
+            if pilot is not None:
+                return chosen[place].energy
             return sketch.rotation_energy(rank or sketch.rank, dense_weight(homes[place].get_base_layer()))
 
         survey = Survey(plans, model, homes, adapter, offload, changes)
@@ -271,7 +275,7 @@ def calibrate(
             _LOG.info("calibrate: %s", footprint)
         chosen = {}
         if pilot is not None:
-            chosen = run.pilot(changes_for(homes, adapter, pilot, config.seed), pilot, config.seed)
+            chosen = run.pilot(changes_for(trained, adapter, pilot, config.seed), places, pilot, config.seed)
             groups = [list(chosen)]
         done, found, heard, evidence, energies = 0, {}, {}, {}, {}
         home = torch.device("cpu") if offload else None

@@ -79,6 +79,7 @@ def add_low_rank(x: Tensor, joined: Joined, members: list[tuple[AdaptedLinear, s
 
 
 _SUPPORTED = Supported()
+UNIT_VECTORS = 1024  # rows that a quantised base is given at a time, to see its weight
 
 
 class AdaptedLinear(nn.Module):
@@ -460,6 +461,25 @@ class AdaptedLinear(nn.Module):
                 "load the base unquantised, or use loft_rs.export_lora where W0 P is enough"
             )
         return weight
+
+    @torch.no_grad()
+    def current_weight(self, adapter: str, dtype: torch.dtype) -> Tensor:
+        """W_cur = W0 R_f (m x n), or R_f W0, the transform at its identity; of a base without a dense weight what it makes of unit vectors.
+
+        dtype: of an input that the base takes.
+        """
+        base = self.get_base_layer()
+        if (weight := dense_weight(base)) is not None:
+            return self.rotated_weight([adapter]) if self.frozen_rank(adapter) else weight.detach()
+        options = {"dtype": dtype, "device": self.loft_device}
+        rows, bias = torch.empty(self.in_features, self.out_features, **options), getattr(base, "bias", None)
+        for start in range(0, self.in_features, UNIT_VECTORS):
+            some = rows[start : start + UNIT_VECTORS]
+            units = torch.zeros(len(some), self.in_features, **options)
+            units[:, start : start + len(some)].fill_diagonal_(1.0)
+            y = self.at_identity(units, adapter)
+            some.copy_(y if bias is None else y - bias.detach())
+        return rows.mT
 
     def original_weight(self, purpose: str) -> Tensor:
         """W0 (m x n), also where an adapter is merged into it now."""

@@ -3,7 +3,7 @@ feed sketches, and the short trainings of a fresh head and of a pilot."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import chain
 from typing import Any
@@ -255,10 +255,13 @@ class Runner:
             layer.tap = _untapped(self.adapter)
         self._train(head, steps, HEAD_LEARNING_RATE, "head warm-up")
 
-    def pilot(self, changes: Mapping[Place, Change], pilot: Pilot, seed: int) -> dict[Place, Support]:
-        """Train these changes, of all the layers, and give rank 0's supports of those that a gradient reached."""
-        for place, change in changes.items():
-            for part, layer in enumerate(self.layers[place.module]):
+    def pilot(
+        self, changes: Mapping[Place, Change], places: Iterable[Place], pilot: Pilot, seed: int
+    ) -> dict[Place, Support]:
+        """Train these changes, one a module, and give rank 0's supports at these places, where a gradient reached them."""
+        by_name = {place.module: change for place, change in changes.items()}
+        for name, change in by_name.items():
+            for part, layer in enumerate(self.layers[name]):
                 layer.tap = PilotTap(change, self.adapter, part)
 
         def check(where: str) -> None:
@@ -267,9 +270,30 @@ class Runner:
 
         factors = [factor for change in changes.values() for factor in change.factors]
         self._train(factors, pilot.steps, pilot.lr, "pilot", check)
-        with self.ranks.stage():
-            found = {place: change.support(seed) for place, change in changes.items()}
+        found: dict[Place, Support | None] = {}
+        with self.ranks.stage(), torch.no_grad():
+            for name, each in by_module(places).items():
+                change, tied = by_name[name], self.layers[name]
+                with self._whole(tied):
+                    weights = [layer.current_weight(self.adapter, change.dtype) for layer in tied]
+                    found |= {place: change.support(place.side, weights, seed) for place in each}
         return self.ranks.first({place: support for place, support in found.items() if support is not None})
+
+    @contextmanager
+    def _whole(self, layers: Iterable[nn.Module]):
+        """Under FSDP2: the parameters of these layers gathered."""
+        sharded = [m for m in self.model.modules() if "FSDPModule" in {kind.__name__ for kind in type(m).__mro__}]
+        held = {
+            id(child): module for module in sharded for child in module.modules()
+        }  # the innermost, which comes last
+        owners = {id(owner): owner for layer in layers if (owner := held.get(id(layer))) is not None}.values()
+        for owner in owners:
+            owner.unshard()
+        try:
+            yield
+        finally:
+            for owner in owners:
+                owner.reshard()
 
     def _train(
         self,

@@ -137,60 +137,6 @@ def _loft(support: str, pilot: Pilot | None = None, **options: Any) -> Adapt:
     return adapt
 
 
-def _given(bases: Callable[[nn.Module, Setup], dict[str, Tensor]], **options: Any) -> Adapt:
-    """LOFT on supports (inputs, at least r) that the harness finds, ordered by the library."""
-
-    def adapt(model: nn.Module, rank: int, setup: Setup) -> nn.Module:
-        found = {name: basis[:, :rank] for name, basis in bases(model, setup).items()}
-        model = peft.get_peft_model(model, _config(rank, setup, support="random", **options))
-        loft_rs.set_support(model, found)
-        _calibrate(model, setup)  # the order
-        return model
-
-    return adapt
-
-
-DAMPING = 0.1  # of the mean eigenvalue
-WIDEST = 64  # rank that is asked for
-
-
-def _natural_gradient(model: nn.Module, setup: Setup) -> dict[str, Tensor]:
-    """Right singular vectors of C_y^-1 G C_x^-1 (K-FAC), C_x and C_y the second moments of a layer's inputs and output gradients."""
-    sums: dict[str, list[Tensor]] = {}
-
-    def forward(name: str, _: nn.Module, arguments: tuple[Tensor], y: Tensor) -> None:
-        x = arguments[0].detach().flatten(0, -2).float()
-
-        def backward(gradient: Tensor) -> None:
-            d = gradient.flatten(0, -2).float()
-            held = sums.setdefault(name, [x.new_zeros(x.shape[1], x.shape[1]), d.new_zeros(d.shape[1], d.shape[1]), 0])
-            held[0] += x.mT @ x
-            held[1] += d.mT @ d
-            held[2] = held[2] + d.mT @ x
-
-        y.register_hook(backward)
-
-    hooks = [
-        model.get_submodule(name).register_forward_hook(functools.partial(forward, name)) for name in setup.targets
-    ]
-    embedding = model.get_input_embeddings().register_forward_hook(lambda _, __, y: y.requires_grad_(True))
-    for batch in setup.batches:
-        model(**batch).loss.backward()
-    for hook in (*hooks, embedding):
-        hook.remove()
-    model.zero_grad()
-
-    def damped(c: Tensor) -> Tensor:
-        return c.double() + DAMPING * c.diagonal().double().mean() * torch.eye(len(c), device=c.device)
-
-    bases = {}
-    for name, (cx, cy, g) in sums.items():
-        step = torch.linalg.solve(damped(cy), g.double())
-        step = torch.linalg.solve(damped(cx), step.mT)  # (inputs, outputs)
-        bases[name] = torch.linalg.eigh(step @ step.mT)[1].flip(1)[:, :WIDEST].float()
-    return bases
-
-
 def _two_sides(model: nn.Module, rank: int, setup: Setup) -> nn.Module:
     """One rotation of the inputs and one of the outputs, of the same rank."""
     model = peft.get_peft_model(model, _config(rank, setup, support="gradsvd"))
@@ -341,30 +287,23 @@ METHODS = {
         Method("LOFT pilot r46", _loft("pilot"), rank=46, **PILOT),
         Method("LOFT pilot auto", _loft("pilot", side="auto"), **PILOT),
         Method("LOFT pilot auto r46", _loft("pilot", side="auto"), rank=46, **PILOT),
-        Method(
-            "LOFT pilot magnitudes r44", _loft("pilot", magnitudes=True), rank=44, rate_of="LOFT pilot r46", **PILOT
-        ),
         Method("LOFT pilot tied r60", _loft("pilot", tied=True), rank=60, rate_of="LOFT pilot r46", **PILOT),
         *(
             Method(f"LOFT {support} tenth", _loft(support), share=0.8, rate_of=f"LOFT {support}", **options)
             for support, options in (("principal", LOFT), ("pilot", PILOT))
         ),
-        Method("LOFT pilot energetic r46", _loft("pilot"), rank=46, tilt=0.125, rate_of="LOFT pilot r46", **PILOT),
         *(
             Method(f"LOFT pilot {name}{at}", _loft("pilot"), rank=rank, tilt=tilt, **PILOT)
             for name, tilt in (("quiet", -0.125), ("quieter", -0.25))
             for at, rank in (("", None), (" r46", 46))
         ),
-        Method("LOFT principal quiet", _loft("principal"), tilt=-0.125, **LOFT),
         Method(
-            "LOFT pilot 64 quiet r46",
+            "LOFT pilot 64 r46",
             _loft("pilot", Pilot(steps=64)),
             rank=46,
-            tilt=-0.125,
-            rate_of="LOFT pilot quiet r46",
+            rate_of="LOFT pilot r46",
             **PILOT | {"batches": 64},
         ),
-        Method("LOFT kfac r46", _given(_natural_gradient), rank=46, rate_of="LOFT pilot r46", **LOFT),
         Method("LOFT gradsvd both sides r32", _two_sides, rank=32, rate_of="LOFT gradsvd r46", **LOFT),
         *(
             Method(f"LOFT {name} budget r46", _shared_ranks(name), rank=46, rate_of=f"LOFT {name} r46", **LOFT)

@@ -185,6 +185,27 @@ def test_no_rank_within_a_budget_is_an_error(methods):
         methods.METHODS["LoRA-XS"].rank_at([(1, 4)])
 
 
+def test_what_a_rotation_makes_of_a_change_is_a_least_squares_solution(bench_path, monkeypatch):
+    pairs = importlib.import_module("pairs")
+    monkeypatch.setattr(pairs, "RANK", 4)
+    draw = np.random.default_rng(0)
+    w, b, a = draw.normal(size=(9, 12)), draw.normal(size=(9, 6)), draw.normal(size=(6, 12))
+    x = draw.normal(size=(50, 12)) * np.geomspace(0.2, 2, 12)
+    c, d = x.T @ x, b @ a
+    p = np.linalg.qr(draw.normal(size=(12, 4)))[0]
+    columns = []
+    for i, j in zip(*np.tril_indices(4, -1), strict=True):
+        skew = np.zeros((4, 4))
+        skew[i, j], skew[j, i] = 1, -1
+        columns.append((w @ p @ skew @ p.T @ x.T).ravel())
+    wanted = (d @ x.T).ravel()
+    missed = wanted - np.stack(columns, 1) @ np.linalg.lstsq(np.stack(columns, 1), wanted, rcond=None)[0]
+    assert pairs.part(w, d, c, p) == pytest.approx(1 - missed @ missed / (wanted @ wanted), rel=1e-9)
+    found = pairs.made(w, b, a, c)
+    assert all(0 <= part <= 1 + 1e-9 for part in found.values())
+    assert found["the whole space"] >= max(part for name, part in found.items() if "output" not in name) - 1e-9
+
+
 def test_matthews_correlation(bench_path):
     tasks = importlib.import_module("tasks")
     predicted, labels = torch.tensor([1, 1, 0, 0, 1, 0]), torch.tensor([1, 0, 0, 1, 1, 0])

@@ -74,6 +74,7 @@ def changes(packed: Path) -> dict[str, tuple[np.ndarray, np.ndarray, np.ndarray,
             wide(layer.base_layer.weight),
             wide(layer.lora_B["default"].weight),
             wide(layer.lora_A["default"].weight),
+            wide(moments[name]),
         )
         for name, layer in layers.items()
         if name.split(".")[2] in BLOCKS

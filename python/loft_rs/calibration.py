@@ -40,7 +40,7 @@ from .footprint import Footprint, Survey, byte_count
 from .linalg import orthonormalize
 from .pilot import Pilot, changes_for, checked_pilot
 from .ranks import Ranks
-from .runner import Runner, calibrating
+from .runner import Runner, calibrating, fsdp_modules
 from .saved_sketches import write_sketches
 from .sides import Place, by_module, open_places, share_both, stronger
 from .sketch import Sketch, plan_for, sketch_for
@@ -219,7 +219,8 @@ def calibrate(
         )
         places = open_places(layers, adapter)
         homes = {place: layers[place.module] for place in places}
-        trained = {each[0]: homes[each[0]] for each in by_module(places).values()} if pilot else {}
+        wider = [max(each, key=lambda p: homes[p].support_width(p.side)) for each in by_module(places).values()]
+        trained = {place: homes[place] for place in wider} if pilot else {}
         changes = changes_for(trained, adapter, pilot, None) if pilot else {}
         undecided = [name for name, each in by_module(places).items() if len(each) > 1]
         _require_decidable({name: layers[name] for name in undecided}, method, passes, save_sketches)
@@ -230,7 +231,7 @@ def calibrate(
         batches = checked_batches(dataloader, train_step, max_batches, pilot)
         head = _head_parameters(model)
         head_steps = _head_steps(head_steps, head, needs_gradient or pilot is not None)
-        sharded = any("FSDPModule" in {kind.__name__ for kind in type(m).__mro__} for m in model.modules())
+        sharded = bool(fsdp_modules(model))
         if sharded and head_steps:
             raise ValueError(
                 "head_steps cannot warm up a head that FSDP2 has sharded: calibrate before fully_shard, or give 0"

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from . import compiled
-from .base import dense_weight, feature_sizes, fusible_weight
+from .base import UNIT_VECTORS, dense_weight, feature_sizes, fusible_weight
 from .factor import HALF, AddInputs, AddLowRank, Blocks, Frozen, Joined, LowRank, ScaleOutput, gram_root, no_autocast
 from .kinds import Kind, Partition, Supported
 from .siblings import Siblings
@@ -79,7 +79,6 @@ def add_low_rank(x: Tensor, joined: Joined, members: list[tuple[AdaptedLinear, s
 
 
 _SUPPORTED = Supported()
-UNIT_VECTORS = 1024  # rows that a quantised base is given at a time, to see its weight
 
 
 class AdaptedLinear(nn.Module):
@@ -473,12 +472,17 @@ class AdaptedLinear(nn.Module):
             return self.rotated_weight([adapter]) if self.frozen_rank(adapter) else weight.detach()
         options = {"dtype": dtype, "device": self.loft_device}
         rows, bias = torch.empty(self.in_features, self.out_features, **options), getattr(base, "bias", None)
-        for start in range(0, self.in_features, UNIT_VECTORS):
-            some = rows[start : start + UNIT_VECTORS]
-            units = torch.zeros(len(some), self.in_features, **options)
-            units[:, start : start + len(some)].fill_diagonal_(1.0)
-            y = self.at_identity(units, adapter)
-            some.copy_(y if bias is None else y - bias.detach())
+        if bias is not None:  # taken off again, it would leave its rounding
+            base.bias = None
+        try:
+            for start in range(0, self.in_features, UNIT_VECTORS):
+                some = rows[start : start + UNIT_VECTORS]
+                units = torch.zeros(len(some), self.in_features, **options)
+                units[:, start : start + len(some)].fill_diagonal_(1.0)
+                some.copy_(self.at_identity(units, adapter))
+        finally:
+            if bias is not None:
+                base.bias = bias
         return rows.mT
 
     def original_weight(self, purpose: str) -> Tensor:

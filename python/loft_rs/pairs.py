@@ -5,7 +5,7 @@ To first order a rotation adds W0 P A P^T, A skew: it reads span(P), and what it
     D = sum_i s_i u_i v_i^T     (m x n)
 
 needs its v_i in span(P) to be read, and something there whose image is u_i to be written. The right singular vectors alone have the first
-and not the second, and make no more of D than a random support does. So each comes with its partner:
+and not the second. So each comes with its partner:
 
     P = span(v_1, y_1, ..., v_r/2, y_r/2),   y_i = W0^+ u_i,   since W0 (y_i v_i^T - v_i y_i^T) = u_i v_i^T - (W0 v_i) y_i^T
 
@@ -18,6 +18,7 @@ hardly reaches, where a partner would be long and its image small.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -25,7 +26,7 @@ from torch import Tensor
 
 from . import linalg
 
-__all__ = ["paired_basis", "preimages", "rotation_makes"]
+__all__ = ["ieee_products", "paired_basis", "preimages", "rotation_makes"]
 
 ITERATIONS = 16
 
@@ -35,22 +36,43 @@ def preimages(weights: Sequence[Tensor], images: Sequence[Tensor]) -> Tensor:
 
     A column that W0 does not reach is zero.
     """
+    norm = sum(torch.linalg.vector_norm(w) ** 2 for w in weights).sqrt()
+    scale = torch.where(
+        norm > 0, 1 / norm, 0.0
+    )  # W0 / ||W0||_F is what is inverted: no square of it under- or overflows
     y = images[0].new_zeros(weights[0].shape[1], images[0].shape[1])
     missing = list(images)
-    # What W0^T gives of no more than rounding: the rest is made, or cannot be.
-    rounding = (4 * torch.finfo(y.dtype).eps) ** 2 * sum(w.square().sum() for w in weights)
-    rounding = rounding * sum(u.square().sum(0) for u in images)
-    back = sum(w.mT @ u for w, u in zip(weights, missing, strict=True))
-    direction, size = back, back.square().sum(0)
-    for _ in range(ITERATIONS):
-        made = [w @ direction for w in weights]
-        step = torch.where(size > rounding, size / sum(part.square().sum(0) for part in made), 0.0)
-        y = y + step * direction
-        missing = [u - step * part for u, part in zip(missing, made, strict=True)]
-        back = sum(w.mT @ u for w, u in zip(weights, missing, strict=True))
-        before, size = size, back.square().sum(0)
-        direction = back + torch.where(before > rounding, size / before, 0.0) * direction
-    return y
+    with ieee_products():
+        direction = back = _back(weights, missing, scale)
+        size = back.square().sum(0)
+        # What W0^T gives of no more than rounding: the rest is made, or cannot be.
+        rounding = (4 * torch.finfo(y.dtype).eps) ** 2 * sum(u.square().sum(0) for u in images)
+        for _ in range(ITERATIONS):
+            made = [scale * (w @ direction) for w in weights]
+            step = torch.where(size > rounding, size / sum(part.square().sum(0) for part in made), 0.0)
+            y = y + step * direction
+            missing = [u - step * part for u, part in zip(missing, made, strict=True)]
+            back = _back(weights, missing, scale)
+            before, size = size, back.square().sum(0)
+            direction = back + torch.where(before > rounding, size / before, 0.0) * direction
+    return scale * y
+
+
+def _back(weights: Sequence[Tensor], images: Sequence[Tensor], scale: Tensor) -> Tensor:
+    return scale * sum(w.mT @ u for w, u in zip(weights, images, strict=True))
+
+
+@contextmanager
+def ieee_products():
+    """float32 products on CUDA as float32, whatever is set: TF32's rounding lies outside W0's row space too and would be blown up."""
+    settings = torch.backends.cuda.matmul
+    name, exact = ("fp32_precision", "ieee") if hasattr(settings, "fp32_precision") else ("allow_tf32", False)
+    held = getattr(settings, name)
+    setattr(settings, name, exact)
+    try:
+        yield
+    finally:
+        setattr(settings, name, held)
 
 
 def paired_basis(v: np.ndarray, y: np.ndarray, rank: int) -> np.ndarray:

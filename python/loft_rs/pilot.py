@@ -2,9 +2,9 @@
 
 For a few Adam steps every layer computes y + (x A^T) B^T beside what it has, and so becomes W = W0 + B A (of a refreshed adapter
 W_cur + B A). On the input side A (k x n) starts at zero and B (m x k) at random, N(0, 1/k): the reverse of LoRA's start, so that the row
-space of B A is all learnt (output side: A drawn, B learnt). Then P holds the top r/2 pairs of B A (`pairs.py`), in which a rotation can
-make what the pilot changed; of layers that are tied, of their changes B A stacked. Under `side="auto"` the side of a module is the one on
-which a rotation makes more of it. Nothing of the pilot is left in the model.
+space of B A is all learnt (output side: A drawn, B learnt; of an open side the larger one is learnt). Then P holds the top r/2 pairs of
+B A (`pairs.py`), in which a rotation can make what the pilot changed; of layers that are tied, of their changes B A stacked. Under
+`side="auto"` the side of a module is the one on which a rotation makes more of it. Nothing of the pilot is left in the model.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from ._checks import is_int
+from .base import UNIT_VECTORS, dense_weight
 from .factor import no_autocast
 from .linalg import NonFiniteError
 from .pairs import paired_basis, preimages, rotation_makes
@@ -27,6 +28,7 @@ from .support import Support
 
 if TYPE_CHECKING:
     from .layer import AdaptedLinear
+    from .sides import Place
 
 __all__ = ["Change", "Pilot", "PilotTap", "changes_for", "checked_pilot", "some_gradient"]
 
@@ -102,14 +104,21 @@ class Change:
     """W - W0 of one layer, and of those tied to it, as a pilot trains it.
 
     Of each of them `learnt` (n x k), which starts at zero, and `drawn` (m x k): A^T and B; on the output side B and A^T.
+    side: the one that is learnt, default the layer's.
     """
 
     tap_input = True
 
     def __init__(
-        self, layer: AdaptedLinear, adapter: str, rank: int | None, draw: torch.Generator | None, home: torch.device
+        self,
+        layer: AdaptedLinear,
+        adapter: str,
+        rank: int | None,
+        draw: torch.Generator | None,
+        home: torch.device,
+        side: str | None = None,
     ):
-        self.side, self.rank = layer.loft_side[adapter], layer.rank(adapter)
+        self.side, self.rank = side or layer.loft_side[adapter], layer.rank(adapter)
         dtype = torch.promote_types(layer.support(adapter).dtype, torch.float32)
         self.dtype = dtype  # of the inputs, as the pilot sees them
         self.learnt: list[Tensor] = []
@@ -120,6 +129,19 @@ class Change:
             drawn = torch.randn(other, k, generator=draw, device="meta" if draw is None else "cpu") / k**0.5
             self.drawn.append(drawn.to(home, dtype).requires_grad_())
             self.learnt.append(torch.zeros(own, k, dtype=dtype, device=home, requires_grad=True))
+        self.copies = sum(self._copied(each, adapter) for each in layer.tied(adapter))
+
+    @staticmethod
+    def _copied(layer: AdaptedLinear, adapter: str) -> int:
+        """Bytes of the copies of a layer's weight that its support is made with."""
+        n, m, weight = layer.in_features, layer.out_features, dense_weight(layer.get_base_layer())
+        entries = m * n
+        if weight is None:  # what the base unpacks, what it makes of unit vectors, and that in float32
+            return 12 * entries + 4 * min(UNIT_VECTORS, n) * (n + m)
+        wide = max(4, weight.dtype.itemsize) * entries
+        if layer.frozen_rank(adapter):  # turned, and what is made on the way
+            return 3 * wide
+        return wide if weight.dtype.itemsize < 4 else 0
 
     @property
     def factors(self) -> list[Tensor]:
@@ -143,21 +165,20 @@ class Change:
         own, other = (self.learnt, self.drawn) if side == self.side else (self.drawn, self.learnt)
         weights = weights if side == "input" else [w.mT for w in weights]
         own, other = ([t.detach().double().cpu().numpy() for t in each] for each in (own, other))
-        q, right = np.linalg.qr(np.hstack(own))
-        rights = np.split(right, np.cumsum([a.shape[1] for a in own])[:-1], axis=1)
-        lefts = [np.linalg.qr(b) for b in other]
-        core = np.vstack([left @ each.T for (_, left), each in zip(lefts, rights, strict=True)])
+        q, r = np.linalg.qr(np.hstack(own))
+        parts = np.split(r, np.cumsum([a.shape[1] for a in own])[:-1], axis=1)
+        others = [np.linalg.qr(b) for b in other]
+        core = np.vstack([left @ part.T for (_, left), part in zip(others, parts, strict=True)])
         if not core.any():
             return None
-        u, values, v = np.linalg.svd(core)
-        count = -(-self.rank // 2)
-        parts = np.split(u[:, :count], np.cumsum([len(left) for _, left in lefts])[:-1])
-        images = [torch.from_numpy(basis @ part) for (basis, _), part in zip(lefts, parts, strict=True)]
+        u, values, vt = np.linalg.svd(core)
+        count = -(-self.rank // 2)  # of the last pair of an odd rank there is v alone
+        parts = np.split(u[:, : self.rank // 2], np.cumsum([len(left) for _, left in others])[:-1])
+        images = [torch.from_numpy(basis @ part) for (basis, _), part in zip(others, parts, strict=True)]
         wide = [w.to(torch.promote_types(w.dtype, torch.float32)) for w in weights]
         with no_autocast(wide[0].device.type):
             partners = preimages(wide, [image.to(wide[0]) for image in images]).double().cpu().numpy()
-            v = q @ v[:count].T
-            basis = paired_basis(v, partners[:, : self.rank // 2], self.rank)
+            basis = paired_basis(q @ vt[:count].T, partners, self.rank)
             stored = torch.from_numpy(basis).to(wide[0])
             written = np.vstack([(w @ stored).double().cpu().numpy() for w in wide])
         change = np.vstack([b @ (a.T @ basis) for a, b in zip(own, other, strict=True)])
@@ -193,9 +214,8 @@ class Change:
     def workspace(self, rows: int, dtype: torch.dtype, device: str, offload: bool) -> int:
         tall = max(len(factor) for factor in self.factors)
         k, size = max(a.shape[1] for a in self.learnt), self.learnt[0].dtype.itemsize
-        # The change, its input or gradient in float32, and the sum in the layer's dtype; afterwards the weights in float32.
-        weights = sum(len(a) * len(b) for a, b in zip(self.learnt, self.drawn, strict=True)) * size
-        return max(rows * tall * (2 * size + dtype.itemsize) + 2 * rows * k * size, weights)
+        # The change, its input or gradient in float32, and the sum in the layer's dtype; afterwards the weights.
+        return max(rows * tall * (2 * size + dtype.itemsize) + 2 * rows * k * size, self.copies)
 
 
 class PilotTap:
@@ -208,8 +228,11 @@ class PilotTap:
         return self.change.add(layer.at_identity(x, self.adapter, *args, **kwargs), x, self.part)
 
 
-def changes_for(layers: Mapping[Any, AdaptedLinear], adapter: str, pilot: Pilot, seed: int | None) -> dict[Any, Change]:
-    """The changes that a pilot starts from, one a layer: the same on every process and device. seed: None for their shapes alone.
+def changes_for(
+    layers: Mapping[Place, AdaptedLinear], adapter: str, pilot: Pilot, seed: int | None
+) -> dict[Place, Change]:
+    """The changes that a pilot starts from, one a layer, learnt on that side: the same on every process and device. seed: None for their
+    shapes alone.
 
     ValueError where the pilot's rank is below the adapter's.
     """
@@ -220,8 +243,10 @@ def changes_for(layers: Mapping[Any, AdaptedLinear], adapter: str, pilot: Pilot,
     draw = None if seed is None else torch.Generator().manual_seed(seed)
     meta = torch.device("meta")
     return {
-        name: Change(layer, adapter, pilot.rank, draw, meta if draw is None else layer.support(adapter).device)
-        for name, layer in layers.items()
+        place: Change(
+            layer, adapter, pilot.rank, draw, meta if draw is None else layer.support(adapter).device, place.side
+        )
+        for place, layer in layers.items()
     }
 
 

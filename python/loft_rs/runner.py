@@ -24,7 +24,7 @@ from .support import Support
 from .tap import LayerTap
 from .tuner.layer import Linear
 
-__all__ = ["Runner", "calibrating", "require_finite"]
+__all__ = ["Runner", "calibrating", "fsdp_modules", "require_finite"]
 
 HEAD_LEARNING_RATE = 1e-3
 # Mean losses have gradients that float16 rounds to zero. A power of two changes nothing in the other formats.
@@ -119,6 +119,24 @@ def calibrating(model: nn.Module, layers: Mapping[str, Linear], head: list[nn.Pa
             parameter.grad = gradient
         for module, mode in training:
             module.training = mode
+
+
+def fsdp_modules(model: nn.Module) -> list[nn.Module]:
+    """The modules whose parameters FSDP2 (`fully_shard`) has sharded."""
+    return [module for module in model.modules() if "FSDPModule" in {kind.__name__ for kind in type(module).__mro__}]
+
+
+@contextmanager
+def _whole(modules: list[nn.Module]):
+    """The parameters of these sharded modules gathered; every process must come here."""
+    owners = {id(module): module for module in modules}.values()
+    for module in owners:
+        module.unshard()
+    try:
+        yield
+    finally:
+        for module in owners:
+            module.reshard()
 
 
 class Runner:
@@ -271,29 +289,15 @@ class Runner:
         factors = [factor for change in changes.values() for factor in change.factors]
         self._train(factors, pilot.steps, pilot.lr, "pilot", check)
         found: dict[Place, Support | None] = {}
+        # The innermost of nested ones, which comes last.
+        owners = {id(child): module for module in fsdp_modules(self.model) for child in module.modules()}
         with self.ranks.stage(), torch.no_grad():
             for name, each in by_module(places).items():
                 change, tied = by_name[name], self.layers[name]
-                with self._whole(tied):
+                with _whole([owners[id(layer)] for layer in tied if id(layer) in owners]):
                     weights = [layer.current_weight(self.adapter, change.dtype) for layer in tied]
                     found |= {place: change.support(place.side, weights, seed) for place in each}
         return self.ranks.first({place: support for place, support in found.items() if support is not None})
-
-    @contextmanager
-    def _whole(self, layers: Iterable[nn.Module]):
-        """Under FSDP2: the parameters of these layers gathered."""
-        sharded = [m for m in self.model.modules() if "FSDPModule" in {kind.__name__ for kind in type(m).__mro__}]
-        held = {
-            id(child): module for module in sharded for child in module.modules()
-        }  # the innermost, which comes last
-        owners = {id(owner): owner for layer in layers if (owner := held.get(id(layer))) is not None}.values()
-        for owner in owners:
-            owner.unshard()
-        try:
-            yield
-        finally:
-            for owner in owners:
-                owner.reshard()
 
     def _train(
         self,

@@ -116,8 +116,8 @@ def sketch_for(
     kind = SKETCHES.get(plan.method)
     if kind is None:
         basis, facts = held, {"energy": layer.energy(adapter)}
-        if plan.side != layer.loft_side[adapter]:  # nothing is there yet
-            basis = held.new_empty(plan.width, plan.rank)
+        if plan.side != layer.loft_side[adapter]:  # of an open side nothing is there yet: its size alone
+            basis = held.new_empty(plan.width, plan.rank, device="meta" if chosen is None else "cpu")
         if chosen is not None:
             basis = torch.from_numpy(chosen.basis)
             facts = {name: getattr(chosen, name) for name in ("energy", "energy_stderr", "values", "gap")}

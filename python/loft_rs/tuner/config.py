@@ -56,10 +56,10 @@ class LoftConfig(PeftConfig):
             modules of the architecture.
         exclude_modules (`list[str] | str`): Names, suffixes or a regular expression of modules to leave alone.
         support (`str`): How P is chosen. Without data: `principal` (top singular vectors of W0, the default), `random`, `coordinate`. By
-            `loft_rs.calibrate`: `skewgrad`, `gradsvd`, `activation`, or `pilot`, in which a rotation can make what a few steps of low-rank
-            training changed the most (see `loft_rs.Pilot`). Or the path of a file written by `loft_rs.save_supports`. Without a support: `blocks`
-            turns all coordinates, r at a time (OFT, BOFT), and `trained` trains r Householder vectors (HRA); see `LoftConfig.oft`,
-            `.boft`, `.hra` and `.psoft`, which set this and the six options at the end of this list.
+            `loft_rs.calibrate`: `skewgrad`, `gradsvd`, `activation`, or `pilot`, in which a rotation can make what a few steps of
+            low-rank training changed the most (see `loft_rs.Pilot`). Or the path of a file written by `loft_rs.save_supports`. Without
+            a support: `blocks` turns all coordinates, r at a time (OFT, BOFT), and `trained` trains r Householder vectors (HRA); see
+            `LoftConfig.oft`, `.boft`, `.hra` and `.psoft`, which set this and the six options at the end of this list.
         transform (`str`): `cayley` (default), `exp` or `free` (not orthogonal); `cayley_neumann`, a series cut off, to go on with an
             adapter that was trained with it; with `support="trained"` `householder` or `reflection`.
         side (`str`): `input` (W0 R, default), `output` (R W0), or `auto`: `loft_rs.calibrate` chooses for every module the side whose

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import os
 from datetime import timedelta
 
@@ -10,19 +9,16 @@ import numpy as np
 import peft
 import pytest
 import torch
-import transformers
 from hypothesis import given
 from hypothesis import strategies as st
-from reference import make_bert, make_llama, token_batches
+from reference import Packed, made_by_rotation, make_bert, make_llama, token_batches
 from test_calibration import Perceptron, X, overlap
-from test_calibration_memory import LiveBytes, frozen_peak
 from torch import nn
 
 import loft_rs
 from loft_rs import Budget, LoftConfig, NonFiniteError, Pilot, calibrate, refresh
-from loft_rs.factor import LowRank
 from loft_rs.layer import AdaptedLinear
-from loft_rs.pairs import ITERATIONS, ieee_products, paired_basis, preimages, rotation_makes
+from loft_rs.pairs import ITERATIONS
 from loft_rs.pilot import Change, changes_for
 from loft_rs.sides import Place
 from loft_rs.transform import DeltaGroup
@@ -100,77 +96,6 @@ def test_the_support_has_the_change_s_own_directions_and_says_what_a_rotation_ma
             assert np.linalg.norm(vt[:half] @ p) ** 2 >= half - 1e-4
         assert found.energy == pytest.approx(made_by_rotation(w, p, d), abs=1e-5)
         assert found.energy_stderr == 0.0
-
-
-def made_by_rotation(w, p, d):
-    """1 - min ||W P A P^T - D||^2 / ||D||^2, by least squares over the entries of a skew A."""
-    r = p.shape[1]
-    columns = []
-    for i in range(r):
-        for j in range(i):
-            a = np.zeros((r, r))
-            a[i, j], a[j, i] = 1.0, -1.0
-            columns.append((w @ p @ a @ p.T).ravel())
-    if not columns:
-        return 0.0
-    basis = np.stack(columns, 1)
-    missed = d.ravel() - basis @ np.linalg.lstsq(basis, d.ravel(), rcond=1e-12)[0]
-    return 1 - float(missed @ missed / (d.ravel() @ d.ravel()))
-
-
-@given(
-    m=st.integers(1, 30),
-    n=st.integers(1, 30),
-    parts=st.integers(1, 3),
-    columns=st.integers(1, 5),
-    scale=st.sampled_from([1e-8, 1.0, 1e6]),
-    seed=st.integers(0, 2**31),
-)
-def test_preimages_are_the_pseudoinverse_s_of_a_weight_of_few_singular_values(m, n, parts, columns, scale, seed):
-    draw = np.random.default_rng(seed)
-    u, _, vt = np.linalg.svd(draw.normal(size=(m * parts, n)), full_matrices=False)
-    # As many different singular values as CGLS takes steps, some of them zero: it ends at the pseudoinverse.
-    w = scale * (u * draw.choice([0.0, 0.5, 1.0, 2.0, 3.0], len(vt))) @ vt
-    images = draw.normal(size=(m * parts, columns))
-    images[:, 0] -= w @ np.linalg.lstsq(w, images[:, 0], rcond=1e-9)[0]  # W0 does not reach it
-    blocks = [[torch.from_numpy(block) for block in np.split(each, parts)] for each in (w, images)]
-    found = preimages(*blocks).numpy()
-    wanted = np.linalg.pinv(w, rcond=1e-9) @ images
-    np.testing.assert_allclose(found, wanted, atol=1e-9 * np.abs(images).max() / scale)
-
-
-@pytest.mark.parametrize("scale", [1e-15, 1.0, 1e15])
-def test_preimages_in_float32_of_any_scale_and_without_full_rank(scale):
-    draw = np.random.default_rng(0)
-    w = draw.normal(size=(96, 20)) @ draw.normal(size=(20, 96)) / 40
-    images = draw.normal(size=(96, 5))
-    found = preimages([torch.from_numpy(scale * w).float()], [torch.from_numpy(images).float()])
-    wanted = np.linalg.pinv(w, rcond=1e-9) @ images
-    # 16 steps on a spectrum of condition 10: what is left is as small as float32's own error.
-    np.testing.assert_allclose(found.double().numpy() * scale, wanted, atol=1e-3 * np.abs(wanted).max())
-
-
-def test_products_are_float32_s_own_for_a_while():
-    settings = torch.backends.cuda.matmul
-    name = "fp32_precision" if hasattr(settings, "fp32_precision") else "allow_tf32"
-    held = getattr(settings, name)
-    with pytest.raises(OSError, match="disk"), ieee_products():
-        assert getattr(settings, name) in ("ieee", False)
-        raise OSError("disk")
-    assert getattr(settings, name) == held
-
-
-def test_a_pair_makes_a_change_that_its_right_singular_vectors_do_not():
-    draw = np.random.default_rng(0)
-    w, u, v = draw.normal(size=(40, 64)), draw.normal(size=(40, 2)), draw.normal(size=(64, 2))
-    d = u @ v.T
-    u, _, vt = np.linalg.svd(d)
-    y = preimages([torch.from_numpy(w)], [torch.from_numpy(u[:, :2])]).numpy()
-    paired = paired_basis(vt[:2].T, y, 4)
-    alone = np.linalg.qr(vt[:4].T)[0]
-    made = [rotation_makes(w @ p, d @ p) / np.sum(d**2) for p in (paired, alone)]
-    assert made[0] == pytest.approx(made_by_rotation(w, paired, d), rel=1e-9)
-    assert made[0] >= 0.3 and made[1] <= 0.06
 
 
 def test_an_untrained_change_has_no_support_and_starts_alike_on_every_call():
@@ -262,120 +187,6 @@ def test_the_support_is_where_the_task_changes_the_weight_and_a_rotation_in_it_m
     assert captured["pilot"] >= 0.95
     assert captured["random"] <= 4 * rank / len(basis)
     assert made["pilot"] >= 5 * made["random"]
-
-
-class TwoLinears(nn.Module):
-    """A tall and a wide layer, of which only one side's rotations can make what the task asks for."""
-
-    def __init__(self):
-        super().__init__()
-        draw = torch.Generator().manual_seed(1)
-        self.tall, self.wide = (nn.Linear(n, m, bias=False) for n, m in ((12, 48), (48, 12)))
-        for layer in (self.tall, self.wide):
-            m, n = layer.weight.shape
-            with torch.no_grad():
-                layer.weight.copy_(torch.randn(m, n, generator=draw) / n**0.5)
-        for name in ("tall", "wide"):
-            weight = getattr(self, name).weight.detach()
-            m, n = weight.shape
-            target = weight + torch.randn(m, 1, generator=draw) @ torch.randn(1, n, generator=draw) / 12
-            self.register_buffer(f"{name}_target", target)
-
-    def forward(self, x):
-        errors = [self.tall(x[:, :12]) - x[:, :12] @ self.tall_target.mT, self.wide(x) - x @ self.wide_target.mT]
-        return {"loss": sum(error.square().mean() for error in errors)}
-
-
-def test_an_open_side_is_the_one_on_which_a_rotation_makes_more_of_the_change():
-    base = TwoLinears()
-    draw = torch.Generator().manual_seed(2)
-    batches = [{"x": torch.randn(64, 48, generator=draw)} for _ in range(8)]
-    names = ["tall", "wide"]
-    reports = {
-        side: calibrate(build(copy.deepcopy(base), target_modules=names, r=4, side=side), batches, pilot=Pilot(steps=8))
-        for side in ("input", "output", "auto")
-    }
-    energies = {side: {name: s.energy for name, s in report.layers.items()} for side, report in reports.items()}
-    # Outside W0's column space, or row space, a rotation of the smaller side makes nothing.
-    assert {name: s.side for name, s in reports["auto"].layers.items()} == {"tall": "output", "wide": "input"}
-    for name, side in (("tall", "output"), ("wide", "input")):
-        other = "input" if side == "output" else "output"
-        assert energies[side][name] > energies[other][name]
-        assert reports["auto"].sides[name][side] == reports["auto"].layers[name].energy
-        assert reports["auto"].sides[name][side] > reports["auto"].sides[name][other] > 0
-
-
-def test_an_open_side_is_decided_once_and_kept(tmp_path):
-    batches = token_batches(3)
-    model = build(side="auto", seed=1)
-    report = calibrate(model, batches, pilot=SHORT)
-    sides = {name: layer.loft_side["default"] for name, layer in adapted_layers(model)[1].items()}
-    assert (
-        sides == {name: max(each, key=each.get) for name, each in report.sides.items()}
-        and len(set(sides.values())) == 2
-    )
-    assert {name: s.side for name, s in report.layers.items()} == sides
-    assert calibrate(build(side="auto", seed=1), batches, pilot=SHORT, memory=report.memory.total).sides == report.sides
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.normal_(std=0.05)
-    wanted = model.eval()(**batches[0]).logits
-    model.save_pretrained(tmp_path)
-    loaded = peft.PeftModel.from_pretrained(make_llama(), tmp_path, is_trainable=True)
-    assert torch.equal(loaded.eval()(**batches[0]).logits, wanted)
-    again = refresh(loaded, batches, pilot=SHORT)
-    assert {name: s.side for name, s in again.layers.items()} == sides and not again.sides
-    torch.testing.assert_close(loaded.eval()(**batches[0]).logits, wanted, rtol=1e-4, atol=1e-5)
-    partly = perceptron(target_modules=["a", "b", "unused"], side="auto")
-    with pytest.warns(UserWarning, match="no calibration batch .* unused: a random support was put there"):
-        report = calibrate(partly, [{"x": X}], pilot=SHORT)
-    assert report.layers["unused"].side == "input" and report.layers["a"].method == "pilot"
-
-
-class Packed(nn.Module):
-    """A linear layer whose weight nobody can read, as a quantised one's: it only multiplies."""
-
-    def __init__(self, linear):
-        super().__init__()
-        self.in_features, self.out_features = linear.in_features, linear.out_features
-        self.weight = nn.Parameter(torch.zeros(1, dtype=torch.uint8), requires_grad=False)
-        self.bias, self.compute_dtype = linear.bias, linear.weight.dtype
-        self.register_buffer("packed", linear.weight.detach())
-
-    def forward(self, x):
-        return nn.functional.linear(x, self.packed, self.bias)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-@pytest.mark.parametrize("side", ["input", "output"])
-@pytest.mark.parametrize("kind", ["dense", "packed", "conv1d"])
-@pytest.mark.parametrize("refreshed", [False, True])
-def test_the_current_weight_is_what_the_layer_multiplies_with(kind, dtype, side, refreshed, monkeypatch):
-    monkeypatch.setattr(loft_rs.layer, "UNIT_VECTORS", 5)
-    torch.manual_seed(0)
-    linear = nn.Linear(12, 20, dtype=dtype).requires_grad_(False)
-    linear.bias += 50.0  # which would round the weight away
-    base, weight = linear, linear.weight.double()
-    if kind == "packed":
-        base = Packed(linear)
-    elif kind == "conv1d":
-        base = transformers.pytorch_utils.Conv1D(20, 12).to(dtype)
-        with torch.no_grad():
-            base.weight.copy_(linear.weight.mT)
-            base.bias.copy_(linear.bias)
-    layer = AdaptedLinear(base)
-    layer.add_factor("default", 4, DeltaGroup("free"), side)
-    if refreshed:
-        p = torch.linalg.qr(torch.randn(layer.support_width(side), 2, dtype=torch.float64))[0]
-        turn = torch.tensor([[0.6, -0.8], [0.8, 0.6]], dtype=torch.float64)
-        layer.set_frozen("default", LowRank(p, turn - torch.eye(2, dtype=torch.float64)))
-        rotation = torch.eye(len(p), dtype=torch.float64) + p @ (turn - torch.eye(2, dtype=torch.float64)) @ p.mT
-        weight = weight @ rotation if side == "input" else rotation @ weight
-    found = layer.current_weight("default", dtype)
-    eps = torch.finfo(dtype).eps
-    torch.testing.assert_close(found.double(), weight, rtol=4 * eps, atol=8 * eps * float(weight.abs().max()))
-    assert base.bias is not None
 
 
 @pytest.mark.parametrize("side", ["input", "output"])
@@ -727,53 +538,6 @@ def test_wrong_configs_and_pilots_are_refused():
     ):
         with pytest.raises(ValueError, match=message):
             Pilot(**options)
-
-
-@pytest.mark.parametrize("packed", [False, True])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_memory_of_a_wide_layer_that_few_rows_reach_is_that_of_its_weight(dtype, packed):
-    def made():
-        base = Perceptron()
-        base.a = nn.Linear(X.shape[-1], 2048)
-        base.b = nn.Linear(2048, 512)
-        base = base.to(dtype)
-        if packed:
-            base.b = Packed(base.b)
-        return perceptron(base, target_modules=["b"])
-
-    batch, pilot = {"x": X[:4].to(dtype)}, Pilot(steps=2, rank=4)
-    wanted = calibrate(made(), [batch], pilot=pilot).memory
-    model = made()
-    with LiveBytes(model) as live:
-        calibrate(model, [batch], pilot=pilot)
-    assert live.peak <= 1.05 * wanted.total, (live.peak / wanted.total, wanted)
-
-
-@pytest.mark.parametrize(
-    ("side", "dtype", "checkpointing"),
-    [("input", torch.float32, False), ("output", torch.bfloat16, None)],
-)
-def test_the_memory_known_beforehand_is_what_it_takes(side, dtype, checkpointing):
-    sizes = {"hidden_size": 128, "intermediate_size": 320, "num_attention_heads": 4, "num_key_value_heads": 2}
-    batch = token_batches(1, size=8, length=32)[0]
-
-    def made():
-        model = build(make_llama(dtype, **sizes), side=side, r=16)
-        if checkpointing is not None:
-            model.enable_input_require_grads()
-            model.gradient_checkpointing_enable({"use_reentrant": checkpointing})
-        return model.train()
-
-    wanted = calibrate(made(), [batch], pilot=SHORT).memory
-    base = frozen_peak(made(), batch)
-    model = made()
-    with LiveBytes(model) as live:
-        calibrate(model, [batch], pilot=SHORT)
-    extra = live.peak - base
-    assert 0.4 * wanted.total <= extra <= wanted.total, (extra / wanted.total, wanted)
-    calibrate(made(), [batch], pilot=SHORT, memory=wanted.total)
-    with pytest.raises(ValueError, match=f"too little for a pilot.*give {wanted.total} bytes or more"):
-        calibrate(made(), [batch], pilot=SHORT, memory=wanted.total - 1)
 
 
 # -- processes -------------------------------------------------------------------------------------------------------------

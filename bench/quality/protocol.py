@@ -56,6 +56,19 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in text[:-1] if line]  # what follows the last newline was cut off
 
 
+def to_line(found: dict[str, Any]) -> str:
+    """A line of such a file, floats to seven digits."""
+
+    def short(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {name: short(each) for name, each in value.items()}
+        if isinstance(value, list):
+            return [short(each) for each in value]
+        return float(f"{value:.7g}") if isinstance(value, float) else value
+
+    return json.dumps(short(found), separators=(",", ":")) + "\n"
+
+
 def key(line: dict[str, Any] | Spec) -> tuple:
     held = asdict(line) if isinstance(line, Spec) else line
     return held["task"], held["method"], held["phase"], f"{held['rate']:.6g}", held["seed"], held["steps"]

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import importlib.metadata
-import json
 import multiprocessing
 import os
 import queue
@@ -21,7 +20,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from protocol import Cell, Spec, due, key, read_lines
+from protocol import Cell, Spec, due, key, read_lines, to_line
 
 
 def cells(packed: Path, tasks: list[str], names: list[str], steps: int | None) -> list[Cell]:
@@ -118,7 +117,7 @@ def sweep(arguments: argparse.Namespace) -> None:
     for worker in workers:
         worker.start()
     lines = read_lines(arguments.out)
-    text = "".join(json.dumps(line) + "\n" for line in lines)  # without a line that was cut off
+    text = "".join(map(to_line, lines))  # without a line that was cut off
     arguments.out.write_text(text)
     taken: set[tuple] = set()
     waves, written, last = 0, 0, begun
@@ -146,7 +145,7 @@ def sweep(arguments: argparse.Namespace) -> None:
                     waves -= 1
                 else:
                     lines.append(line)
-                    file.write(json.dumps(line) + "\n")
+                    file.write(to_line(line))
                     file.flush()
                     written += 1
                 try:

@@ -6,7 +6,6 @@ python bench/quality/timing.py --packed PACKED --task gtsrb --out times.jsonl
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import time
 import warnings
@@ -15,7 +14,7 @@ from typing import Any
 
 import torch
 from methods import METHODS
-from protocol import Spec
+from protocol import Spec, to_line
 from sweep import cells, machine
 from tasks import TASKS
 from train import EAGER, Run
@@ -66,7 +65,7 @@ def main() -> None:
                 line |= timed(spec, arguments.packed)
             except Exception as error:
                 line |= {"error": f"{type(error).__name__}: {error}"[:500]}
-            file.write(json.dumps(line | about) + "\n")
+            file.write(to_line(line | about))
             file.flush()
 
 

@@ -259,8 +259,6 @@ def calibrate(
         def energy(place: Place, sketch: Sketch, rank: int | None = None) -> float:
             if place.module not in undecided:
                 return 0.0
-            if pilot is not None:
-                return chosen[place].energy
             return sketch.rotation_energy(rank or sketch.rank, dense_weight(homes[place].get_base_layer()))
 
         survey = Survey(plans, model, homes, adapter, offload, changes)

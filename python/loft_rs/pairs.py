@@ -34,7 +34,7 @@ ITERATIONS = 16
 def preimages(weights: Sequence[Tensor], images: Sequence[Tensor]) -> Tensor:
     """Y (n x k), nearly W0^+ U, of W0 (m x n) and U (m x k), both in parts that are stacked, in one floating dtype.
 
-    A column that W0 does not reach is zero.
+    A column that W0 does not reach is zero. On CUDA it wants `ieee_products`.
     """
     norm = sum(torch.linalg.vector_norm(w) ** 2 for w in weights).sqrt()
     scale = torch.where(
@@ -42,19 +42,18 @@ def preimages(weights: Sequence[Tensor], images: Sequence[Tensor]) -> Tensor:
     )  # W0 / ||W0||_F is what is inverted: no square of it under- or overflows
     y = images[0].new_zeros(weights[0].shape[1], images[0].shape[1])
     missing = list(images)
-    with ieee_products():
-        direction = back = _back(weights, missing, scale)
-        size = back.square().sum(0)
-        # What W0^T gives of no more than rounding: the rest is made, or cannot be.
-        rounding = (4 * torch.finfo(y.dtype).eps) ** 2 * sum(u.square().sum(0) for u in images)
-        for _ in range(ITERATIONS):
-            made = [scale * (w @ direction) for w in weights]
-            step = torch.where(size > rounding, size / sum(part.square().sum(0) for part in made), 0.0)
-            y = y + step * direction
-            missing = [u - step * part for u, part in zip(missing, made, strict=True)]
-            back = _back(weights, missing, scale)
-            before, size = size, back.square().sum(0)
-            direction = back + torch.where(before > rounding, size / before, 0.0) * direction
+    direction = back = _back(weights, missing, scale)
+    size = back.square().sum(0)
+    # What W0^T gives of no more than rounding: the rest is made, or cannot be.
+    rounding = (4 * torch.finfo(y.dtype).eps) ** 2 * sum(u.square().sum(0) for u in images)
+    for _ in range(ITERATIONS):
+        made = [scale * (w @ direction) for w in weights]
+        step = torch.where(size > rounding, size / sum(part.square().sum(0) for part in made), 0.0)
+        y = y + step * direction
+        missing = [u - step * part for u, part in zip(missing, made, strict=True)]
+        back = _back(weights, missing, scale)
+        before, size = size, back.square().sum(0)
+        direction = back + torch.where(before > rounding, size / before, 0.0) * direction
     return scale * y
 
 

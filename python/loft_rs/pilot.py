@@ -22,7 +22,7 @@ from ._checks import is_int
 from .base import UNIT_VECTORS, dense_weight
 from .factor import no_autocast
 from .linalg import NonFiniteError
-from .pairs import paired_basis, preimages, rotation_makes
+from .pairs import ieee_products, paired_basis, preimages, rotation_makes
 from .products import as_it_is, inner_product, product
 from .support import Support
 
@@ -176,7 +176,7 @@ class Change:
         parts = np.split(u[:, : self.rank // 2], np.cumsum([len(left) for _, left in others])[:-1])
         images = [torch.from_numpy(basis @ part) for (basis, _), part in zip(others, parts, strict=True)]
         wide = [w.to(torch.promote_types(w.dtype, torch.float32)) for w in weights]
-        with no_autocast(wide[0].device.type):
+        with no_autocast(wide[0].device.type), ieee_products():
             partners = preimages(wide, [image.to(wide[0]) for image in images]).double().cpu().numpy()
             basis = paired_basis(q @ vt[:count].T, partners, self.rank)
             stored = torch.from_numpy(basis).to(wide[0])

@@ -548,6 +548,10 @@ class MomentSketch(Sketch):
     def moment(self, p: np.ndarray) -> np.ndarray:
         return self.numpy("moment")
 
+    def rotation_energy(self, rank: int, weight: Tensor | None) -> float:
+        """What the support was chosen by."""
+        return self.facts["energy"]
+
     def support(self, passes: int, rank: int | None = None) -> Support:
         return replace(super().support(passes, rank), **self.facts)
 

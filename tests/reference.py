@@ -106,33 +106,3 @@ def untouched(model, before):
     unchanged(model, before)
     assert all(layer.tap is None for layer in adapted_layers(model)[1].values())
     assert not any(module._forward_pre_hooks or module._forward_hooks for module in model.modules())
-
-
-def made_by_rotation(w, p, d):
-    """1 - min ||W P A P^T - D||^2 / ||D||^2, by least squares over the entries of a skew A."""
-    r = p.shape[1]
-    columns = []
-    for i in range(r):
-        for j in range(i):
-            a = np.zeros((r, r))
-            a[i, j], a[j, i] = 1.0, -1.0
-            columns.append((w @ p @ a @ p.T).ravel())
-    if not columns:
-        return 0.0
-    basis = np.stack(columns, 1)
-    missed = d.ravel() - basis @ np.linalg.lstsq(basis, d.ravel(), rcond=1e-12)[0]
-    return 1 - float(missed @ missed / (d.ravel() @ d.ravel()))
-
-
-class Packed(torch.nn.Module):
-    """A linear layer whose weight nobody can read, as a quantised one's: it only multiplies."""
-
-    def __init__(self, linear):
-        super().__init__()
-        self.in_features, self.out_features = linear.in_features, linear.out_features
-        self.weight = torch.nn.Parameter(torch.zeros(1, dtype=torch.uint8), requires_grad=False)
-        self.bias, self.compute_dtype = linear.bias, linear.weight.dtype
-        self.register_buffer("packed", linear.weight.detach())
-
-    def forward(self, x):
-        return torch.nn.functional.linear(x, self.packed, self.bias)

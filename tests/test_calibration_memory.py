@@ -8,13 +8,13 @@ import numpy as np
 import peft
 import pytest
 import torch
-from reference import Packed, make_llama, token_batches, untouched
-from test_calibration import Perceptron, X, build
+from reference import make_llama, token_batches, untouched
+from test_calibration import build
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import loft_rs
-from loft_rs import LoftConfig, Pilot, calibrate
+from loft_rs import LoftConfig, calibrate
 from loft_rs.footprint import byte_count
 from loft_rs.sketch import PROBES, plan_for, sketch_for
 from loft_rs.tap import LayerTap
@@ -268,53 +268,3 @@ def test_a_limit_below_one_layer_says_what_is_needed_and_changes_nothing():
     ):
         calibrate(model, token_batches(1), memory=1000)
     untouched(model, before)
-
-
-# -- of a pilot ------------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("packed", [False, True])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_memory_of_a_wide_layer_that_few_rows_reach_is_that_of_its_weight(dtype, packed):
-    def made():
-        base = Perceptron()
-        base.a = nn.Linear(X.shape[-1], 2048)
-        base.b = nn.Linear(2048, 512)
-        base = base.to(dtype)
-        if packed:
-            base.b = Packed(base.b)
-        return build(base, target_modules=["b"], r=4, support="pilot")
-
-    batch, pilot = {"x": X[:4].to(dtype)}, Pilot(steps=2, rank=4)
-    wanted = calibrate(made(), [batch], pilot=pilot).memory
-    model = made()
-    with LiveBytes(model) as live:
-        calibrate(model, [batch], pilot=pilot)
-    assert live.peak <= 1.05 * wanted.total, (live.peak / wanted.total, wanted)
-
-
-@pytest.mark.parametrize(
-    ("side", "dtype", "checkpointing"),
-    [("input", torch.float32, False), ("output", torch.bfloat16, None)],
-)
-def test_a_pilot_s_memory_known_beforehand_is_what_it_takes(side, dtype, checkpointing):
-    sizes = {"hidden_size": 128, "intermediate_size": 320, "num_attention_heads": 4, "num_key_value_heads": 2}
-    batch = token_batches(1, size=8, length=32)[0]
-
-    def made():
-        model = build(make_llama(dtype, **sizes), side=side, r=16, support="pilot")
-        if checkpointing is not None:
-            model.enable_input_require_grads()
-            model.gradient_checkpointing_enable({"use_reentrant": checkpointing})
-        return model.train()
-
-    wanted = calibrate(made(), [batch], pilot=Pilot(steps=3)).memory
-    base = frozen_peak(made(), batch)
-    model = made()
-    with LiveBytes(model) as live:
-        calibrate(model, [batch], pilot=Pilot(steps=3))
-    extra = live.peak - base
-    assert 0.4 * wanted.total <= extra <= wanted.total, (extra / wanted.total, wanted)
-    calibrate(made(), [batch], pilot=Pilot(steps=3), memory=wanted.total)
-    with pytest.raises(ValueError, match=f"too little for a pilot.*give {wanted.total} bytes or more"):
-        calibrate(made(), [batch], pilot=Pilot(steps=3), memory=wanted.total - 1)

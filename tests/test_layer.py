@@ -7,19 +7,18 @@ import copy
 import numpy as np
 import pytest
 import torch
-import transformers
 from hypothesis import given
 from hypothesis import strategies as st
-from reference import Packed, basis_of, exact_transform
+from reference import basis_of, exact_transform
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 import loft_rs
 from loft_rs.factor import LowRank, gram_root
 from loft_rs.inspection import ORTHONORMAL
-from loft_rs.layer import AdaptedLinear, choose_placement, custom_basis
+from loft_rs.layer import choose_placement, custom_basis
 from loft_rs.nn import LoftLinear
-from loft_rs.transform import TRANSFORMS, DeltaGroup
+from loft_rs.transform import TRANSFORMS
 
 SIDES, PLACEMENTS, NAMES = ["input", "output"], ["rotate", "add"], sorted(TRANSFORMS)
 
@@ -427,34 +426,3 @@ def test_custom_columns_are_orthonormalised_in_order_with_a_warning():
     with pytest.warns(UserWarning, match="not orthonormal"):
         p = custom_basis(np.array([[1.0, 1.0], [0.0, 1.0], [0.0, 0.0]]))
     np.testing.assert_allclose(p, [[1, 0], [0, 1], [0, 0]], atol=1e-7)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-@pytest.mark.parametrize("side", ["input", "output"])
-@pytest.mark.parametrize("kind", ["dense", "packed", "conv1d"])
-@pytest.mark.parametrize("refreshed", [False, True])
-def test_the_current_weight_is_what_the_layer_multiplies_with(kind, dtype, side, refreshed, monkeypatch):
-    monkeypatch.setattr(loft_rs.layer, "UNIT_VECTORS", 5)
-    torch.manual_seed(0)
-    linear = torch.nn.Linear(12, 20, dtype=dtype).requires_grad_(False)
-    linear.bias += 50.0  # which would round the weight away
-    base, weight = linear, linear.weight.double()
-    if kind == "packed":
-        base = Packed(linear)
-    elif kind == "conv1d":
-        base = transformers.pytorch_utils.Conv1D(20, 12).to(dtype)
-        with torch.no_grad():
-            base.weight.copy_(linear.weight.mT)
-            base.bias.copy_(linear.bias)
-    layer = AdaptedLinear(base)
-    layer.add_factor("default", 4, DeltaGroup("free"), side)
-    if refreshed:
-        p = torch.linalg.qr(torch.randn(layer.support_width(side), 2, dtype=torch.float64))[0]
-        turn = torch.tensor([[0.6, -0.8], [0.8, 0.6]], dtype=torch.float64)
-        layer.set_frozen("default", LowRank(p, turn - torch.eye(2, dtype=torch.float64)))
-        rotation = torch.eye(len(p), dtype=torch.float64) + p @ (turn - torch.eye(2, dtype=torch.float64)) @ p.mT
-        weight = weight @ rotation if side == "input" else rotation @ weight
-    found = layer.current_weight("default", dtype)
-    eps = torch.finfo(dtype).eps
-    torch.testing.assert_close(found.double(), weight, rtol=4 * eps, atol=8 * eps * float(weight.abs().max()))
-    assert base.bias is not None

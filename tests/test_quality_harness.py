@@ -13,6 +13,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers.modeling_outputs import SequenceClassifierOutput
 
 HERE = Path(__file__).parents[1] / "bench" / "quality"
 
@@ -139,7 +140,18 @@ def test_matched_methods_train_no_more_than_lora_of_rank_one(methods):
 
 
 @pytest.mark.parametrize(
-    "name", ["LOFT principal", "LOFT coordinate tied", "PSOFT", "OFT b4", "BOFT b2 m2", "HRA", "LoRA-XS", "LoRA r1"]
+    "name",
+    [
+        "LOFT principal",
+        "LOFT coordinate tied",
+        "PSOFT",
+        "OFT b4",
+        "BOFT b2 m2",
+        "HRA",
+        "LoRA-XS",
+        "LoRA-XS pilot r32",
+        "LoRA r1",
+    ],
 )
 def test_a_method_trains_what_its_size_says_and_starts_at_the_base(methods, name):
     tasks = importlib.import_module("tasks")
@@ -150,7 +162,7 @@ def test_a_method_trains_what_its_size_says_and_starts_at_the_base(methods, name
     assert names == ["0", "2"]
     shapes = methods.shapes_of(model, names)
     method = methods.METHODS.get(name) or methods.Method(name, methods._loft("coordinate"), 0.06, methods._planes)
-    rank = method.rank_at(shapes)
+    rank = 8 if name == "LoRA-XS pilot r32" else method.rank_at(shapes)
     x = torch.randn(5, 24)
     with torch.no_grad():
         before = model(x)
@@ -162,7 +174,7 @@ def test_a_method_trains_what_its_size_says_and_starts_at_the_base(methods, name
 
         def forward(self, x):
             y = self.body(x)
-            return {"loss": y.square().mean(), "logits": y}
+            return SequenceClassifierOutput(loss=y.square().mean(), logits=y)
 
     whole = Loss().requires_grad_(False)
     setup = methods.Setup(task, [f"body.{each}" for each in names], [{"x": x}, {"x": torch.randn(5, 24)}], 0)
@@ -173,6 +185,7 @@ def test_a_method_trains_what_its_size_says_and_starts_at_the_base(methods, name
         "OFT b4": sum(n // 4 * 6 for n, _ in shapes),
         "BOFT b2 m2": sum(2 * n // 2 + m for n, m in shapes),
         "LoRA r1": sum(n + m for n, m in shapes),
+        "LoRA-XS pilot r32": 2 * rank**2,
     }
     assert trained == (expected[name] if name in expected else method.size(rank, shapes))
     with torch.no_grad():
@@ -180,30 +193,18 @@ def test_a_method_trains_what_its_size_says_and_starts_at_the_base(methods, name
     torch.testing.assert_close(after, before, rtol=1e-5, atol=1e-5)
 
 
+def test_small_batches_are_the_halves_of_those_given(methods, monkeypatch):
+    given, seen = [{"x": torch.arange(6)}, {"x": torch.arange(6, 11)}], []
+    monkeypatch.setattr(methods, "_calibrate", lambda model, setup, **_: seen.extend(setup.batches))
+    task = importlib.import_module("tasks").Task("t", "f", "vit", "accuracy")
+    setup = methods.Setup(task, ["0"], given, 0)
+    methods._loft("pilot", small=True)(torch.nn.Sequential(torch.nn.Linear(4, 4)), 2, setup)
+    assert [each["x"].tolist() for each in seen] == [[0, 2, 4], [1, 3, 5], [6, 8, 10], [7, 9]]
+
+
 def test_no_rank_within_a_budget_is_an_error(methods):
     with pytest.raises(ValueError, match="no rank trains at most 5 parameters"):
         methods.METHODS["LoRA-XS"].rank_at([(1, 4)])
-
-
-def test_what_a_rotation_makes_of_a_change_is_a_least_squares_solution(bench_path, monkeypatch):
-    pairs = importlib.import_module("pairs")
-    monkeypatch.setattr(pairs, "RANK", 4)
-    draw = np.random.default_rng(0)
-    w, b, a = draw.normal(size=(9, 12)), draw.normal(size=(9, 6)), draw.normal(size=(6, 12))
-    x = draw.normal(size=(50, 12)) * np.geomspace(0.2, 2, 12)
-    c, d = x.T @ x, b @ a
-    p = np.linalg.qr(draw.normal(size=(12, 4)))[0]
-    columns = []
-    for i, j in zip(*np.tril_indices(4, -1), strict=True):
-        skew = np.zeros((4, 4))
-        skew[i, j], skew[j, i] = 1, -1
-        columns.append((w @ p @ skew @ p.T @ x.T).ravel())
-    wanted = (d @ x.T).ravel()
-    missed = wanted - np.stack(columns, 1) @ np.linalg.lstsq(np.stack(columns, 1), wanted, rcond=None)[0]
-    assert pairs.part(w, d, c, p) == pytest.approx(1 - missed @ missed / (wanted @ wanted), rel=1e-9)
-    found = pairs.made(w, b, a, c)
-    assert all(0 <= part <= 1 + 1e-9 for part in found.values())
-    assert found["the whole space"] >= max(part for name, part in found.items() if "output" not in name) - 1e-9
 
 
 def test_matthews_correlation(bench_path):
@@ -258,10 +259,20 @@ def test_the_report_keeps_losers_and_says_what_is_missing(protocol, tmp_path):
         base | {"method": "LOFT principal", "trained": 9, "phase": "score", "rate": 0.1, "seed": 3, "score": None}
     ]
     lines += [base | {"method": "HRA", "trained": 8, "phase": "tune", "rate": 0.1, "seed": 100, "score": 0.1}]
+    for method, trained in (("LOFT principal tied r9", 9), ("LOFT principal large r9", 90)):
+        lines += [
+            base | {"method": method, "trained": trained, "phase": "score", "rate": 0.1, "seed": s, "score": s / 100}
+            for s in range(3)
+        ]
+    trial = {"method": "LOFT pilot wide r9", "trained": 9, "phase": "trial", "rate": 0.1, "seed": 100, "score": 0.125}
+    lines += [base | trial]
     page = report.tables(lines, [])
     row = next(each for each in page.splitlines() if each.startswith("| LOFT principal |"))
     assert "3 (1 diverged)" in row and "-0.1000 ± 0.0000 *" in row and "0.1 (edge)" in row
     assert "| t | LOFT principal refresh | LOFT principal | +0.0500 ± 0.0000 * |" in page
+    assert "| t | LOFT principal tied r9 | LOFT principal | -0.6000 ± 0.0000 * |" in page
+    assert "| t | LOFT principal large r9 |" not in page
+    assert page.count("| t | LOFT pilot wide r9 | 9 | 0.1 | 0.1250 |") == 1
     assert "Begun and not scored yet: HRA on t." in page
     pytest.importorskip("matplotlib")
     report.plot(lines, [], tmp_path / "plot.png")

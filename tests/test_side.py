@@ -493,8 +493,8 @@ def test_supports_bring_their_sides(tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"support": "principal"}, "side='auto' is decided by what the task shows.* got 'principal'"),
-        ({"support": "activation"}, "side='auto' is decided by what the task shows.* got 'activation'"),
+        ({"support": "principal"}, "side='auto' is decided by what the gradient shows.* got 'principal'"),
+        ({"support": "activation"}, "side='auto' is decided by what the gradient shows.* got 'activation'"),
         ({"support": "blocks", "r": 4}, "needs side='input', no side_pattern and tied=False"),
         (
             {"support": "trained", "transform": "householder", "side": "input", "side_pattern": {"q": "output"}},

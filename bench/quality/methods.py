@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import peft
@@ -50,9 +50,9 @@ class Method:
     """`adapt` makes the model that is trained, given the rank; `size` counts the parameters a rank trains in the adapted layers.
 
     `share`: of that budget. `times_rank`: the rates are lr * r. `captured`: a training step can be a CUDA graph. `refreshes`: how often the
-    support is chosen anew during the run. `rate_of`: trained at that method's rate, without trials. `batches`: to calibrate with. `tilt`:
-    entry (i, j) of the skew parameter is trained at its rate times (l_i l_j)^tilt, l the input energy of the support's coordinates, over
-    their geometric mean.
+    support is chosen anew during the run. `extra`: steps beyond the task's. `rate_of`: trained at that method's rate, without trials.
+    `batches`: to calibrate with. `tilt`: entry (i, j) of the skew parameter is trained at its rate times (l_i l_j)^tilt, l the input energy
+    of the support's coordinates, over their geometric mean.
     """
 
     name: str
@@ -65,6 +65,7 @@ class Method:
     times_rank: bool = False
     captured: bool = True
     refreshes: int = 0
+    extra: int = 0
     rate_of: str | None = None
     batches: int = 8
     tilt: float = 0.0
@@ -110,6 +111,9 @@ def _peft(config: type, rank_name: str, **options: Any) -> Adapt:
     return adapt
 
 
+_HALVES = (slice(None, None, 2), slice(1, None, 2))
+
+
 def _heads(task: Task) -> list[str] | None:
     return [task.head] if task.head else None
 
@@ -126,8 +130,13 @@ def _calibrate(model: nn.Module, setup: Setup, **options: Any) -> None:
     loft_rs.calibrate(model, setup.batches, max_batches=len(setup.batches), head_steps=0, progress=False, **options)
 
 
-def _loft(support: str, pilot: Pilot | None = None, **options: Any) -> Adapt:
+def _loft(support: str, pilot: Pilot | None = None, small: bool = False, **options: Any) -> Adapt:
+    """small: calibrated on batches of half the rows, twice as many."""
+
     def adapt(model: nn.Module, rank: int, setup: Setup) -> nn.Module:
+        if small:
+            halves = [{key: x[rows] for key, x in each.items()} for each in setup.batches for rows in _HALVES]
+            setup = replace(setup, batches=halves)
         config = _config(rank, setup, support=support, **options)
         model = peft.get_peft_model(model, config)
         if config.needs_calibration or config.order != "natural":
@@ -235,6 +244,54 @@ def _two_bases(model: nn.Module, rank: int, setup: Setup) -> nn.Module:
     return _with_head(model, rank, setup)
 
 
+def _two_piloted_bases(model: nn.Module, rank: int, setup: Setup) -> nn.Module:
+    """Two bases from a short run, as LOFT's pilot takes its one: of W - W0 = BA after a step of LoRA r=64 a batch, A from zero.
+
+    V in input-PCA order, and U times ||W0||_F / sqrt(inputs), so that the core's rates are a rotation's.
+    """
+    trained = peft.get_peft_model(model, peft.LoraConfig(r=64, lora_alpha=64, target_modules=setup.targets))
+    layers = {name: trained.base_model.model.get_submodule(name) for name in setup.targets}
+    draw = torch.Generator().manual_seed(setup.seed)
+    for layer in layers.values():
+        a, b = (each["default"].weight for each in (layer.lora_A, layer.lora_B))
+        with torch.no_grad():
+            a.zero_()
+            b.copy_(torch.randn(b.shape, generator=draw) / 8)
+    optimiser = torch.optim.Adam([p for p in trained.parameters() if p.requires_grad], 1e-3)
+    for batch in setup.batches:
+        trained(**batch).loss.backward()
+        optimiser.step()
+        optimiser.zero_grad()
+    bases = {}
+    for name, layer in layers.items():
+        a, b = (each["default"].weight.detach().double() for each in (layer.lora_A, layer.lora_B))
+        (qb, rb), (qa, ra) = torch.linalg.qr(b), torch.linalg.qr(a.mT)
+        u, _, vt = torch.linalg.svd(rb @ ra.mT)
+        bases[name] = (qb @ u)[:, :rank], (qa @ vt.mT)[:, :rank]
+    model = trained.unload()
+    moments: dict[str, Tensor] = {}
+
+    def see(name: str, _: nn.Module, arguments: tuple[Tensor]) -> None:
+        z = arguments[0].flatten(0, -2).float() @ bases[name][1].float()
+        moments[name] = moments.get(name, 0) + z.mT @ z
+
+    hooks = [
+        model.get_submodule(name).register_forward_pre_hook(functools.partial(see, name)) for name in setup.targets
+    ]
+    with torch.no_grad():
+        for batch in setup.batches:
+            model(**batch)
+    for hook in hooks:
+        hook.remove()
+    for name, (u, v) in bases.items():
+        made = TwoBases(model.get_submodule(name), rank)
+        weight = made.base.weight.double()
+        made.down.copy_((v @ torch.linalg.eigh(moments[name].double())[1].flip(1)).mT)
+        made.up.copy_(u * weight.norm() / weight.shape[1] ** 0.5)
+        model.set_submodule(name, made)
+    return _with_head(model, rank, setup)
+
+
 def _with_head(model: nn.Module, rank: int, setup: Setup) -> nn.Module:
     if setup.task.head:
         model.get_submodule(setup.task.head).requires_grad_(True)
@@ -270,23 +327,27 @@ def _inputs(r: int, shapes: Shapes) -> int:
 
 
 SUPPORTS = ("principal", "gradsvd", "skewgrad", "activation", "random", "coordinate")
+LORA = _peft(peft.LoraConfig, "r", lora_alpha=lambda r: 2 * r)
 LOFT = {"size": _planes, "middle": 0.06, "times_rank": True}
 PILOT = LOFT | {"batches": 32}  # one a step
+TWICE = {"batches": 64}
+RANKS = {"q_proj": 20, "k_proj": 20, "down_proj": 80}  # with 42 elsewhere as many parameters as 46 everywhere
 METHODS = {
     method.name: method
     for method in (
         Method("head only", _with_head, 1e-2, rank=0),
         Method("full fine-tuning", _everything, 1e-4, rank=0),
-        Method("LoRA r1", _peft(peft.LoraConfig, "r", lora_alpha=lambda r: 2 * r), 2.5e-3, rank=1),
-        Method("LoRA r8", _peft(peft.LoraConfig, "r", lora_alpha=lambda r: 2 * r), 1.5e-3, rank=8),
+        Method("LoRA r1", LORA, 2.5e-3, rank=1),
+        Method(
+            "LoRA r1 longer", LORA, 2.5e-3, rank=1, extra=64, rate_of="LoRA r1"
+        ),  # as long as with a pilot of 64 steps
+        Method("LoRA r8", LORA, 1.5e-3, rank=8),
         *(Method(f"LOFT {support}", _loft(support), **LOFT) for support in SUPPORTS),
         *(Method(f"LOFT {support} r16", _loft(support), rank=16, **LOFT) for support in SUPPORTS),
         *(Method(f"LOFT {support} natural", _loft(support, order="natural"), **LOFT) for support in SUPPORTS[:3]),
         *(Method(f"LOFT {support} r46", _loft(support), rank=46, **LOFT) for support in SUPPORTS[:4]),
         Method("LOFT pilot", _loft("pilot"), **PILOT),
         Method("LOFT pilot r46", _loft("pilot"), rank=46, **PILOT),
-        Method("LOFT pilot auto", _loft("pilot", side="auto"), **PILOT),
-        Method("LOFT pilot auto r46", _loft("pilot", side="auto"), rank=46, **PILOT),
         Method("LOFT pilot tied r60", _loft("pilot", tied=True), rank=60, rate_of="LOFT pilot r46", **PILOT),
         *(
             Method(f"LOFT {support} tenth", _loft(support), share=0.8, rate_of=f"LOFT {support}", **options)
@@ -297,12 +358,16 @@ METHODS = {
             for name, tilt in (("quiet", -0.125), ("quieter", -0.25))
             for at, rank in (("", None), (" r46", 46))
         ),
-        Method(
-            "LOFT pilot 64 r46",
-            _loft("pilot", Pilot(steps=64)),
-            rank=46,
-            rate_of="LOFT pilot r46",
-            **PILOT | {"batches": 64},
+        *(
+            Method(f"LOFT pilot {name} r{rank}", adapt, rank=rank, rate_of="LOFT pilot r46", **PILOT | options)
+            for name, rank, adapt, options in (
+                ("ranks", 42, _loft("pilot", rank_pattern=RANKS), {}),
+                ("64", 46, _loft("pilot", Pilot(steps=64)), TWICE),
+                ("64 small", 46, _loft("pilot", Pilot(steps=64), small=True), {}),
+                ("64 ranks", 42, _loft("pilot", Pilot(steps=64), rank_pattern=RANKS), TWICE),
+                ("64 ranks quieter", 42, _loft("pilot", Pilot(steps=64), rank_pattern=RANKS), TWICE | {"tilt": -0.25}),
+                ("64 small ranks", 42, _loft("pilot", Pilot(steps=64), small=True, rank_pattern=RANKS), {}),
+            )
         ),
         Method("LOFT gradsvd both sides r32", _two_sides, rank=32, rate_of="LOFT gradsvd r46", **LOFT),
         *(
@@ -317,6 +382,7 @@ METHODS = {
         Method("LOFT principal refresh", _loft("principal"), refreshes=2, rate_of="LOFT principal", **LOFT),
         Method("LOFT skewgrad refresh", _loft("skewgrad"), refreshes=2, rate_of="LOFT skewgrad", **LOFT),
         Method("LoRA-XS", _two_bases, 6e-3, _squares),
+        Method("LoRA-XS pilot r32", _two_piloted_bases, 8e-3, rank=32, batches=32),
         Method("PSOFT", _recovered(LoftConfig.psoft), 0.06, _psoft_size, times_rank=True),
         Method("OFT b4", _recovered(LoftConfig.oft), 6e-3, rank=4),
         Method("BOFT b2 m2", _recovered(lambda b, **k: LoftConfig.boft(b, 2, **k)), 6e-3, rank=2),

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import re
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
@@ -144,13 +145,22 @@ def family_table(rows: list[Row]) -> str:
 
 
 def variants_table(rows: list[Row]) -> str:
-    """`LOFT pilot quiet r46` minus `LOFT pilot r46`, and so on: what one word more in a name changes, paired by seed."""
+    """`LOFT pilot quiet r46` minus `LOFT pilot r46`, and so on: what one word more in a name changes, paired by seed.
+
+    Names may end in other ranks where the trained parameters are the same to a tenth.
+    """
+
+    def plain(words: list[str]) -> str:
+        return " ".join(word for word in words if not re.fullmatch(r"r\d+", word))
+
     text = ["| task | method | minus | difference |", "|---|---|---|---:|"]
     for row in rows:
         for other in rows:
             words = row.method.split()
-            fewer = {" ".join(words[:i] + words[i + 1 :]) for i in range(len(words))}
-            if row.task == other.task and other.method in fewer and row.steps == other.steps:
+            fewer = [words[:i] + words[i + 1 :] for i in range(len(words))]
+            same = 0.9 <= row.trained / max(1, other.trained) <= 1.1 and plain(other.method.split()) != plain(words)
+            found = other.method.split() in fewer or (same and plain(other.method.split()) in map(plain, fewer))
+            if found and (row.task, row.steps) == (other.task, other.steps):
                 difference = signed(paired(row.scores, other.scores))
                 text.append(f"| {row.task} | {row.method} | {other.method} | {difference} |")
     return "\n".join(text) if len(text) > 2 else ""
@@ -186,8 +196,20 @@ def forgetting_table(lines: Lines, task: str) -> str:
 def unfinished(lines: Lines) -> list[str]:
     """Methods of which trials were run and nothing was scored yet."""
     scored = {(line["task"], line["method"]) for line in lines if line["phase"] == "score"}
-    every = dict.fromkeys((line["task"], line["method"]) for line in lines if line["phase"] != "untrained")
+    every = dict.fromkeys((line["task"], line["method"]) for line in lines if line["phase"] == "tune")
     return [f"{method} on {task}" for task, method in every if (task, method) not in scored]
+
+
+def trial_table(lines: Lines) -> str:
+    """Prototypes that were tried once, on the tuning split: lines of the phase `trial`."""
+    mine = [line for line in lines if line["phase"] == "trial"]
+    if not mine:
+        return ""
+    text = ["| task | method | trained | rate | score |", "|---|---|---:|---:|---:|"]
+    for line in sorted(mine, key=lambda line: -line["score"]):
+        cells = [line["task"], line["method"], f"{line['trained']:,}", f"{line['rate']:.2g}", f"{line['score']:.4f}"]
+        text.append(f"| {' | '.join(cells)} |")
+    return "\n".join(text)
 
 
 def cost_table(times: Lines) -> str:
@@ -211,8 +233,8 @@ def tables(lines: Lines, times: Lines) -> str:
     rows = rows_of(lines)
     devices = sorted({line["device"] for line in lines if line["phase"] != "untrained"})
     runs = sum(line["phase"] != "untrained" for line in lines)
-    trials = sum(line["phase"] == "tune" for line in lines)
-    made = f"Written by `report.py` from {runs} runs ({trials} of them trials of a rate) on {', '.join(devices)}."
+    trials = sum(line["phase"] in ("tune", "trial") for line in lines)
+    made = f"Written by `report.py` from {runs} runs ({trials} of them trials of a rate or a prototype) on {', '.join(devices)}."
     parts = ["# What the runs say", f"{made} {LEGEND}"]
     for task, steps in dict.fromkeys((row.task, row.steps) for row in rows):
         mine = [row for row in rows if (row.task, row.steps) == (task, steps)]
@@ -225,6 +247,8 @@ def tables(lines: Lines, times: Lines) -> str:
             parts += [f"## {family}: the mean over its tasks", family_table(mine)]
     if variants := variants_table(rows):
         parts += ["## What a variant changes", variants]
+    if trial := trial_table(lines):
+        parts += ["## Prototypes tried once (one seed, tuning split)", trial]
     if left := unfinished(lines):
         parts += [f"Begun and not scored yet: {', '.join(left)}."]
     if times:

@@ -78,8 +78,8 @@ class Run:
             base.get_submodule(self.task.head).load_state_dict(warm_head(packed, self.task, spec.seed, device))
         names = targets(self.task, base)
         shapes = shapes_of(base, names)
-        self.rank = self.method.rank_at(shapes)
-        self.data, self.order = data, order_of(self.task, rows(data), spec.steps, spec.seed).to(device)
+        self.rank, self.steps = self.method.rank_at(shapes), spec.steps + self.method.extra
+        self.data, self.order = data, order_of(self.task, rows(data), self.steps, spec.seed).to(device)
         begun = time.perf_counter()
         self.model = self._adapted(self.method, base, names)
         if self.cuda:
@@ -91,13 +91,13 @@ class Run:
         self.trained, self.trained_head = sum(p.numel() for p in body), sum(p.numel() for p in head)
         if not body:  # the head alone is what the method trains
             body, head = head, []
-        self.schedule = schedule(spec.steps).to(device)
+        self.schedule = schedule(self.steps).to(device)
         self.peaks = [torch.tensor(rate, device=device) for rate in (spec.rate, HEAD_RATE)]
         groups = [{"params": p, "lr": torch.tensor(0.0, device=device)} for p in (body, head) if p]
         self.tilts = self._tilted(body) if self.method.tilt else []
         self.optimiser = torch.optim.AdamW(groups, weight_decay=0.0, fused=True, capturable=self.cuda)
         self.count = torch.zeros(1, dtype=torch.long, device=device)
-        self.losses = torch.zeros(spec.steps, device=device)
+        self.losses = torch.zeros(self.steps, device=device)
         if self.cuda:  # all of the above ran on the default stream
             torch.cuda.synchronize()
         self.begun = time.perf_counter()
@@ -141,7 +141,7 @@ class Run:
 
     @property
     def finished(self) -> bool:
-        return self.done == self.spec.steps
+        return self.done == self.steps
 
     def _step(self) -> None:
         self.optimiser.zero_grad(set_to_none=True)
@@ -167,7 +167,7 @@ class Run:
             self._advance()
 
     def _advance(self) -> None:
-        every = self.spec.steps // (self.method.refreshes + 1)
+        every = self.steps // (self.method.refreshes + 1)
         if self.method.refreshes and self.done and self.done % every == 0:
             self._refresh()
         if self.graph is not None:
@@ -175,10 +175,10 @@ class Run:
         else:
             self._step()
             self.eager += 1
-            if self.capture and self.eager >= EAGER and self.done + 1 < self.spec.steps:
+            if self.capture and self.eager >= EAGER and self.done + 1 < self.steps:
                 self._capture()
         self.done += 1
-        if self.spec.phase == "score" and self.task.traces and self.done % (self.spec.steps // self.task.traces) == 0:
+        if self.spec.phase == "score" and self.task.traces and self.done % (self.steps // self.task.traces) == 0:
             self._trace()
 
     def _trace(self) -> None:

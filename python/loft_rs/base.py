@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-__all__ = ["UNIT_VECTORS", "dense_weight", "feature_sizes", "fusible_weight", "is_conv1d"]
-
-UNIT_VECTORS = 1024  # rows that a quantised layer is given at a time, to see its weight
+__all__ = ["dense_weight", "feature_sizes", "fusible_weight", "is_conv1d"]
 
 
 def is_conv1d(base: nn.Module) -> bool:

@@ -40,7 +40,7 @@ from .footprint import Footprint, Survey, byte_count
 from .linalg import orthonormalize
 from .pilot import Pilot, changes_for, checked_pilot
 from .ranks import Ranks
-from .runner import Runner, calibrating, fsdp_modules
+from .runner import Runner, calibrating
 from .saved_sketches import write_sketches
 from .sides import Place, by_module, open_places, share_both, stronger
 from .sketch import Sketch, plan_for, sketch_for
@@ -77,8 +77,8 @@ class CalibrationReport:
     layers: module name -> the `Support` stored there (energy with its standard error, values, order)
     evidence: module name -> `Evidence`, how far that support is the task's and not these batches'; of chosen supports only
     memory: the bytes it was to take above the frozen training step, as it was known before it started
-    sides: of modules whose side was open (`side="auto"`), module name -> {side: ||P^T S P||_F^2}, of a pilot {side: energy}, what decided
-        it (`sides.py`); the chosen one is that of the support in `layers`
+    sides: of modules whose side was open (`side="auto"`), module name -> {side: ||P^T S P||_F^2}, what decided it (`sides.py`); the
+        chosen one is that of the support in `layers`
     pilot: the short training that the supports come from (`support="pilot"`); its steps are not counted in `passes`
     """
 
@@ -153,8 +153,7 @@ def calibrate(
     """Choose and store the supports of an untrained LOFT adapter from a task's batches, then order them (`LoftConfig.order`).
 
     Under `LoftConfig(side="auto")` the side of every module that has none yet is chosen too (`sides.py`) and noted in the config's
-    `side_pattern`: both sides are sketched, at the memory and the products of both; a pilot serves both. gradsvd then needs two passes and
-    dense weights.
+    `side_pattern`: both sides are sketched, at the memory and the products of both. gradsvd then needs two passes and dense weights.
 
     Args:
         model: a PEFT model with a LOFT adapter, on any device and of any base, not wrapped in DDP and not compiled; FSDP2 (`fully_shard`)
@@ -168,7 +167,7 @@ def calibrate(
         max_batches: how many batches of the dataloader to use. None: 8, or as many as the pilot has steps, which are used in turn, and
             again where they are fewer.
         pilot: the training of a `pilot` support; None: `Pilot()`, 32 steps. It costs so many steps of LoRA training, then the order's pass;
-            the report's energy is the part of ||B A||_F^2, all that the pilot changed, that a rotation in the support makes to first order.
+            the report's energy is what the support captures of ||B A||_F^2, all that the pilot changed.
         adapter_name: default: the active one.
         head_steps: optimiser steps that warm up the `modules_to_save` of a fresh head first, and are kept, since step-0 gradients
             through a random head say little. None: 20 for a gradient support or a pilot where the adapter has such modules, else 0.
@@ -219,9 +218,7 @@ def calibrate(
         )
         places = open_places(layers, adapter)
         homes = {place: layers[place.module] for place in places}
-        wider = [max(each, key=lambda p: homes[p].support_width(p.side)) for each in by_module(places).values()]
-        trained = {place: homes[place] for place in wider} if pilot else {}
-        changes = changes_for(trained, adapter, pilot, None) if pilot else {}
+        changes = {} if pilot is None else changes_for(homes, adapter, pilot, None)
         undecided = [name for name, each in by_module(places).items() if len(each) > 1]
         _require_decidable({name: layers[name] for name in undecided}, method, passes, save_sketches)
         if method not in CALIBRATED_SUPPORTS and order == "natural":
@@ -231,7 +228,7 @@ def calibrate(
         batches = checked_batches(dataloader, train_step, max_batches, pilot)
         head = _head_parameters(model)
         head_steps = _head_steps(head_steps, head, needs_gradient or pilot is not None)
-        sharded = bool(fsdp_modules(model))
+        sharded = any("FSDPModule" in {kind.__name__ for kind in type(m).__mro__} for m in model.modules())
         if sharded and head_steps:
             raise ValueError(
                 "head_steps cannot warm up a head that FSDP2 has sharded: calibrate before fully_shard, or give 0"
@@ -274,7 +271,7 @@ def calibrate(
             _LOG.info("calibrate: %s", footprint)
         chosen = {}
         if pilot is not None:
-            chosen = run.pilot(changes_for(trained, adapter, pilot, config.seed), places, pilot, config.seed)
+            chosen = run.pilot(changes_for(homes, adapter, pilot, config.seed), pilot, config.seed)
             groups = [list(chosen)]
         done, found, heard, evidence, energies = 0, {}, {}, {}, {}
         home = torch.device("cpu") if offload else None

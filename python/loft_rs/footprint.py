@@ -128,8 +128,7 @@ class Survey:
         number = self.inputs.setdefault(x, self.count)
         shape = x.detach().to("meta")
         for sketches, kept in zip(self.passes, self.kept, strict=True):
-            if (sketch := sketches.get(name)) is None:  # a pilot has one change for both sides
-                continue
+            sketch = sketches[name]
             held = sketch.keep(shape, None if sketch.tap_input else output_product(layer, y.detach()).to("meta"))
             for each in held if isinstance(held, list) else [held] if held is not None else []:
                 shared = each is shape or each._base is shape
@@ -142,7 +141,7 @@ class Survey:
         return max((self._of_pass(i, names) for i in range(len(self.passes))), key=lambda footprint: footprint.total)
 
     def _of_pass(self, i: int, names: list[str]) -> Footprint:
-        sketches = [self.passes[i][name] for name in names if name in self.passes[i]]
+        sketches = [self.passes[i][name] for name in names]
         omegas = {id(drawn): drawn.nbytes for sketch in sketches for drawn in sketch.gaussians()}
         held = 0 if self.offload else sum(sketch.held() for sketch in sketches) + sum(omegas.values())
         if not self.seen:

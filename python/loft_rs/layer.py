@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from . import compiled
-from .base import UNIT_VECTORS, dense_weight, feature_sizes, fusible_weight
+from .base import dense_weight, feature_sizes, fusible_weight
 from .factor import HALF, AddInputs, AddLowRank, Blocks, Frozen, Joined, LowRank, ScaleOutput, gram_root, no_autocast
 from .kinds import Kind, Partition, Supported
 from .siblings import Siblings
@@ -460,30 +460,6 @@ class AdaptedLinear(nn.Module):
                 "load the base unquantised, or use loft_rs.export_lora where W0 P is enough"
             )
         return weight
-
-    @torch.no_grad()
-    def current_weight(self, adapter: str, dtype: torch.dtype) -> Tensor:
-        """W_cur = W0 R_f (m x n), or R_f W0, the transform at its identity; of a base without a dense weight what it makes of unit vectors.
-
-        dtype: of an input that the base takes.
-        """
-        base = self.get_base_layer()
-        if (weight := dense_weight(base)) is not None:
-            return self.rotated_weight([adapter]) if self.frozen_rank(adapter) else weight.detach()
-        options = {"dtype": dtype, "device": self.loft_device}
-        rows, bias = torch.empty(self.in_features, self.out_features, **options), getattr(base, "bias", None)
-        if bias is not None:  # taken off again, it would leave its rounding
-            base.bias = None
-        try:
-            for start in range(0, self.in_features, UNIT_VECTORS):
-                some = rows[start : start + UNIT_VECTORS]
-                units = torch.zeros(len(some), self.in_features, **options)
-                units[:, start : start + len(some)].fill_diagonal_(1.0)
-                some.copy_(self.at_identity(units, adapter))
-        finally:
-            if bias is not None:
-                base.bias = bias
-        return rows.mT
 
     def original_weight(self, purpose: str) -> Tensor:
         """W0 (m x n), also where an adapter is merged into it now."""

@@ -2,15 +2,18 @@
 
 For a few Adam steps every layer computes y + (x A^T) B^T beside what it has, and so becomes W = W0 + B A (of a refreshed adapter
 W_cur + B A). On the input side A (k x n) starts at zero and B (m x k) at random, N(0, 1/k): the reverse of LoRA's start, so that the row
-space of B A is all learnt (output side: A drawn, B learnt; of an open side the larger one is learnt). Then P holds the top r/2 pairs of
-B A (`pairs.py`), in which a rotation can make what the pilot changed; of layers that are tied, of their changes B A stacked. Under
-`side="auto"` the side of a module is the one on which a rotation makes more of it. Nothing of the pilot is left in the model.
+space of B A is all learnt. Then
+
+    P = the top r right singular vectors of B A        (output side: A drawn, B learnt, and the left ones)
+
+of layers that are tied of their changes B A stacked. With A^T = Q R (n x k) and B = U L, U orthonormal, B A = U (L R^T) Q^T: P = Q V with
+V the right singular vectors of the k x k matrix L R^T, in float64. Nothing of the pilot is left in the model.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -19,16 +22,13 @@ import torch
 from torch import Tensor
 
 from ._checks import is_int
-from .base import UNIT_VECTORS, dense_weight
 from .factor import no_autocast
 from .linalg import NonFiniteError
-from .pairs import ieee_products, paired_basis, preimages, rotation_makes
 from .products import as_it_is, inner_product, product
 from .support import Support
 
 if TYPE_CHECKING:
     from .layer import AdaptedLinear
-    from .sides import Place
 
 __all__ = ["Change", "Pilot", "PilotTap", "changes_for", "checked_pilot", "some_gradient"]
 
@@ -104,23 +104,15 @@ class Change:
     """W - W0 of one layer, and of those tied to it, as a pilot trains it.
 
     Of each of them `learnt` (n x k), which starts at zero, and `drawn` (m x k): A^T and B; on the output side B and A^T.
-    side: the one that is learnt, default the layer's.
     """
 
     tap_input = True
 
     def __init__(
-        self,
-        layer: AdaptedLinear,
-        adapter: str,
-        rank: int | None,
-        draw: torch.Generator | None,
-        home: torch.device,
-        side: str | None = None,
+        self, layer: AdaptedLinear, adapter: str, rank: int | None, draw: torch.Generator | None, home: torch.device
     ):
-        self.side, self.rank = side or layer.loft_side[adapter], layer.rank(adapter)
+        self.side, self.rank = layer.loft_side[adapter], layer.rank(adapter)
         dtype = torch.promote_types(layer.support(adapter).dtype, torch.float32)
-        self.dtype = dtype  # of the inputs, as the pilot sees them
         self.learnt: list[Tensor] = []
         self.drawn: list[Tensor] = []
         for each in layer.tied(adapter):
@@ -129,19 +121,6 @@ class Change:
             drawn = torch.randn(other, k, generator=draw, device="meta" if draw is None else "cpu") / k**0.5
             self.drawn.append(drawn.to(home, dtype).requires_grad_())
             self.learnt.append(torch.zeros(own, k, dtype=dtype, device=home, requires_grad=True))
-        self.copies = sum(self._copied(each, adapter) for each in layer.tied(adapter))
-
-    @staticmethod
-    def _copied(layer: AdaptedLinear, adapter: str) -> int:
-        """Bytes of the copies of a layer's weight that its support is made with."""
-        n, m, weight = layer.in_features, layer.out_features, dense_weight(layer.get_base_layer())
-        entries = m * n
-        if weight is None:  # what the base unpacks, what it makes of unit vectors, and that in float32
-            return 12 * entries + 4 * min(UNIT_VECTORS, n) * (n + m)
-        wide = max(4, weight.dtype.itemsize) * entries
-        if layer.frozen_rank(adapter):  # turned, and what is made on the way
-            return 3 * wide
-        return wide if weight.dtype.itemsize < 4 else 0
 
     @property
     def factors(self) -> list[Tensor]:
@@ -150,50 +129,35 @@ class Change:
 
     def add(self, y: Tensor, x: Tensor, part: int) -> Tensor:
         """y (..., m) and what the change of the layer `part` makes of x (..., n)."""
-        self.dtype = x.dtype
         learnt, drawn = self.learnt[part], self.drawn[part]
         down, up = (learnt, drawn) if self.side == "input" else (drawn, learnt)
         # Rows, and y's own shape again outside: what follows the layer may change it in place.
         rows = (tensor.reshape(-1, tensor.shape[-1]) for tensor in (y, x))
         return _AddChange.apply(*rows, down, up).view(y.shape)
 
-    def support(self, side: str, weights: Sequence[Tensor], seed: int) -> Support | None:
-        """P (n x r, or m x r on the output side) and the part of ||B A||_F^2 that a rotation in it makes; None where nothing was learnt.
-
-        weights: what the change is of, W0 (m x n) of each layer.
-        """
-        own, other = (self.learnt, self.drawn) if side == self.side else (self.drawn, self.learnt)
-        weights = weights if side == "input" else [w.mT for w in weights]
-        own, other = ([t.detach().double().cpu().numpy() for t in each] for each in (own, other))
-        q, r = np.linalg.qr(np.hstack(own))
-        parts = np.split(r, np.cumsum([a.shape[1] for a in own])[:-1], axis=1)
-        others = [np.linalg.qr(b) for b in other]
-        core = np.vstack([left @ part.T for (_, left), part in zip(others, parts, strict=True)])
+    def support(self, seed: int) -> Support | None:
+        """P (n x r) and what it captures of ||B A||_F^2; None where nothing was learnt."""
+        learnt, drawn = ([t.detach().double().cpu().numpy() for t in each] for each in (self.learnt, self.drawn))
+        q, r = np.linalg.qr(np.hstack(learnt))
+        ends = np.cumsum([a.shape[1] for a in learnt])
+        parts = zip(drawn, np.split(r, ends[:-1], axis=1), strict=True)
+        core = np.vstack([np.linalg.qr(b, mode="r") @ part.T for b, part in parts])
         if not core.any():
             return None
-        u, values, vt = np.linalg.svd(core)
-        count = -(-self.rank // 2)  # of the last pair of an odd rank there is v alone
-        parts = np.split(u[:, : self.rank // 2], np.cumsum([len(left) for _, left in others])[:-1])
-        images = [torch.from_numpy(basis @ part) for (basis, _), part in zip(others, parts, strict=True)]
-        wide = [w.to(torch.promote_types(w.dtype, torch.float32)) for w in weights]
-        with no_autocast(wide[0].device.type), ieee_products():
-            partners = preimages(wide, [image.to(wide[0]) for image in images]).double().cpu().numpy()
-            basis = paired_basis(q @ vt[:count].T, partners, self.rank)
-            stored = torch.from_numpy(basis).to(wide[0])
-            written = np.vstack([(w @ stored).double().cpu().numpy() for w in wide])
-        change = np.vstack([b @ (a.T @ basis) for a, b in zip(own, other, strict=True)])
-        last, following = values[count - 1], values[count] if len(values) > count else math.nan
+        _, values, v = np.linalg.svd(core)
+        squares, last = np.square(values / values[0]), values[self.rank - 1]
+        following = values[self.rank] if len(values) > self.rank else math.nan
         return Support(
-            basis=np.ascontiguousarray(basis, dtype=np.float32),
-            energy=min(1.0, rotation_makes(written, change) / float(np.sum(np.square(values)))),
+            basis=np.ascontiguousarray(q @ v[: self.rank].T, dtype=np.float32),
+            energy=min(1.0, float(squares[: self.rank].sum() / squares.sum())),
             energy_stderr=0.0,
-            values=np.repeat(values[:count], 2)[: self.rank],
+            values=values[: self.rank].copy(),
             residuals=np.full(self.rank, math.nan),
             gap=float((last - following) / last) if last > 0 else math.nan,
             passes=0,
             seconds=math.nan,
             method="pilot",
-            side=side,
+            side=self.side,
             seed=seed,
         )
 
@@ -214,8 +178,8 @@ class Change:
     def workspace(self, rows: int, dtype: torch.dtype, device: str, offload: bool) -> int:
         tall = max(len(factor) for factor in self.factors)
         k, size = max(a.shape[1] for a in self.learnt), self.learnt[0].dtype.itemsize
-        # The change, its input or gradient in float32, and the sum in the layer's dtype; afterwards the weights.
-        return max(rows * tall * (2 * size + dtype.itemsize) + 2 * rows * k * size, self.copies)
+        # The change, its input or gradient in float32, and the sum in the layer's dtype.
+        return rows * tall * (2 * size + dtype.itemsize) + 2 * rows * k * size
 
 
 class PilotTap:
@@ -228,11 +192,8 @@ class PilotTap:
         return self.change.add(layer.at_identity(x, self.adapter, *args, **kwargs), x, self.part)
 
 
-def changes_for(
-    layers: Mapping[Place, AdaptedLinear], adapter: str, pilot: Pilot, seed: int | None
-) -> dict[Place, Change]:
-    """The changes that a pilot starts from, one a layer, learnt on that side: the same on every process and device. seed: None for their
-    shapes alone.
+def changes_for(layers: Mapping[Any, AdaptedLinear], adapter: str, pilot: Pilot, seed: int | None) -> dict[Any, Change]:
+    """The changes that a pilot starts from: the same on every process and device. seed: None for their shapes alone.
 
     ValueError where the pilot's rank is below the adapter's.
     """
@@ -243,10 +204,8 @@ def changes_for(
     draw = None if seed is None else torch.Generator().manual_seed(seed)
     meta = torch.device("meta")
     return {
-        place: Change(
-            layer, adapter, pilot.rank, draw, meta if draw is None else layer.support(adapter).device, place.side
-        )
-        for place, layer in layers.items()
+        name: Change(layer, adapter, pilot.rank, draw, meta if draw is None else layer.support(adapter).device)
+        for name, layer in layers.items()
     }
 
 

@@ -3,7 +3,7 @@ feed sketches, and the short trainings of a fresh head and of a pilot."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import chain
 from typing import Any
@@ -24,7 +24,7 @@ from .support import Support
 from .tap import LayerTap
 from .tuner.layer import Linear
 
-__all__ = ["Runner", "calibrating", "fsdp_modules", "require_finite"]
+__all__ = ["Runner", "calibrating", "require_finite"]
 
 HEAD_LEARNING_RATE = 1e-3
 # Mean losses have gradients that float16 rounds to zero. A power of two changes nothing in the other formats.
@@ -119,24 +119,6 @@ def calibrating(model: nn.Module, layers: Mapping[str, Linear], head: list[nn.Pa
             parameter.grad = gradient
         for module, mode in training:
             module.training = mode
-
-
-def fsdp_modules(model: nn.Module) -> list[nn.Module]:
-    """The modules whose parameters FSDP2 (`fully_shard`) has sharded."""
-    return [module for module in model.modules() if "FSDPModule" in {kind.__name__ for kind in type(module).__mro__}]
-
-
-@contextmanager
-def _whole(modules: list[nn.Module]):
-    """The parameters of these sharded modules gathered; every process must come here."""
-    owners = {id(module): module for module in modules}.values()
-    for module in owners:
-        module.unshard()
-    try:
-        yield
-    finally:
-        for module in owners:
-            module.reshard()
 
 
 class Runner:
@@ -273,13 +255,10 @@ class Runner:
             layer.tap = _untapped(self.adapter)
         self._train(head, steps, HEAD_LEARNING_RATE, "head warm-up")
 
-    def pilot(
-        self, changes: Mapping[Place, Change], places: Iterable[Place], pilot: Pilot, seed: int
-    ) -> dict[Place, Support]:
-        """Train these changes, one a module, and give rank 0's supports at these places, where a gradient reached them."""
-        by_name = {place.module: change for place, change in changes.items()}
-        for name, change in by_name.items():
-            for part, layer in enumerate(self.layers[name]):
+    def pilot(self, changes: Mapping[Place, Change], pilot: Pilot, seed: int) -> dict[Place, Support]:
+        """Train these changes, of all the layers, and give rank 0's supports of those that a gradient reached."""
+        for place, change in changes.items():
+            for part, layer in enumerate(self.layers[place.module]):
                 layer.tap = PilotTap(change, self.adapter, part)
 
         def check(where: str) -> None:
@@ -288,15 +267,8 @@ class Runner:
 
         factors = [factor for change in changes.values() for factor in change.factors]
         self._train(factors, pilot.steps, pilot.lr, "pilot", check)
-        found: dict[Place, Support | None] = {}
-        # The innermost of nested ones, which comes last.
-        owners = {id(child): module for module in fsdp_modules(self.model) for child in module.modules()}
-        with self.ranks.stage(), torch.no_grad():
-            for name, each in by_module(places).items():
-                change, tied = by_name[name], self.layers[name]
-                with _whole([owners[id(layer)] for layer in tied if id(layer) in owners]):
-                    weights = [layer.current_weight(self.adapter, change.dtype) for layer in tied]
-                    found |= {place: change.support(place.side, weights, seed) for place in each}
+        with self.ranks.stage():
+            found = {place: change.support(seed) for place, change in changes.items()}
         return self.ranks.first({place: support for place, support in found.items() if support is not None})
 
     def _train(

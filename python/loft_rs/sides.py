@@ -9,9 +9,7 @@ so ||P^T S P||_F^2 is, up to one factor, the squared gradient of the r(r - 1)/2 
 both, so the side with the larger one captures more energy per parameter. (Of `free`, whose r^2 parameters are as many on both sides too,
 it is the part that rotates.) What gradsvd itself captures says nothing of sides: G and G^T have the same singular values.
 
-Both sides are sketched from the same batches, each as if it were the only one. Of a pilot (`pilot.py`), whose change D is given, the side
-is that on which a rotation makes more of it: its part of ||D||_F^2 to first order. An input rotation writes into W0's column space alone,
-an output rotation reads its row space alone, so a tall W0 mostly turns its output, a wide one its input.
+Both sides are sketched from the same batches, each as if it were the only one.
 """
 
 from __future__ import annotations

@@ -116,8 +116,6 @@ def sketch_for(
     kind = SKETCHES.get(plan.method)
     if kind is None:
         basis, facts = held, {"energy": layer.energy(adapter)}
-        if plan.side != layer.loft_side[adapter]:  # of an open side nothing is there yet: its size alone
-            basis = held.new_empty(plan.width, plan.rank, device="meta" if chosen is None else "cpu")
         if chosen is not None:
             basis = torch.from_numpy(chosen.basis)
             facts = {name: getattr(chosen, name) for name in ("energy", "energy_stderr", "values", "gap")}
@@ -547,10 +545,6 @@ class MomentSketch(Sketch):
 
     def moment(self, p: np.ndarray) -> np.ndarray:
         return self.numpy("moment")
-
-    def rotation_energy(self, rank: int, weight: Tensor | None) -> float:
-        """What the support was chosen by."""
-        return self.facts["energy"]
 
     def support(self, passes: int, rank: int | None = None) -> Support:
         return replace(super().support(passes, rank), **self.facts)

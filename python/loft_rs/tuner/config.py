@@ -56,16 +56,16 @@ class LoftConfig(PeftConfig):
             modules of the architecture.
         exclude_modules (`list[str] | str`): Names, suffixes or a regular expression of modules to leave alone.
         support (`str`): How P is chosen. Without data: `principal` (top singular vectors of W0, the default), `random`, `coordinate`. By
-            `loft_rs.calibrate`: `skewgrad`, `gradsvd`, `activation`, or `pilot`, in which a rotation can make what a few steps of
-            low-rank training changed the most (see `loft_rs.Pilot`). Or the path of a file written by `loft_rs.save_supports`. Without
-            a support: `blocks` turns all coordinates, r at a time (OFT, BOFT), and `trained` trains r Householder vectors (HRA); see
-            `LoftConfig.oft`, `.boft`, `.hra` and `.psoft`, which set this and the six options at the end of this list.
+            `loft_rs.calibrate`: `skewgrad`, `gradsvd`, `activation`, or `pilot`, the directions that a few steps of low-rank training
+            changed the most (see `loft_rs.Pilot`). Or the path of a file written by `loft_rs.save_supports`. Without a support: `blocks`
+            turns all coordinates, r at a time (OFT, BOFT), and `trained` trains r Householder vectors (HRA); see `LoftConfig.oft`,
+            `.boft`, `.hra` and `.psoft`, which set this and the six options at the end of this list.
         transform (`str`): `cayley` (default), `exp` or `free` (not orthogonal); `cayley_neumann`, a series cut off, to go on with an
             adapter that was trained with it; with `support="trained"` `householder` or `reflection`.
         side (`str`): `input` (W0 R, default), `output` (R W0), or `auto`: `loft_rs.calibrate` chooses for every module the side whose
-            support captures more of the loss's first-order decrease with as many trained parameters, or on which a rotation makes more
-            of what a pilot changed (see `loft_rs.sides`), and writes it into `side_pattern`; until then the module is the identity, on
-            the input side. Once decided it stays. Needs `pilot`, `skewgrad` or `gradsvd`, or a file of supports, which know their sides.
+            support captures more of the loss's first-order decrease with as many trained parameters (see `loft_rs.sides`), and
+            writes it into `side_pattern`; until then the module is the identity, on the input side. Once decided it stays. Needs
+            `skewgrad` or `gradsvd`, or a file of supports, each of which knows its side.
         side_pattern (`dict[str, str]`): Sides of single modules, `input` or `output`, by name, suffix or regular expression; as in
             `rank_pattern`, what names no module has no effect.
         order (`str`): Order of the coordinates inside the support. `input_pca`: eigenvectors of sum z^T z, z = X P, descending;
@@ -186,9 +186,9 @@ class LoftConfig(PeftConfig):
         if not isinstance(self.seed, int) or self.seed < 0:
             raise ValueError(f"seed must be an integer >= 0, got {self.seed!r}")
         self._check_options()
-        if self.side == "auto" and self.support not in (*GRADIENT_SUPPORTS, "pilot") and not self.support_file:
+        if self.side == "auto" and self.support not in GRADIENT_SUPPORTS and not self.support_file:
             raise ValueError(
-                "side='auto' is decided by what the task shows: it needs support='pilot', 'skewgrad' or 'gradsvd', or a file of supports, "
+                "side='auto' is decided by what the gradient shows: it needs support='skewgrad' or 'gradsvd', or a file of supports, "
                 f"which know their sides, got {self.support!r}"
             )
         methods = (*DATA_FREE_SUPPORTS, *CALIBRATED_SUPPORTS, *WITHOUT_SUPPORT)

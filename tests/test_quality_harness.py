@@ -193,12 +193,12 @@ def test_a_method_trains_what_its_size_says_and_starts_at_the_base(methods, name
     torch.testing.assert_close(after, before, rtol=1e-5, atol=1e-5)
 
 
-def test_small_batches_are_the_halves_of_those_given(methods, monkeypatch):
+def test_halved_batches_are_the_halves_of_those_given(methods, monkeypatch):
     given, seen = [{"x": torch.arange(6)}, {"x": torch.arange(6, 11)}], []
     monkeypatch.setattr(methods, "_calibrate", lambda model, setup, **_: seen.extend(setup.batches))
     task = importlib.import_module("tasks").Task("t", "f", "vit", "accuracy")
     setup = methods.Setup(task, ["0"], given, 0)
-    methods._loft("pilot", small=True)(torch.nn.Sequential(torch.nn.Linear(4, 4)), 2, setup)
+    methods._loft("pilot", halved=True)(torch.nn.Sequential(torch.nn.Linear(4, 4)), 2, setup)
     assert [each["x"].tolist() for each in seen] == [[0, 2, 4], [1, 3, 5], [6, 8, 10], [7, 9]]
 
 
@@ -273,7 +273,7 @@ def test_the_report_keeps_losers_and_says_what_is_missing(protocol, tmp_path):
     assert "| t | LOFT principal tied r9 | LOFT principal | -0.6000 ± 0.0000 * |" in page
     assert "| t | LOFT principal large r9 |" not in page
     assert page.count("| t | LOFT pilot wide r9 | 9 | 0.1 | 0.1250 |") == 1
-    assert "Begun and not scored yet: HRA on t." in page
+    assert "Tried at some rates and not scored: HRA on t." in page
     pytest.importorskip("matplotlib")
     report.plot(lines, [], tmp_path / "plot.png")
     assert (tmp_path / "plot.png").read_bytes()[:4] == b"\x89PNG"

@@ -1,7 +1,7 @@
 """The methods, by name: what each makes of a base model, its rank at a parameter budget, and the learning rates it is tried at.
 
 The budget is LoRA r=1's, the sum of inputs and outputs over the adapted layers; a matched method takes the largest (even) rank within it. A
-name that ends in `r16` or `r46` has that rank instead, in `tenth` a tenth of LoRA r=8's parameters as its budget. LOFT and PSOFT rates are
+name that ends in a rank, `r46`, has that instead, in `tenth` a tenth of LoRA r=8's parameters as its budget. LOFT and PSOFT rates are
 `lr * r`, the others' plain; Adam.
 """
 
@@ -111,9 +111,6 @@ def _peft(config: type, rank_name: str, **options: Any) -> Adapt:
     return adapt
 
 
-_HALVES = (slice(None, None, 2), slice(1, None, 2))
-
-
 def _heads(task: Task) -> list[str] | None:
     return [task.head] if task.head else None
 
@@ -130,12 +127,12 @@ def _calibrate(model: nn.Module, setup: Setup, **options: Any) -> None:
     loft_rs.calibrate(model, setup.batches, max_batches=len(setup.batches), head_steps=0, progress=False, **options)
 
 
-def _loft(support: str, pilot: Pilot | None = None, small: bool = False, **options: Any) -> Adapt:
-    """small: calibrated on batches of half the rows, twice as many."""
+def _loft(support: str, pilot: Pilot | None = None, halved: bool = False, **options: Any) -> Adapt:
+    """halved: calibrated on batches of half the rows, twice as many."""
 
     def adapt(model: nn.Module, rank: int, setup: Setup) -> nn.Module:
-        if small:
-            halves = [{key: x[rows] for key, x in each.items()} for each in setup.batches for rows in _HALVES]
+        if halved:
+            halves = [{key: x[i::2] for key, x in each.items()} for each in setup.batches for i in (0, 1)]
             setup = replace(setup, batches=halves)
         config = _config(rank, setup, support=support, **options)
         model = peft.get_peft_model(model, config)
@@ -179,28 +176,35 @@ class _Turned(nn.Module):
         return x @ self.q
 
 
+def _moments(model: nn.Module, setup: Setup, bases: dict[str, Tensor]) -> dict[str, Tensor]:
+    """sum z z^T over the calibration batches by layer, float64, of z = x, or x P where there is a basis P."""
+    sums: dict[str, Tensor] = {}
+
+    def see(name: str, _: nn.Module, arguments: tuple[Tensor]) -> None:
+        z = arguments[0].flatten(0, -2).float()
+        z = z @ bases[name] if name in bases else z
+        sums[name] = sums.get(name, 0) + z.mT @ z
+
+    hooks = [
+        model.get_submodule(name).register_forward_pre_hook(functools.partial(see, name)) for name in setup.targets
+    ]
+    with torch.no_grad():
+        for batch in setup.batches:
+            model(**batch)
+    for hook in hooks:
+        hook.remove()
+    return {name: each.double() for name, each in sums.items()}
+
+
 def _turned_blocks(strided: bool) -> Adapt:
     """OFT in the layer's input-PCA coordinates, y = (x Q)(W Q)^T. A block holds neighbours of that order, or strided ones: one
     coordinate of each quarter, say. W Q is rounded to W's dtype, so the start is the base only to rounding."""
 
     def adapt(model: nn.Module, rank: int, setup: Setup) -> nn.Module:
-        moments: dict[str, Tensor] = {}
-
-        def forward(name: str, _: nn.Module, arguments: tuple[Tensor], __: Tensor) -> None:
-            x = arguments[0].flatten(0, -2).float()
-            moments[name] = moments.get(name, 0) + x.mT @ x
-
-        hooks = [
-            model.get_submodule(name).register_forward_hook(functools.partial(forward, name)) for name in setup.targets
-        ]
-        with torch.no_grad():
-            for batch in setup.batches:
-                model(**batch)
-        for hook in hooks:
-            hook.remove()
+        moments = _moments(model, setup, {})
         for name in setup.targets:
             layer = model.get_submodule(name)
-            q = torch.linalg.eigh(moments[name].double())[1].flip(1)
+            q = torch.linalg.eigh(moments[name])[1].flip(1)
             if strided:
                 q = q[:, torch.arange(len(q), device=q.device).view(rank, -1).mT.flatten()]
             with torch.no_grad():
@@ -223,15 +227,14 @@ def _recovered(make: Callable[..., LoftConfig]) -> Adapt:
 
 
 class TwoBases(nn.Module):
-    """LoRA-XS (arXiv 2405.17604): y = W0 x + U S R V^T x, W0 = U S V^T cut to rank r, R (r x r) trained from zero."""
+    """LoRA-XS (arXiv 2405.17604): y = W0 x + U R V^T x, `up` U (m x r) and `down` V^T (r x n) fixed, R trained from zero."""
 
-    def __init__(self, base: nn.Linear, rank: int):
+    def __init__(self, base: nn.Linear, down: Tensor, up: Tensor):
         super().__init__()
-        u, s, vt = torch.linalg.svd(base.weight.detach().float(), full_matrices=False)
         self.base = base
-        self.register_buffer("down", vt[:rank].contiguous())
-        self.register_buffer("up", (u[:, :rank] * s[:rank]).contiguous())
-        self.core = nn.Parameter(torch.zeros(rank, rank, device=base.weight.device))
+        self.register_buffer("down", down.float().contiguous())
+        self.register_buffer("up", up.float().contiguous())
+        self.core = nn.Parameter(torch.zeros(len(down), len(down), device=base.weight.device))
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.base(x)
@@ -239,17 +242,20 @@ class TwoBases(nn.Module):
 
 
 def _two_bases(model: nn.Module, rank: int, setup: Setup) -> nn.Module:
+    """W0 = U S V^T cut to rank r; `up` is U S."""
     for name in setup.targets:
-        model.set_submodule(name, TwoBases(model.get_submodule(name), rank))
+        layer = model.get_submodule(name)
+        u, s, vt = torch.linalg.svd(layer.weight.detach().float(), full_matrices=False)
+        model.set_submodule(name, TwoBases(layer, vt[:rank], u[:, :rank] * s[:rank]))
     return _with_head(model, rank, setup)
 
 
 def _two_piloted_bases(model: nn.Module, rank: int, setup: Setup) -> nn.Module:
-    """Two bases from a short run, as LOFT's pilot takes its one: of W - W0 = BA after a step of LoRA r=64 a batch, A from zero.
+    """Those of a short run, as LOFT's pilot takes its one: W - W0 = BA = U S V^T after a step of LoRA r=64 a batch, A from zero.
 
-    V in input-PCA order, and U times ||W0||_F / sqrt(inputs), so that the core's rates are a rotation's.
+    V in input-PCA order, `up` U times ||W0||_F / sqrt(inputs), so that the core's rates are a rotation's.
     """
-    trained = peft.get_peft_model(model, peft.LoraConfig(r=64, lora_alpha=64, target_modules=setup.targets))
+    trained = peft.get_peft_model(model, peft.LoraConfig(r=64, lora_alpha=64, target_modules=setup.targets)).eval()
     layers = {name: trained.base_model.model.get_submodule(name) for name in setup.targets}
     draw = torch.Generator().manual_seed(setup.seed)
     for layer in layers.values():
@@ -262,33 +268,18 @@ def _two_piloted_bases(model: nn.Module, rank: int, setup: Setup) -> nn.Module:
         trained(**batch).loss.backward()
         optimiser.step()
         optimiser.zero_grad()
-    bases = {}
+    left, right = {}, {}
     for name, layer in layers.items():
         a, b = (each["default"].weight.detach().double() for each in (layer.lora_A, layer.lora_B))
         (qb, rb), (qa, ra) = torch.linalg.qr(b), torch.linalg.qr(a.mT)
         u, _, vt = torch.linalg.svd(rb @ ra.mT)
-        bases[name] = (qb @ u)[:, :rank], (qa @ vt.mT)[:, :rank]
+        left[name], right[name] = (qb @ u)[:, :rank], (qa @ vt.mT)[:, :rank].float()
     model = trained.unload()
-    moments: dict[str, Tensor] = {}
-
-    def see(name: str, _: nn.Module, arguments: tuple[Tensor]) -> None:
-        z = arguments[0].flatten(0, -2).float() @ bases[name][1].float()
-        moments[name] = moments.get(name, 0) + z.mT @ z
-
-    hooks = [
-        model.get_submodule(name).register_forward_pre_hook(functools.partial(see, name)) for name in setup.targets
-    ]
-    with torch.no_grad():
-        for batch in setup.batches:
-            model(**batch)
-    for hook in hooks:
-        hook.remove()
-    for name, (u, v) in bases.items():
-        made = TwoBases(model.get_submodule(name), rank)
-        weight = made.base.weight.double()
-        made.down.copy_((v @ torch.linalg.eigh(moments[name].double())[1].flip(1)).mT)
-        made.up.copy_(u * weight.norm() / weight.shape[1] ** 0.5)
-        model.set_submodule(name, made)
+    for name, moment in _moments(model, setup, right).items():
+        layer = model.get_submodule(name)
+        weight = layer.weight.double()
+        v = right[name].double() @ torch.linalg.eigh(moment)[1].flip(1)
+        model.set_submodule(name, TwoBases(layer, v.mT, left[name] * weight.norm() / weight.shape[1] ** 0.5))
     return _with_head(model, rank, setup)
 
 
@@ -331,7 +322,7 @@ LORA = _peft(peft.LoraConfig, "r", lora_alpha=lambda r: 2 * r)
 LOFT = {"size": _planes, "middle": 0.06, "times_rank": True}
 PILOT = LOFT | {"batches": 32}  # one a step
 TWICE = {"batches": 64}
-RANKS = {"q_proj": 20, "k_proj": 20, "down_proj": 80}  # with 42 elsewhere as many parameters as 46 everywhere
+RANKS = {"q_proj": 20, "k_proj": 20, "down_proj": 80}  # with 42 elsewhere .96 of the parameters of 46 everywhere
 METHODS = {
     method.name: method
     for method in (
@@ -349,10 +340,7 @@ METHODS = {
         Method("LOFT pilot", _loft("pilot"), **PILOT),
         Method("LOFT pilot r46", _loft("pilot"), rank=46, **PILOT),
         Method("LOFT pilot tied r60", _loft("pilot", tied=True), rank=60, rate_of="LOFT pilot r46", **PILOT),
-        *(
-            Method(f"LOFT {support} tenth", _loft(support), share=0.8, rate_of=f"LOFT {support}", **options)
-            for support, options in (("principal", LOFT), ("pilot", PILOT))
-        ),
+        Method("LOFT principal tenth", _loft("principal"), share=0.8, rate_of="LOFT principal", **LOFT),
         *(
             Method(f"LOFT pilot {name}{at}", _loft("pilot"), rank=rank, tilt=tilt, **PILOT)
             for name, tilt in (("quiet", -0.125), ("quieter", -0.25))
@@ -363,10 +351,9 @@ METHODS = {
             for name, rank, adapt, options in (
                 ("ranks", 42, _loft("pilot", rank_pattern=RANKS), {}),
                 ("64", 46, _loft("pilot", Pilot(steps=64)), TWICE),
-                ("64 small", 46, _loft("pilot", Pilot(steps=64), small=True), {}),
                 ("64 ranks", 42, _loft("pilot", Pilot(steps=64), rank_pattern=RANKS), TWICE),
                 ("64 ranks quieter", 42, _loft("pilot", Pilot(steps=64), rank_pattern=RANKS), TWICE | {"tilt": -0.25}),
-                ("64 small ranks", 42, _loft("pilot", Pilot(steps=64), small=True, rank_pattern=RANKS), {}),
+                ("64 halved ranks", 42, _loft("pilot", Pilot(steps=64), halved=True, rank_pattern=RANKS), {}),
             )
         ),
         Method("LOFT gradsvd both sides r32", _two_sides, rank=32, rate_of="LOFT gradsvd r46", **LOFT),

@@ -26,7 +26,8 @@ STUDENT = (math.nan, 12.7062, 4.3027, 3.1824, 2.7764, 2.5706, 2.4469, 2.3646, 2.
 
 @dataclass(frozen=True)
 class Spec:
-    """One run. `phase`: "tune" or "score". `rate`: the optimiser's learning rate."""
+    """One run. `rate`: the optimiser's learning rate. `phase`: "tune" or "score"; lines also have "trial", of prototypes that have left the
+    bench, and "untrained" (`untrained.py`)."""
 
     task: str
     method: str

@@ -23,8 +23,9 @@ from loft_rs._io import whole_file
 
 AGAINST = ("LoRA r1", "LOFT principal")
 LEGEND = (
-    "± is a 95 % interval over seeds (Student's t); differences are paired by seed, * where the interval excludes zero. `trained` leaves "
-    "out the head, which every method trains as well; `(edge)`: the rate taken is the lowest or highest tried."
+    "± is a 95 % interval over seeds (Student's t); differences are paired by seed, * where the interval excludes zero. Higher is better: "
+    "`nll` stands negated. `LoRA r1 longer` trains 64 steps more than the others. `trained` leaves out the head, which every method trains "
+    "as well; `(edge)`: the rate taken is the lowest or highest tried."
 )
 Lines = list[dict[str, Any]]
 
@@ -147,20 +148,19 @@ def family_table(rows: list[Row]) -> str:
 def variants_table(rows: list[Row]) -> str:
     """`LOFT pilot quiet r46` minus `LOFT pilot r46`, and so on: what one word more in a name changes, paired by seed.
 
-    Names may end in other ranks where the trained parameters are the same to a tenth.
+    Ranks in names are passed over where the one with the word trains .75 to 1.1 of the other's parameters.
     """
 
-    def plain(words: list[str]) -> str:
-        return " ".join(word for word in words if not re.fullmatch(r"r\d+", word))
+    def plain(name: str) -> list[str]:
+        return [word for word in name.split() if not re.fullmatch(r"r\d+", word)]
 
     text = ["| task | method | minus | difference |", "|---|---|---|---:|"]
     for row in rows:
+        words = plain(row.method)
+        fewer = [words[:i] + words[i + 1 :] for i in range(len(words))]
         for other in rows:
-            words = row.method.split()
-            fewer = [words[:i] + words[i + 1 :] for i in range(len(words))]
-            same = 0.9 <= row.trained / max(1, other.trained) <= 1.1 and plain(other.method.split()) != plain(words)
-            found = other.method.split() in fewer or (same and plain(other.method.split()) in map(plain, fewer))
-            if found and (row.task, row.steps) == (other.task, other.steps):
+            alike = (row.task, row.steps) == (other.task, other.steps) and plain(other.method) in fewer
+            if alike and 0.75 * other.trained <= row.trained <= 1.1 * other.trained:
                 difference = signed(paired(row.scores, other.scores))
                 text.append(f"| {row.task} | {row.method} | {other.method} | {difference} |")
     return "\n".join(text) if len(text) > 2 else ""
@@ -201,10 +201,12 @@ def unfinished(lines: Lines) -> list[str]:
 
 
 def trial_table(lines: Lines) -> str:
-    """Prototypes that were tried once, on the tuning split: lines of the phase `trial`."""
+    """Prototypes that were tried once, on the tuning split: lines of the phase `trial`, and tuning runs of a seed and method of theirs."""
     mine = [line for line in lines if line["phase"] == "trial"]
     if not mine:
         return ""
+    seen = {(line["task"], line["method"], line["seed"]) for line in mine}
+    mine += [line for line in lines if line["phase"] == "tune" and (line["task"], line["method"], line["seed"]) in seen]
     text = ["| task | method | trained | rate | score |", "|---|---|---:|---:|---:|"]
     for line in sorted(mine, key=lambda line: -line["score"]):
         cells = [line["task"], line["method"], f"{line['trained']:,}", f"{line['rate']:.2g}", f"{line['score']:.4f}"]
@@ -250,7 +252,7 @@ def tables(lines: Lines, times: Lines) -> str:
     if trial := trial_table(lines):
         parts += ["## Prototypes tried once (one seed, tuning split)", trial]
     if left := unfinished(lines):
-        parts += [f"Begun and not scored yet: {', '.join(left)}."]
+        parts += [f"Tried at some rates and not scored: {', '.join(left)}."]
     if times:
         device = ", ".join(sorted({line["device"] for line in times}))
         parts += [f"## Cost of a step, alone on the card ({device})", cost_table(times)]

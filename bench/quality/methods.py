@@ -14,7 +14,7 @@ from typing import Any
 
 import peft
 import torch
-from tasks import LLAMA, MINILM, Task
+from tasks import LLAMA, MINILM, MPNET, Task
 from torch import Tensor, nn
 
 import loft_rs
@@ -86,7 +86,7 @@ class Method:
 
 def targets(task: Task, model: nn.Module) -> list[str]:
     """Full names of the adapted layers: every linear one of the blocks."""
-    ends = {"minilm": MINILM, "smollm2": LLAMA, "gemma": LLAMA, "vit": ("",)}[task.model]
+    ends = {"minilm": MINILM, "mpnet": MPNET, "smollm2": LLAMA, "gemma": LLAMA, "vit": ("",)}[task.model]
     return [
         name
         for name, module in model.named_modules()

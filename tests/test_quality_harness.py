@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import importlib
 import json
 import math
@@ -205,6 +206,27 @@ def test_halved_batches_are_the_halves_of_those_given(methods, monkeypatch):
 def test_no_rank_within_a_budget_is_an_error(methods):
     with pytest.raises(ValueError, match="no rank trains at most 5 parameters"):
         methods.METHODS["LoRA-XS"].rank_at([(1, 4)])
+
+
+def test_problems_that_several_sets_share_are_taken_once(bench_path, tmp_path):
+    prepare = importlib.import_module("prepare")
+    problem = (
+        "Joan found {} seashells on the beach{} She gave Sam some. She has 27 left. How many did she give to Sam{}"
+    )
+    sets = {
+        "addsub": [(problem.format(70, " .", " ?"), 43.0), ("Ann has 2 pens , and buys 3 .", 5.0)],
+        "singleeq": [(problem.format(70, ".", "?"), 43.0), (problem.format(71, ".", "?"), 44.0)],
+        "multiarith": [("A cake costs 1.5 dollars. Three cost how much?", 4.5)],
+        "singleop": [],
+    }
+    (tmp_path / "mawps").mkdir()
+    for name, rows in sets.items():
+        with gzip.open(tmp_path / "mawps" / f"{name}.jsonl.gz", "wt") as file:
+            file.writelines(json.dumps({"input": asked, "target": told}) + "\n" for asked, told in rows)
+    splits = prepare.mawps(tmp_path)
+    rows = [row for split in splits.values() for row in split]
+    assert sorted(told for _, told in rows) == ["#### 4.5", "#### 43", "#### 44", "#### 5"]
+    assert ("Ann has 2 pens, and buys 3.", "#### 5") in rows
 
 
 def test_matthews_correlation(bench_path):

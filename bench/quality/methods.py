@@ -329,9 +329,8 @@ METHODS = {
         Method("head only", _with_head, 1e-2, rank=0),
         Method("full fine-tuning", _everything, 1e-4, rank=0),
         Method("LoRA r1", LORA, 2.5e-3, rank=1),
-        Method(
-            "LoRA r1 longer", LORA, 2.5e-3, rank=1, extra=64, rate_of="LoRA r1"
-        ),  # as long as with a pilot of 64 steps
+        # as many steps as with a pilot of 64
+        Method("LoRA r1 longer", LORA, 2.5e-3, rank=1, extra=64, rate_of="LoRA r1"),
         Method("LoRA r8", LORA, 1.5e-3, rank=8),
         *(Method(f"LOFT {support}", _loft(support), **LOFT) for support in SUPPORTS),
         *(Method(f"LOFT {support} r16", _loft(support), rank=16, **LOFT) for support in SUPPORTS),

@@ -15,8 +15,8 @@ from test_calibration import build, dense_gradients, skew_of, span_energy
 
 import loft_rs
 from loft_rs import Budget, Evidence, calibrate
+from loft_rs.compressed import left_vectors, nystroem, skew_core
 from loft_rs.evidence import evidence_of, overlap
-from loft_rs.sketch import _nystroem, _skew_core, left_vectors
 from loft_rs.tuner.model import adapted_layers
 
 SUPPORTS = ("skewgrad", "gradsvd", "activation")
@@ -184,9 +184,9 @@ def test_the_skew_core_is_the_least_squares_solution(q, extra, seed):
     draw = np.random.default_rng(seed)
     s, z = draw.standard_normal((q, q)), draw.standard_normal((q, q + extra + 2))
     s = s - s.T
-    np.testing.assert_allclose(_skew_core(z, s @ z), s, atol=1e-6 * (1 + np.linalg.norm(s)))
+    np.testing.assert_allclose(skew_core(z, s @ z), s, atol=1e-6 * (1 + np.linalg.norm(s)))
     b = draw.standard_normal(z.shape)
-    c = _skew_core(z, b)
+    c = skew_core(z, b)
     gradient = (c @ z - b) @ z.T
     np.testing.assert_allclose(gradient, gradient.T, atol=1e-8 * np.linalg.norm(z) ** 2 * (1 + np.linalg.norm(b)))
 
@@ -196,9 +196,9 @@ def test_nystroem_is_exact_on_a_matrix_of_low_rank_and_never_above(n, rank, seed
     draw = np.random.default_rng(seed)
     a, test = draw.standard_normal((min(rank, n), n)), draw.standard_normal((n, 6))
     m = a.T @ a
-    np.testing.assert_allclose(_nystroem(m @ test, test.T @ m @ test), m, atol=1e-3 * np.linalg.norm(m))
+    np.testing.assert_allclose(nystroem(m @ test, test.T @ m @ test), m, atol=1e-3 * np.linalg.norm(m))
     more = m + np.eye(n)
-    below = more - _nystroem(more @ test[:, :1], test[:, :1].T @ more @ test[:, :1])
+    below = more - nystroem(more @ test[:, :1], test[:, :1].T @ more @ test[:, :1])
     assert np.linalg.eigvalsh(below)[0] >= -1e-8 * np.linalg.norm(more)
 
 

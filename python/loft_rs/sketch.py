@@ -37,6 +37,7 @@ import torch
 from torch import Tensor
 
 from . import linalg
+from .compressed import descending, left_vectors, nystroem, ordered_basis, skew_core, standard_error
 from .evidence import Evidence, evidence_of
 from .products import as_it_is, forget_products, gaussian, gram_image, inner_product, narrow, product, shared_narrow
 from .support import STORED_METHODS, Support
@@ -44,7 +45,7 @@ from .support import STORED_METHODS, Support
 if TYPE_CHECKING:
     from .layer import AdaptedLinear
 
-__all__ = ["SKETCHES", "Plan", "Sketch", "left_vectors", "plan_for", "sketch_for"]
+__all__ = ["SKETCHES", "Plan", "Sketch", "plan_for", "sketch_for"]
 
 OVERSAMPLING = 16
 # Of a single pass. MiniLM and SmolLM2-135M want so many for 0.97 of the optimum (bench/calibration.py), at low ranks and high ones.
@@ -299,7 +300,7 @@ class Sketch:
         """P^T M P (r x r) of a basis P (n x r)."""
         image = self.numpy("moments")
         test = self.drawn if self.plan.single else self.basis.double().cpu().numpy()
-        return _nystroem(p.T @ image, test.T @ image)
+        return nystroem(p.T @ image, test.T @ image)
 
     def support(self, passes: int, rank: int | None = None) -> Support:
         """The support of the plan's rank, or a smaller one."""
@@ -311,7 +312,7 @@ class Sketch:
         last = values[whole - 1] if whole else 0.0
         following = values[rank] if len(values) > rank else math.nan
         return Support(
-            basis=_ordered_basis(p, None if plan.order == "natural" else self.moment(p)),
+            basis=ordered_basis(p, None if plan.order == "natural" else self.moment(p)),
             energy=energy,
             energy_stderr=energy * spread / total,
             values=np.append(values[:whole], np.zeros(rank - whole)) / plan.loss_scale,
@@ -366,7 +367,7 @@ class SkewSketch(Sketch):
 
     def directions(self, y: np.ndarray) -> np.ndarray:
         p = left_vectors(y, self.rank)
-        v, _ = linalg.skew_planes(_skew_core(p.T @ self.drawn[:, : y.shape[1]], p.T @ y), self.rank)
+        v, _ = linalg.skew_planes(skew_core(p.T @ self.drawn[:, : y.shape[1]], p.T @ y), self.rank)
         return p @ v
 
     def compressed(self) -> tuple[np.ndarray, np.ndarray]:
@@ -376,7 +377,7 @@ class SkewSketch(Sketch):
             complete = k == n  # nothing is missed: the probes tell of S as the others do
             y, omega = self.whole[:, : None if complete else k], self.drawn[:, : None if complete else k]
             q = left_vectors(y, k if complete else min(k, self.rank + (k - self.rank) // 3))
-            return q, _skew_core(q.T @ omega, q.T @ y)
+            return q, skew_core(q.T @ omega, q.T @ y)
         q, image = self.basis.double().cpu().numpy(), self.numpy("image")
         inner = q.T @ image
         if k == n:
@@ -403,8 +404,8 @@ class SkewSketch(Sketch):
             told = np.sum((p.T @ probes) * (fitted @ (p.T @ omega)), 0)
             # C is P^T S P and an error with no part in it, so <C, P^T S P> = ||P^T S P||^2.
             sigma = sigma * math.sqrt(min(1.0, max(0.0, float(told.mean() / np.sum(fitted**2)))))
-            return p, sigma, float(np.sum(self.whole**2) / self.whole.shape[1]), _standard_error(np.sum(probes**2, 0))
-        return p, sigma, max(known + float(missed.mean()), known), _standard_error(missed)
+            return p, sigma, float(np.sum(self.whole**2) / self.whole.shape[1]), standard_error(np.sum(probes**2, 0))
+        return p, sigma, max(known + float(missed.mean()), known), standard_error(missed)
 
 
 class GradientSketch(Sketch):
@@ -461,24 +462,24 @@ class GradientSketch(Sketch):
     def moment(self, p: np.ndarray) -> np.ndarray:
         if self.plan.single:
             image = self.numpy("moments")
-            return _nystroem(p.T @ image, self.test.double().cpu().numpy().T @ image)
+            return nystroem(p.T @ image, self.test.double().cpu().numpy().T @ image)
         return _within(p, self.basis, self.numpy("moment"))
 
     def solve(self) -> tuple[np.ndarray, np.ndarray, float, float]:
         probes, _ = self.probes()
         if self.plan.single:
             y = self.whole
-            squares, _ = _descending(y[:, : self.columns].T @ y[:, : self.columns])
+            squares, _ = descending(y[:, : self.columns].T @ y[:, : self.columns])
             p = left_vectors(y[:, : self.columns], self.rank)
             captured, total = np.sum((p.T @ probes) ** 2, 0), np.sum(probes**2, 0)
             # Y's values are too large by what P was fitted to; of the probes, which had no part in that, P captures what is there.
             values = np.sqrt(squares[: self.rank] * max(captured.mean(), 0) / np.sum(squares[: self.rank]))
-            return p, values, float(total.mean()), _standard_error(total)
+            return p, values, float(total.mean()), standard_error(total)
         image, q = self.numpy("image"), self.basis.double().cpu().numpy()
-        squares, v = _descending(image.T @ image)
+        squares, v = descending(image.T @ image)
         missed = np.sum((probes - q @ (q.T @ probes)) ** 2, 0)
         total = float(np.sum(image**2)) + float(missed.mean())
-        return q @ v[:, : self.rank], np.sqrt(squares), total, _standard_error(missed)
+        return q @ v[:, : self.rank], np.sqrt(squares), total, standard_error(missed)
 
 
 class ActivationSketch(Sketch):
@@ -505,7 +506,7 @@ class ActivationSketch(Sketch):
 
     def moment(self, p: np.ndarray) -> np.ndarray:
         if self.plan.single:
-            return _nystroem(p.T @ self.whole, self.drawn.T @ self.whole)
+            return nystroem(p.T @ self.whole, self.drawn.T @ self.whole)
         return _within(p, self.basis, self.numpy("moment"))
 
     def solve(self) -> tuple[np.ndarray, np.ndarray, float, float]:
@@ -514,7 +515,7 @@ class ActivationSketch(Sketch):
             moment = self.moment(q)
         else:
             q, moment = self.basis.double().cpu().numpy(), self.numpy("moment")
-        squares, v = _descending(moment)
+        squares, v = descending(moment)
         return q @ v[:, : self.rank], np.sqrt(squares), float(self.sums["norm"]), 0.0
 
 
@@ -561,47 +562,7 @@ def _rows(tensor: Tensor) -> Tensor:
     return tensor.reshape(-1, tensor.shape[-1])
 
 
-def _descending(gram: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    values, vectors = np.linalg.eigh(gram)
-    return np.maximum(values[::-1], 0.0), vectors[:, ::-1]
-
-
-def _standard_error(samples: np.ndarray) -> float:
-    return float(np.std(samples, ddof=1) / math.sqrt(len(samples)))
-
-
-def left_vectors(y: np.ndarray, count: int) -> np.ndarray:
-    """The leading left singular vectors (n x count) of y (n x k), by its Gram matrix; completed where y has fewer."""
-    _, v = _descending(y.T @ y)
-    return linalg.orthonormalize(np.pad(y @ v[:, :count], ((0, 0), (0, max(0, count - y.shape[1])))))
-
-
-def _skew_core(z: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """The skew C (q x q) that minimises ||C Z - B||_F: C Z Z^T + Z Z^T C = B Z^T - Z B^T."""
-    weights, u = np.linalg.eigh(z @ z.T)
-    right = u.T @ (b @ z.T - z @ b.T) @ u
-    c = u @ (right / np.maximum(weights[:, None] + weights, np.finfo(np.float64).tiny)) @ u.T
-    return (c - c.T) / 2
-
-
-def _nystroem(left: np.ndarray, core: np.ndarray) -> np.ndarray:
-    """L C^+ L^T of a positive semidefinite C that was summed in float32: eigenvalues that may be its rounding are left out."""
-    weights, u = np.linalg.eigh((core + core.T) / 2)
-    kept = weights > 64 * np.finfo(np.float32).eps * weights[-1]
-    half = (left @ u[:, kept]) / np.sqrt(weights[kept])
-    return half @ half.T
-
-
 def _within(p: np.ndarray, basis: Tensor, moment: np.ndarray) -> np.ndarray:
     """P^T M P of a P in span(Q), from Q^T M Q."""
     v = basis.double().cpu().numpy().T @ p
     return v.T @ moment @ v
-
-
-def _ordered_basis(p: np.ndarray, moment: np.ndarray | None) -> np.ndarray:
-    """P (n x r), its columns turned to the eigenvectors of sum z^T z = P^T M P where that is given."""
-    if moment is not None:
-        p = p @ _descending(moment)[1]
-    p = linalg.orthonormalize(p)  # in order: it only mends rounding
-    largest = np.take_along_axis(p, np.abs(p).argmax(0)[None], 0)
-    return np.ascontiguousarray(p * np.where(largest < 0, -1.0, 1.0), dtype=np.float32)

@@ -1,0 +1,166 @@
+"""side="auto": what is refused, and what leaves the model as it was."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from reference import logits, make_llama, token_batches, train, unchanged
+from test_side import BATCHES, SIDES, OneSided, build, one_sided, saved, sides, trained_from
+from torch import nn
+
+import loft_rs
+from loft_rs import Budget, LoftConfig, NonFiniteError, calibrate
+from loft_rs.base import dense_weight
+from loft_rs.layer import AdaptedLinear
+from loft_rs.tuner.model import adapted_layers
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"support": "principal"}, "side='auto' is decided by what the gradient shows.* got 'principal'"),
+        ({"support": "activation"}, "side='auto' is decided by what the gradient shows.* got 'activation'"),
+        ({"support": "blocks", "r": 4}, "needs side='input', no side_pattern and tied=False"),
+        (
+            {"support": "trained", "transform": "householder", "side": "input", "side_pattern": {"q": "output"}},
+            "no side_pat",
+        ),
+        ({"tied": True}, "tied needs side='input'"),
+        ({"side": "left"}, r"side must be one of \['auto', 'input', 'output'\], got 'left'"),
+        (
+            {"side_pattern": {"q_proj": "auto"}},
+            r"side_pattern\['q_proj'\] must be one of \['input', 'output'\], got 'auto'",
+        ),
+        ({"side_pattern": {"q_proj": None}}, r"side_pattern\['q_proj'\] must be one of"),
+        ({"side_pattern": ["q_proj"]}, "side_pattern must be a dict"),
+        ({"side_pattern": {"q_proj(": "input"}}, r"side_pattern\['q_proj\('\] must be a name or a regular expression"),
+        ({"side_pattern": {1: "input"}}, r"side_pattern\[1\] must be a name or a regular expression"),
+    ],
+)
+def test_bad_configs_are_named(options, message):
+    with pytest.raises(ValueError, match=message):
+        LoftConfig(**{"side": "auto", "support": "skewgrad", "r": 4} | options)
+
+
+def test_tied_modules_are_on_the_input_side():
+    base = make_llama()
+    before = saved(base)
+    with pytest.raises(ValueError, match="tied modules must be on the input side"):
+        build(base, side="input", tied=True, side_pattern={"k_proj": "output"})
+    unchanged(base, before)
+    model = build(base, side="input", tied=True, side_pattern={"down_proj": "output"})
+    calibrate(model, token_batches(2))
+    state = trained_from(model).state_dict()
+    fresh = build(side="input", tied=True, side_pattern={"down_proj": "output"})
+    fresh.load_state_dict(state)
+    assert torch.equal(logits(fresh), logits(model))
+
+
+def test_what_cannot_be_decided_is_refused_and_changes_nothing(tmp_path):
+    for support, arguments, error, message in (
+        ("skewgrad", {"passes": 1, "save_sketches": tmp_path / "s"}, ValueError, "save_sketches needs the side"),
+        ("gradsvd", {"passes": 1}, ValueError, "needs passes=2"),
+    ):
+        model = build(support=support)
+        before = saved(model)
+        with pytest.raises(error, match=message):
+            calibrate(model, token_batches(2), **arguments)
+        unchanged(model, before)
+    assert not (tmp_path / "s").exists()
+
+
+class Opaque(nn.Module):
+    """A linear layer whose weight is not dense, as a quantised one's."""
+
+    def __init__(self, linear):
+        super().__init__()
+        self.in_features, self.out_features, self.linear = linear.in_features, linear.out_features, linear
+
+    @property
+    def weight(self):
+        return self.linear.weight
+
+    def forward(self, x):
+        return self.linear(x)
+
+
+def opaque(**options):
+    model = one_sided(**options)
+    for layer in adapted_layers(model)[1].values():
+        layer.base_layer = Opaque(nn.Linear(layer.in_features, layer.out_features, bias=False).double())
+        layer.base_layer.linear.weight.data.copy_(
+            OneSided().a.weight if layer.in_features == 8 else OneSided().b.weight
+        )
+        assert dense_weight(layer.base_layer) is None
+    return model
+
+
+def test_weights_that_are_not_dense():
+    model = opaque()
+    calibrate(model, BATCHES)
+    assert sides(model) == {"a": "output", "b": "input"}
+    with pytest.raises(TypeError, match="needs dense weights, to compare the sides, but a is a Opaque"):
+        calibrate(opaque(support="gradsvd"), BATCHES)
+
+
+@pytest.mark.parametrize("arguments", [{}, {"budget": Budget(params=14 * 15)}, {"memory": "150KiB"}])
+def test_a_batch_that_fails_leaves_the_model_as_it_was(arguments):
+    model, batches = build(), token_batches(3)
+    before, pattern = saved(model), dict(model.peft_config["default"].side_pattern)
+    calls = []
+
+    def fail(module, *_):
+        calls.append(module)
+        if len(calls) == 5:  # in the second pass, or a later group
+            raise OSError("stop")
+
+    hook = model.base_model.model.model.norm.register_forward_hook(fail)
+    with pytest.raises(OSError, match="stop"):
+        calibrate(model, batches, **arguments)
+    hook.remove()
+    broken = [*batches[:2], {**batches[2], "labels": None}]
+    with pytest.raises(ValueError, match="gave no loss"):
+        calibrate(model, broken, **arguments)
+    for name, layer in adapted_layers(model)[1].items():
+        if name.endswith("0.mlp.down_proj"):
+            layer.base_layer.weight.data[0, 0] = float("nan")
+    with pytest.raises(NonFiniteError, match="loss that is nan"):
+        calibrate(model, batches, **arguments)
+    for key in before:
+        if key.endswith("0.mlp.down_proj.base_layer.weight"):
+            model.get_parameter(key).data.copy_(before[key])
+    unchanged(model, before)
+    assert set(sides(model).values()) == {"input"} and model.peft_config["default"].side_pattern == pattern
+    assert all(layer.tap is None and not layer.ready("default") for layer in adapted_layers(model)[1].values())
+    calibrate(model, batches, **arguments)
+    assert set(sides(model).values()) == set(SIDES)
+
+
+@pytest.mark.parametrize("call", ["calibrate", "budget", "set_support"])
+def test_no_memory_for_the_other_side_leaves_the_model_as_it_was(call, monkeypatch):
+    report = calibrate(build(), token_batches(2))
+    model = build()
+    before, config = saved(model), dict(model.peft_config["default"].to_dict())
+    thetas = [layer.theta("default") for layer in adapted_layers(model)[1].values()]
+    moves, move = [], AdaptedLinear.set_side
+
+    def fail(layer, adapter, side):
+        moves.extend([side] * (side != layer.loft_side[adapter]))
+        if len(moves) == 3:
+            raise MemoryError("full")
+        move(layer, adapter, side)
+
+    monkeypatch.setattr(AdaptedLinear, "set_side", fail)
+    with pytest.raises(MemoryError, match="full"):
+        if call == "set_support":
+            loft_rs.set_support(model, report.layers)
+        else:
+            calibrate(model, token_batches(2), budget=Budget(params=14 * 15) if call == "budget" else None)
+    unchanged(model, before)
+    assert set(sides(model).values()) == {"input"} and model.peft_config["default"].to_dict() == config
+    layers = adapted_layers(model)[1].values()
+    assert all(layer.theta("default") is theta for layer, theta in zip(layers, thetas, strict=True))
+    monkeypatch.undo()
+    calibrate(model, token_batches(2))
+    assert sides(model) == {name: support.side for name, support in report.layers.items()}
+    train(model, steps=1)

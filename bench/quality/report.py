@@ -1,6 +1,6 @@
 """Tables (markdown) and Pareto plots (PNG) from the lines of `sweep.py` and `timing.py`. Everything that was scored is in them.
 
-    python bench/quality/report.py --runs runs.jsonl --times times.jsonl --out bench/quality
+    python bench/quality/report.py --runs bench/quality/runs/*.jsonl --times bench/quality/times_h100.jsonl --out bench/quality
 
 writes TABLES.md and pareto.png. Intervals are Student's t, 95 %, over seeds; differences are paired by seed. With so many comparisons some
 exclude zero by chance.

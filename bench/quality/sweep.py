@@ -1,6 +1,6 @@
 """The runs: every method on the named tasks, tuned and then scored (`protocol.py`), one JSON line each.
 
-    python bench/quality/sweep.py --packed PACKED --tasks mrpc cola sst2 --out runs.jsonl --workers 10 --wave 3 --minutes 9
+    python bench/quality/sweep.py --packed PACKED --tasks mrpc cola sst2 --out runs/understanding.jsonl --workers 10 --wave 3 --minutes 9
 
 Runs that `--out` holds are skipped, so a sweep goes on where it was stopped. Each worker process takes a *wave* of runs of one task and
 advances them in turn; the workers are spread over the machine's cards. After `--minutes` no wave is begun; those in progress have

@@ -247,6 +247,7 @@ class Run:
             "metric": self.task.metric,
             "batch": self.task.batch,
             "rank": self.rank,
+            "extra": self.method.extra,
             "trained": self.trained,
             "trained_head": self.trained_head,
             "first_loss": sum(losses[:10]) / len(losses[:10]),

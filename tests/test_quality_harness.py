@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import importlib
+import itertools
 import json
 import math
 import sys
@@ -34,6 +35,11 @@ def protocol(bench_path):
 @pytest.fixture(scope="module")
 def methods(bench_path):
     return importlib.import_module("methods")
+
+
+@pytest.fixture(scope="module")
+def report(bench_path):
+    return importlib.import_module("report")
 
 
 def line(spec, score):
@@ -118,6 +124,16 @@ def test_a_paired_difference_forgets_what_both_share(protocol, values, shift):
     assert count == len(values)
     assert value == pytest.approx(shift, abs=1e-12)
     assert half == pytest.approx(0, abs=1e-11)
+
+
+@given(values=st.lists(st.floats(-1, 1), min_size=1, max_size=12).map(sorted), gap=st.floats(0, 0.5))
+def test_names_in_a_plot_keep_their_distance_and_no_more(report, values, gap):
+    found = report.apart(values, gap)
+    steps = [b - a for a, b in itertools.pairwise(found)]
+    assert all(step >= gap - 1e-12 for step in steps)
+    assert sum(found) == pytest.approx(sum(values), abs=1e-12)  # pushed apart, not away
+    if all(b - a >= gap for a, b in itertools.pairwise(values)):
+        assert found == pytest.approx(values, abs=1e-12)
 
 
 def test_an_interval_covers_the_mean_as_often_as_it_says(protocol):
@@ -259,8 +275,7 @@ def test_a_wave_holds_runs_of_one_task_that_nobody_has(protocol):
     assert sweep.next_wave(specs, set(map(protocol.key, specs)), 3) == []
 
 
-def test_the_report_keeps_losers_and_says_what_is_missing(protocol, tmp_path):
-    report = importlib.import_module("report")
+def test_the_report_keeps_losers_and_says_what_is_missing(protocol, tmp_path, report):
     base = {"task": "t", "steps": 3, "family": "f", "metric": "accuracy", "matmul": "fp32", "device": "card", "rank": 2}
     lines = []
     for method, trained, level in (

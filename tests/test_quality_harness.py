@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import scipy.stats
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -111,10 +112,9 @@ def test_nothing_written_is_due_again_and_a_cut_line_is_left_out(protocol, tmp_p
 
 
 def test_students_quantiles(protocol):
-    scipy_stats = pytest.importorskip("scipy.stats")
     for freedom, value in enumerate(protocol.STUDENT):
         if freedom:
-            assert value == pytest.approx(scipy_stats.t.ppf(0.975, freedom), abs=5.1e-5)
+            assert value == pytest.approx(scipy.stats.t.ppf(0.975, freedom), abs=5.1e-5)
 
 
 @given(values=st.lists(st.floats(-1, 1), min_size=2, max_size=8), shift=st.floats(-1, 1))

@@ -263,17 +263,35 @@ def tables(lines: Lines, times: Lines) -> str:
 
 def apart(values: Sequence[float], gap: float) -> list[float]:
     """The positions nearest to ascending `values` (least squares) with at least `gap` between neighbours."""
-    blocks: list[list[float]] = []  # [mean, count] of what moves as one: isotonic regression of values minus their gaps
-    for i, value in enumerate(values):
-        blocks.append([value - i * gap, 1])
-        while len(blocks) > 1 and blocks[-2][0] > blocks[-1][0]:
-            last, count = blocks.pop()
-            blocks[-1] = [
-                (blocks[-1][0] * blocks[-1][1] + last * count) / (blocks[-1][1] + count),
-                blocks[-1][1] + count,
-            ]
-    even = [position for position, count in blocks for _ in range(int(count))]
-    return [position + i * gap for i, position in enumerate(even)]
+    from scipy.optimize import isotonic_regression
+
+    return [even + i * gap for i, even in enumerate(isotonic_regression([v - i * gap for i, v in enumerate(values)]).x)]
+
+
+def name_points(axis: Any, rows: list[Row], cost: dict[str, float], span: float) -> None:
+    """Each method's name to the right of its point; names of points in one column stand apart. `span`: the costs' range, as a logarithm."""
+    columns: list[list[Row]] = []
+    for row in sorted(rows, key=lambda row: cost[row.method]):
+        if columns and math.log(cost[row.method] / cost[columns[-1][0].method]) < NAME * span / 2:
+            columns[-1].append(row)
+        else:
+            columns.append([row])
+    low, high = axis.get_ylim()
+    for column in columns:
+        column.sort(key=lambda row: mean(row.scores.values()))
+        x = max(cost[row.method] for row in column) * math.exp(0.02 * span)
+        heights = apart([mean(row.scores.values()) for row in column], (high - low) / 36)
+        axis.set_ylim(min(heights[0], axis.get_ylim()[0]), max(heights[-1], axis.get_ylim()[1]))
+        for row, height in zip(column, heights, strict=True):
+            axis.annotate(
+                row.method,
+                (cost[row.method], mean(row.scores.values())),
+                xytext=(x, height),
+                fontsize=6,
+                va="center",
+                arrowprops={"arrowstyle": "-", "lw": 0.3, "color": "#bbbbbb", "shrinkA": 0, "shrinkB": 2},
+            )
+    axis.set_xlim(min(cost.values()) / math.exp(0.1 * span), max(cost.values()) * math.exp(NAME * span))
 
 
 def plot(lines: Lines, times: Lines, path: Path) -> None:
@@ -302,8 +320,6 @@ def plot(lines: Lines, times: Lines, path: Path) -> None:
         figure.subplots(-(-len(panels) // columns), columns, squeeze=False).flat, panels, strict=False
     ):
         mine = [row for row in rows if row.task == task and row.method in cost]
-        costs = [cost[row.method] for row in mine]
-        span = max(math.log(max(costs) / min(costs)), 1.0)
         for row in mine:
             value, half = interval(list(row.scores.values()))
             best = not any(
@@ -313,29 +329,8 @@ def plot(lines: Lines, times: Lines, path: Path) -> None:
             axis.errorbar(
                 cost[row.method], value, half, fmt="o", color=colour, mfc=colour if best else "white", ms=5, lw=0.8
             )
-        names: list[list[Row]] = []  # columns of points so near that their names would lie over each other
-        for row in sorted(mine, key=lambda row: cost[row.method]):
-            if names and math.log(cost[row.method] / cost[names[-1][0].method]) < NAME * span / 2:
-                names[-1].append(row)
-            else:
-                names.append([row])
-        low, high = axis.get_ylim()
-        for column in names:
-            column.sort(key=lambda row: mean(row.scores.values()))
-            x = max(cost[row.method] for row in column) * math.exp(0.02 * span)
-            heights = apart([mean(row.scores.values()) for row in column], (high - low) / 36)
-            axis.set_ylim(min(heights[0], axis.get_ylim()[0]), max(heights[-1], axis.get_ylim()[1]))
-            for row, height in zip(column, heights, strict=True):
-                axis.annotate(
-                    row.method,
-                    (cost[row.method], mean(row.scores.values())),
-                    xytext=(x, height),
-                    fontsize=6,
-                    va="center",
-                    arrowprops={"arrowstyle": "-", "lw": 0.3, "color": "#bbbbbb", "shrinkA": 0, "shrinkB": 2},
-                )
         axis.set(title=task, xlabel=label, ylabel=mine[0].metric if mine else "", xscale="log")
-        axis.set_xlim(min(costs) / math.exp(0.1 * span), max(costs) * math.exp(NAME * span))  # room for the names
+        name_points(axis, mine, cost, max(math.log(max(cost.values()) / min(cost.values())), 1.0))
         axis.xaxis.set_minor_formatter(NullFormatter())
         axis.grid(alpha=0.3)
     for axis in figure.axes[len(panels) :]:

@@ -312,5 +312,8 @@ def test_the_report_keeps_losers_and_says_what_is_missing(protocol, tmp_path, re
     assert page.count("| t | LOFT pilot wide r9 | 9 | 0.1 | 0.1250 |") == 1
     assert "Tried at some rates and not scored: HRA on t." in page
     pytest.importorskip("matplotlib")
-    report.plot(lines, [], tmp_path / "plot.png")
+    seed = {"phase": "score", "rate": 0.1, "seed": 0}
+    head = base | seed | {"task": "head alone", "method": "head only", "trained": 0, "score": 0.5}
+    failed = base | seed | {"method": "LOFT skewgrad", "trained": 9, "score": None}
+    report.plot([*lines, head, failed], [], tmp_path / "plot.png")  # neither has a point
     assert (tmp_path / "plot.png").read_bytes()[:4] == b"\x89PNG"

@@ -268,8 +268,9 @@ def apart(values: Sequence[float], gap: float) -> list[float]:
     return [even + i * gap for i, even in enumerate(isotonic_regression([v - i * gap for i, v in enumerate(values)]).x)]
 
 
-def name_points(axis: Any, rows: list[Row], cost: dict[str, float], span: float) -> None:
-    """Each method's name to the right of its point; names of points in one column stand apart. `span`: the costs' range, as a logarithm."""
+def name_points(axis: Any, rows: list[Row], cost: dict[str, float]) -> None:
+    """Each method's name to the right of its point; names of points in one column stand apart."""
+    span = max(math.log(max(cost.values()) / min(cost.values())), 1.0)
     columns: list[list[Row]] = []
     for row in sorted(rows, key=lambda row: cost[row.method]):
         if columns and math.log(cost[row.method] / cost[columns[-1][0].method]) < NAME * span / 2:
@@ -299,21 +300,19 @@ def plot(lines: Lines, times: Lines, path: Path) -> None:
     from matplotlib.figure import Figure
     from matplotlib.ticker import NullFormatter
 
-    rows = rows_of(lines)
+    rows = [row for row in rows_of(lines) if row.scores]
     panels: list[tuple[str, str, dict[str, float]]] = []
     for task in dict.fromkeys(row.task for row in rows):
-        panels.append(
-            (task, "trained parameters", {row.method: row.trained for row in rows if row.task == task and row.trained})
-        )
-        scored = {row.method for row in rows if row.task == task}
-        timed = {line["method"]: line for line in times if line["task"] == task and line["method"] in scored}
+        trained = {row.method: float(row.trained) for row in rows if row.task == task}
+        timed = {line["method"]: line for line in times if line["task"] == task and line["method"] in trained}
+        costs = {"trained parameters": {name: cost for name, cost in trained.items() if cost}}
         for label, key in (
             ("ms a step", "eager_ms"),
             ("MiB a step", "step_mib"),
             ("preparation, s", "prepare_seconds"),
         ):
-            if timed:
-                panels.append((task, label, {name: line[key] for name, line in timed.items()}))
+            costs[label] = {name: line[key] for name, line in timed.items()}
+        panels += [(task, label, cost) for label, cost in costs.items() if cost]
     columns = min(3, len(panels))
     figure = Figure(figsize=(6.2 * columns, 4.6 * -(-len(panels) // columns)), layout="constrained")
     for axis, (task, label, cost) in zip(
@@ -329,8 +328,8 @@ def plot(lines: Lines, times: Lines, path: Path) -> None:
             axis.errorbar(
                 cost[row.method], value, half, fmt="o", color=colour, mfc=colour if best else "white", ms=5, lw=0.8
             )
-        axis.set(title=task, xlabel=label, ylabel=mine[0].metric if mine else "", xscale="log")
-        name_points(axis, mine, cost, max(math.log(max(cost.values()) / min(cost.values())), 1.0))
+        axis.set(title=task, xlabel=label, ylabel=mine[0].metric, xscale="log")
+        name_points(axis, mine, cost)
         axis.xaxis.set_minor_formatter(NullFormatter())
         axis.grid(alpha=0.3)
     for axis in figure.axes[len(panels) :]:

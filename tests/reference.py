@@ -13,8 +13,12 @@ def exact_transform(name: str, theta: torch.Tensor, r: int) -> torch.Tensor:
     eye = torch.eye(r, dtype=theta.dtype)
     if name == "free":
         return eye + theta
-    name, _, magnitudes = name.partition("+")
-    if magnitudes:
+    name, _, option = name.partition("+")
+    if option == "halves":
+        a = torch.zeros(r, r, dtype=theta.dtype)
+        a = torch.cat([a[: r - r // 2], torch.cat([theta, a[r - r // 2 :, r - r // 2 :]], 1)])
+        theta = a[tuple(torch.tril_indices(r, r, -1))]
+    elif option:
         inner = exact_transform(name, theta[: -2 * r], r)
         return torch.diag(1 + theta[-r:]) @ inner @ torch.diag(1 + theta[-2 * r : -r])
     a = skew(theta, r)

@@ -18,9 +18,9 @@ from loft_rs.factor import LowRank, gram_root
 from loft_rs.inspection import ORTHONORMAL
 from loft_rs.layer import choose_placement, custom_basis
 from loft_rs.nn import LoftLinear
-from loft_rs.transform import TRANSFORMS
+from loft_rs.transform import TRANSFORMS, get_transform
 
-SIDES, PLACEMENTS, NAMES = ["input", "output"], ["rotate", "add"], sorted(TRANSFORMS)
+SIDES, PLACEMENTS, NAMES = ["input", "output"], ["rotate", "add"], [*sorted(TRANSFORMS), "cayley+halves"]
 
 
 def make_layer(
@@ -326,7 +326,7 @@ def test_a_layer_cast_to_half_precision_still_trains(transform):
     assert y.dtype == grad.dtype == torch.bfloat16
     assert torch.linalg.norm(y.double() - expected) <= 2e-2 * torch.linalg.norm(expected)
     assert torch.linalg.norm(grad.double() - wanted) <= 2e-2 * torch.linalg.norm(wanted)
-    if TRANSFORMS[transform].orthogonal:
+    if get_transform(transform).orthogonal:
         # E is float32: its rounding is all there is.
         assert layer.factor("default").orthogonality_error() <= 1e-6
 

@@ -17,6 +17,8 @@ VARIANTS = [
     "cayley_neumann:3",
     "cayley+magnitudes",
     "exp+magnitudes",
+    "cayley+halves",
+    "exp+halves",
     "cayley_neumann:2+magnitudes",
 ]
 NAMES = [*sorted(TRANSFORMS), *VARIANTS]
@@ -47,6 +49,22 @@ def test_orthogonality(r, norm, name, seed):
     t = torch.eye(r, dtype=torch.float64) + delta[0].double()
     error = torch.linalg.matrix_norm(t.mT @ t - torch.eye(r, dtype=torch.float64), 2)
     assert error <= 2 * torch.finfo(torch.float32).eps * r**0.5
+
+
+@given(st.integers(1, 96), st.floats(1e-4, 100), st.sampled_from(SKEW), st.integers(0, 2**31))
+def test_halves_are_orthogonal_and_the_transform_of_their_blocks(r, norm, name, seed):
+    halves = get_transform(f"{name}+halves")
+    theta = torch.randn(halves.parameter_shape(r), generator=torch.Generator().manual_seed(seed))
+    theta = theta * norm / max(1.0, float(torch.linalg.matrix_norm(theta)))
+    delta = halves.delta(theta[None], r)[0][0]
+    t, eye = torch.eye(r, dtype=torch.float64) + delta.double(), torch.eye(r, dtype=torch.float64)
+    assert torch.linalg.matrix_norm(t.mT @ t - eye, 2) <= 2 * torch.finfo(torch.float32).eps * r**0.5
+    first = r - r // 2
+    a = torch.zeros(r, r)
+    a[first:, :first] = theta
+    rows, columns = torch.tril_indices(r, r, -1)
+    assert torch.equal(delta, get_transform(name).delta(a[rows, columns][None], r)[0][0])
+    assert halves.orthogonal and not a[:first, :first].any() and not a[first:, first:].any()
 
 
 @pytest.mark.parametrize("norm", [1.0, 10.0, 100.0])

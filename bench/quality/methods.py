@@ -304,6 +304,10 @@ def _squares(r: int, shapes: Shapes) -> int:
     return len(shapes) * r * r
 
 
+def _between(r: int, shapes: Shapes) -> int:
+    return len(shapes) * (r // 2) * (r - r // 2)
+
+
 def _tied(r: int, shapes: Shapes) -> int:
     """q, k and v of a block as one (MiniLM and the ViT: 4 rotations for 6 layers; SmolLM2, gate and up too: 4 for 7)."""
     return 4 * (len(shapes) // (7 if len(shapes) % 7 == 0 else 6)) * r * (r - 1) // 2
@@ -322,6 +326,8 @@ LORA = _peft(peft.LoraConfig, "r", lora_alpha=lambda r: 2 * r)
 LOFT = {"size": _planes, "middle": 0.06, "times_rank": True}
 PILOT = LOFT | {"batches": 32}  # one a step
 TWICE = {"batches": 64}
+# gate and up on the output side; what names no module of a model has no effect
+HALVES = {"halves": True, "side_pattern": {"gate_proj": "output", "up_proj": "output"}}
 RANKS = {"q_proj": 20, "k_proj": 20, "down_proj": 80}  # with 42 elsewhere .96 of the parameters of 46 everywhere
 METHODS = {
     method.name: method
@@ -353,6 +359,15 @@ METHODS = {
                 ("64 ranks", 42, _loft("pilot", Pilot(steps=64), rank_pattern=RANKS), TWICE),
                 ("64 ranks quieter", 42, _loft("pilot", Pilot(steps=64), rank_pattern=RANKS), TWICE | {"tilt": -0.25}),
                 ("64 halved ranks", 42, _loft("pilot", Pilot(steps=64), halved=True, rank_pattern=RANKS), {}),
+            )
+        ),
+        Method("LOFT halves", _loft("pilot", **HALVES), **PILOT | {"size": _between, "middle": 0.12}),
+        Method("LOFT halves r64", _loft("pilot", **HALVES), rank=64, **PILOT | {"middle": 0.2112}),
+        *(
+            Method(f"LOFT halves {name} r64", adapt, rank=64, rate_of="LOFT halves r64", **PILOT | options)
+            for name, adapt, options in (
+                ("64", _loft("pilot", Pilot(steps=64), **HALVES), TWICE),
+                ("in", _loft("pilot", halves=True), {}),
             )
         ),
         Method("LOFT gradsvd both sides r32", _two_sides, rank=32, rate_of="LOFT gradsvd r46", **LOFT),

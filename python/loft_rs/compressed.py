@@ -44,10 +44,12 @@ def nystroem(left: np.ndarray, core: np.ndarray) -> np.ndarray:
     return half @ half.T
 
 
-def ordered_basis(p: np.ndarray, moment: np.ndarray | None) -> np.ndarray:
-    """P (n x r), its columns turned to the eigenvectors of sum z^T z = P^T M P where that is given."""
+def ordered_basis(p: np.ndarray, moment: np.ndarray | None, first: int | None = None) -> np.ndarray:
+    """P (n x r), its columns turned to the eigenvectors of sum z^T z = P^T M P where that is given: the first ones and the others apart, or
+    all together."""
     if moment is not None:
-        p = p @ descending(moment)[1]
+        parts = [slice(first), slice(first, None)] if first else [slice(None)]
+        p = np.hstack([p[:, part] @ descending(moment[part, part])[1] for part in parts])
     p = linalg.orthonormalize(p)  # in order: it only mends rounding
     largest = np.take_along_axis(p, np.abs(p).argmax(0)[None], 0)
     return np.ascontiguousarray(p * np.where(largest < 0, -1.0, 1.0), dtype=np.float32)

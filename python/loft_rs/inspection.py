@@ -218,18 +218,24 @@ def _folded(gram: np.ndarray, delta: np.ndarray) -> np.ndarray:
 
 def _delta(what: str, theta: np.ndarray, rank: int, config: dict) -> np.ndarray:
     """D = T - I of one theta (transform.py has the formulas)."""
-    transform, magnitudes = str(config.get("transform")), bool(config.get("magnitudes"))
+    transform, magnitudes, halves = str(config.get("transform")), bool(config.get("magnitudes")), config.get("halves")
     generator = (rank * (rank - 1) // 2,)
     shapes = {"cayley": generator, "cayley_neumann": generator, "exp": generator, "free": (rank, rank)}
     if transform not in shapes:
         raise ValueError(f"{what}: transform {transform!r} is not one of {', '.join(shapes)}")
     shape = (generator[0] + 2 * rank,) if magnitudes else shapes[transform]
+    shape = (rank // 2, rank - rank // 2) if halves else shape
     if theta.shape != shape:
-        raise ValueError(f"{what} has a theta of shape {theta.shape}; {transform} at rank {rank} needs {shape}")
+        raise ValueError(
+            f"{what} has a theta of shape {theta.shape}; {transform}{' in halves' * bool(halves)} at rank {rank} needs {shape}"
+        )
     if transform == "free":
         return theta
     lower = np.zeros((rank, rank))
-    lower[np.tril_indices(rank, -1)] = theta[: generator[0]]
+    if halves:
+        lower[rank - rank // 2 :, : rank - rank // 2] = theta
+    else:
+        lower[np.tril_indices(rank, -1)] = theta[: generator[0]]
     delta = _skew_delta(lower - lower.T, transform, config.get("neumann_terms"))
     if not magnitudes:
         return delta

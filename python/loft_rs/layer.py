@@ -24,7 +24,7 @@ from .factor import HALF, AddInputs, AddLowRank, Blocks, Frozen, Joined, LowRank
 from .kinds import Kind, Partition, Supported
 from .siblings import Siblings
 from .support import SIDES
-from .transform import DeltaGroup
+from .transform import DeltaGroup, Halves
 
 __all__ = ["AdaptedLinear", "choose_placement", "custom_basis"]
 
@@ -239,7 +239,7 @@ class AdaptedLinear(nn.Module):
         return self.tied(adapter)[0]
 
     def theta(self, adapter: str) -> nn.Parameter:
-        """The trained parameter, float32: of the transform (r(r - 1)/2 entries, or (r, r) for `free`), or what else its kind trains."""
+        """The trained parameter, float32: of the transform (`Transform.parameter_shape`), or what else its kind trains."""
         # Not through `__getattr__`, here and below, which at this rate costs as much as the products of a small model.
         return self.owner(adapter)._modules["loft_theta"]._parameters[adapter]
 
@@ -258,6 +258,11 @@ class AdaptedLinear(nn.Module):
         """r, or the size of the blocks of one without a support."""
         group = self.loft_group.get(adapter)
         return self.loft_kind[adapter].rank(self.theta(adapter), group and group.transform)
+
+    def first_half(self, adapter: str) -> int | None:
+        """Of a transform in halves the columns of P in the first one; None for any other."""
+        transform = getattr(self.loft_group.get(adapter), "transform", None)
+        return self.theta(adapter).shape[-1] if isinstance(transform, Halves) else None
 
     def has_adapter(self, adapter: str) -> bool:
         return adapter in self.loft_side

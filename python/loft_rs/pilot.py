@@ -8,6 +8,14 @@ space of B A is all learnt. Then
 
 of layers that are tied of their changes B A stacked. With A^T = Q R (n x k) and B = U L, U orthonormal, B A = U (L R^T) Q^T: P = Q V with
 V the right singular vectors of the k x k matrix L R^T, in float64. Nothing of the pilot is left in the model.
+
+To first order a rotation adds W0 P A P^T: it reads span(P), and what it writes is W0's image of that same span. With
+`LoftConfig(halves=True)` a half of P is there to be written to,
+
+    P = [V, Y],  V = v_1, ..., v_h,  Y orthonormal, spans what (W0^T W0 + c I)^{-1} W0^T u_i has outside V,  c = ||W0||_F^2 / (100 n)
+
+of B A = sum s_i u_i v_i^T: W0 takes these partners nearly to u_i (c leaves out what W0 hardly reaches), so that B A's strongest terms are
+nearly W0 Y M V^T for some M, which is what a transform in halves makes, less a transposed term. On the output side of (B A)^T and W0^T.
 """
 
 from __future__ import annotations
@@ -22,17 +30,19 @@ import torch
 from torch import Tensor
 
 from ._checks import is_int
+from .base import dense_weight
 from .factor import no_autocast
-from .linalg import NonFiniteError
+from .linalg import NonFiniteError, orthonormalize
 from .products import as_it_is, inner_product, product
 from .support import Support
 
 if TYPE_CHECKING:
     from .layer import AdaptedLinear
 
-__all__ = ["Change", "Pilot", "PilotTap", "changes_for", "checked_pilot", "some_gradient"]
+__all__ = ["Change", "Pilot", "PilotTap", "changes_for", "checked_pilot", "partners", "some_gradient"]
 
 RANK = 64
+DAMPING = 1e-2
 
 
 @dataclass(frozen=True)
@@ -40,7 +50,7 @@ class Pilot:
     """The short training that `LoftConfig(support="pilot")` takes its supports from (`loft_rs.calibrate(..., pilot=Pilot(...))`).
 
     steps: of Adam, one batch each, at rate `lr`. rank: of the change of a layer, no more than min(m, n) there; None: 64, or the adapter's
-    rank where that is larger. ValueError for anything but positive numbers.
+    rank (in halves: the first one's) where that is larger. ValueError for anything but positive numbers.
     """
 
     steps: int = 32
@@ -112,12 +122,14 @@ class Change:
         self, layer: AdaptedLinear, adapter: str, rank: int | None, draw: torch.Generator | None, home: torch.device
     ):
         self.side, self.rank = layer.loft_side[adapter], layer.rank(adapter)
+        self.layers, self.halved = layer.tied(adapter), layer.first_half(adapter) is not None
+        self.read = layer.first_half(adapter) or self.rank  # of the v_i
         dtype = torch.promote_types(layer.support(adapter).dtype, torch.float32)
         self.learnt: list[Tensor] = []
         self.drawn: list[Tensor] = []
-        for each in layer.tied(adapter):
+        for each in self.layers:
             own, other = (each.support_width(s) for s in (self.side, "output" if self.side == "input" else "input"))
-            k = min(max(RANK, self.rank) if rank is None else rank, own, other)
+            k = min(max(RANK, self.read) if rank is None else rank, own, other)
             drawn = torch.randn(other, k, generator=draw, device="meta" if draw is None else "cpu") / k**0.5
             self.drawn.append(drawn.to(home, dtype).requires_grad_())
             self.learnt.append(torch.zeros(own, k, dtype=dtype, device=home, requires_grad=True))
@@ -140,18 +152,24 @@ class Change:
         learnt, drawn = ([t.detach().double().cpu().numpy() for t in each] for each in (self.learnt, self.drawn))
         q, r = np.linalg.qr(np.hstack(learnt))
         ends = np.cumsum([a.shape[1] for a in learnt])
-        parts = zip(drawn, np.split(r, ends[:-1], axis=1), strict=True)
+        parts = list(zip(drawn, np.split(r, ends[:-1], axis=1), strict=True))
         core = np.vstack([np.linalg.qr(b, mode="r") @ part.T for b, part in parts])
         if not core.any():
             return None
         _, values, v = np.linalg.svd(core)
-        squares, last = np.square(values / values[0]), values[self.rank - 1]
-        following = values[self.rank] if len(values) > self.rank else math.nan
+        squares, last = np.square(values / values[0]), values[self.read - 1]
+        following = values[self.read] if len(values) > self.read else math.nan
+        basis, strengths = q @ v[: self.read].T, values[: self.read].copy()
+        if self.halved:
+            # u_i s_i, each of a length of its own that what follows does not depend on; zero where s_i is.
+            written = [b @ (part.T @ v[: self.rank - self.read].T) for b, part in parts]
+            basis = self._with_partners(basis, np.vstack(written))
+            strengths = np.concatenate([strengths, values[: self.rank - self.read]])  # a partner has its direction's
         return Support(
-            basis=np.ascontiguousarray(q @ v[: self.rank].T, dtype=np.float32),
-            energy=min(1.0, float(squares[: self.rank].sum() / squares.sum())),
+            basis=np.ascontiguousarray(basis, dtype=np.float32),
+            energy=min(1.0, float(squares[: self.read].sum() / squares.sum())),
             energy_stderr=0.0,
-            values=values[: self.rank].copy(),
+            values=strengths,
             residuals=np.full(self.rank, math.nan),
             gap=float((last - following) / last) if last > 0 else math.nan,
             passes=0,
@@ -160,6 +178,14 @@ class Change:
             side=self.side,
             seed=seed,
         )
+
+    def _with_partners(self, v: np.ndarray, u: np.ndarray) -> np.ndarray:
+        """[V, Y] (n x r) of V and the u_i that Y's columns are to be partners of."""
+        weights = [dense_weight(layer.get_base_layer()).detach() for layer in self.layers]
+        weight = torch.cat(weights) if self.side == "input" else weights[0].mT
+        y = partners(weight, torch.from_numpy(u)).cpu().numpy()
+        lengths = np.linalg.norm(y, axis=0)
+        return orthonormalize(np.hstack([v, y / np.where(lengths > 0, lengths, 1.0)]))
 
     # -- what `footprint.Survey` asks of it -----------------------------------------------------------------------------------
 
@@ -178,8 +204,27 @@ class Change:
     def workspace(self, rows: int, dtype: torch.dtype, device: str, offload: bool) -> int:
         tall = max(len(factor) for factor in self.factors)
         k, size = max(a.shape[1] for a in self.learnt), self.learnt[0].dtype.itemsize
+        own, other = len(self.learnt[0]), sum(len(drawn) for drawn in self.drawn)
+        # For partners W0, its square and the Gram matrix with its factor, in float64.
+        solve = 16 * (own * other + min(own, other) ** 2) * self.halved
         # The change, its input or gradient in float32, and the sum in the layer's dtype.
-        return rows * tall * (2 * size + dtype.itemsize) + 2 * rows * k * size
+        return max(solve, rows * tall * (2 * size + dtype.itemsize) + 2 * rows * k * size)
+
+
+@torch.no_grad()
+def partners(weight: Tensor, images: Tensor) -> Tensor:
+    """Y = (W^T W + c I)^{-1} W^T U (n x k), nearly W^+ U, of W (m x n) and U (m x k), on W's device in float64 (MPS: on the CPU).
+
+    c = ||W||_F^2 / (100 n), so that Y changes with the scale of U only. Of W = 0 it is zero.
+    """
+    w = weight.cpu().double() if weight.device.type == "mps" else weight.double()
+    u, (m, n) = images.to(w), w.shape
+    c = DAMPING * w.square().sum() / n
+    wide = m < n  # (W^T W + c I)^{-1} W^T = W^T (W W^T + c I)^{-1}: whichever is smaller is solved
+    gram = w @ w.mT if wide else w.mT @ w
+    gram.diagonal().add_(torch.where(c > 0, c, 1.0))
+    factor = torch.linalg.cholesky(gram)
+    return w.mT @ torch.cholesky_solve(u, factor) if wide else torch.cholesky_solve(w.mT @ u, factor)
 
 
 class PilotTap:
@@ -195,12 +240,23 @@ class PilotTap:
 def changes_for(layers: Mapping[Any, AdaptedLinear], adapter: str, pilot: Pilot, seed: int | None) -> dict[Any, Change]:
     """The changes that a pilot starts from: the same on every process and device. seed: None for their shapes alone.
 
-    ValueError where the pilot's rank is below the adapter's.
+    ValueError where the pilot's rank is below the adapter's, or its first half's, or where partners need dense weights.
     """
-    if pilot.rank is not None and (most := max(layer.rank(adapter) for layer in layers.values())) > pilot.rank:
+    halves = {name: layer.first_half(adapter) for name, layer in layers.items()}
+    most = max(halves[name] or layer.rank(adapter) for name, layer in layers.items())
+    if pilot.rank is not None and most > pilot.rank:
+        what = "half the adapter's" if any(halves.values()) else "the adapter's"
         raise ValueError(
-            f"pilot must have a rank of at least the adapter's, which is {most}, got {pilot.rank}; None takes what is needed"
+            f"pilot must have a rank of at least {what}, which is {most}, got {pilot.rank}; None takes what is needed"
         )
+    for name, layer in layers.items():
+        if halves[name] is not None:
+            for each in layer.tied(adapter):
+                if dense_weight(base := each.get_base_layer()) is None:
+                    raise TypeError(
+                        f"halves needs dense weights, to find partners by, but the base of {name} is a {type(base).__name__}; use "
+                        "halves=False"
+                    )
     draw = None if seed is None else torch.Generator().manual_seed(seed)
     meta = torch.device("meta")
     return {

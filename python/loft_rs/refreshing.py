@@ -235,6 +235,10 @@ def _require_refreshable(layers: dict[str, Linear], adapter: str, config: LoftCo
         raise ValueError(
             f"{caller} does not support magnitudes: what it freezes is a rotation, and theirs is none; use magnitudes=False"
         )
+    if config.halves:
+        raise ValueError(
+            f"{caller} does not support halves: what the optimiser holds for them has no place in other halves; use halves=False"
+        )
     unset = [name for name, layer in layers.items() if not layer.ensure_support(adapter)]
     if unset:
         raise ValueError(

@@ -120,7 +120,7 @@ def sketch_for(
         if chosen is not None:
             basis = torch.from_numpy(chosen.basis)
             facts = {name: getattr(chosen, name) for name in ("energy", "energy_stderr", "values", "gap")}
-        return MomentSketch(plan, home, dtype, basis.to(home, dtype), facts)
+        return MomentSketch(plan, home, dtype, basis.to(home, dtype), facts, layer.first_half(adapter))
     return kind(plan, home, dtype)
 
 
@@ -133,6 +133,7 @@ class Sketch:
     tap_input = False
     pairs = False  # columns come two to a plane, and half a plane captures nothing
     backward = True  # a gradient is what it waits for
+    first: int | None = None  # columns that are ordered apart from the others
 
     def __init__(self, plan: Plan, home: torch.device, dtype: torch.dtype):
         self.plan, self.side, self.rank, self.columns = plan, plan.side, plan.rank, plan.columns
@@ -312,7 +313,7 @@ class Sketch:
         last = values[whole - 1] if whole else 0.0
         following = values[rank] if len(values) > rank else math.nan
         return Support(
-            basis=ordered_basis(p, None if plan.order == "natural" else self.moment(p)),
+            basis=ordered_basis(p, None if plan.order == "natural" else self.moment(p), self.first),
             energy=energy,
             energy_stderr=energy * spread / total,
             values=np.append(values[:whole], np.zeros(rank - whole)) / plan.loss_scale,
@@ -520,13 +521,21 @@ class ActivationSketch(Sketch):
 
 
 class MomentSketch(Sketch):
-    """Only sum z^T z, z = A P, for the order inside a support P that is chosen already. facts: fields of that support."""
+    """Only sum z^T z, z = A P, for the order inside a support P that is chosen already. facts: fields of that support. first: of halves."""
 
     backward = False
 
-    def __init__(self, plan: Plan, home: torch.device, dtype: torch.dtype, basis: Tensor, facts: dict[str, Any]):
+    def __init__(
+        self,
+        plan: Plan,
+        home: torch.device,
+        dtype: torch.dtype,
+        basis: Tensor,
+        facts: dict[str, Any],
+        first: int | None = None,
+    ):
         super().__init__(plan, home, dtype)
-        self.basis, self.facts = basis, facts
+        self.basis, self.facts, self.first = basis, facts, first
         self.finished = plan.order == "natural"
 
     @property

@@ -9,6 +9,9 @@
 A_ij = theta_ij and A_ji = -theta_ij for i > j, the triangle read row by row. Every transform is the identity at theta = 0, and D
 is never formed as a difference of T and I, so a small rotation keeps all its digits. A theta in half precision gives D in float32.
 
+`NAME+halves` trains of A only what lies between the first r - r//2 coordinates and the others, A = [[0, -B^T], [B, 0]], theta = B
+(r//2 x (r - r//2)): it turns the one half towards the other.
+
 Two variants are not orthogonal and exist for the methods that trained with them (OFT, PSOFT): `cayley_neumann:K`, Cayley's series cut
 off after K terms, and `NAME+magnitudes`, diag(1 + b) T diag(1 + a) with theta followed by a and b.
 
@@ -21,6 +24,7 @@ from __future__ import annotations
 
 import functools
 import weakref
+from collections.abc import Callable
 from typing import Protocol
 
 import torch
@@ -37,6 +41,7 @@ __all__ = [
     "DeltaGroup",
     "Exp",
     "Free",
+    "Halves",
     "Magnitudes",
     "Transform",
     "get_transform",
@@ -46,36 +51,45 @@ __all__ = [
 ]
 
 
-_INDICES: dict[tuple[int, torch.device], Tensor] = {}
+_Places = Callable[[int, torch.device], Tensor]
+_INDICES: dict[tuple[_Places, int, torch.device], Tensor] = {}
 
 
-def _strict_lower(r: int, like: Tensor) -> Tensor:
-    """Places of the strict lower triangle, row by row, in a flattened r x r matrix."""
+def _kept(places: _Places, r: int, like: Tensor) -> Tensor:
+    """The places for rank r, on the device of `like`, found once."""
     # A fake tensor, of a tracing mode, mixes with no kept real one, nor may its own indices be kept.
     if torch.compiler.is_compiling() or type(like) not in (Tensor, torch.nn.Parameter):
-        return _places(r, like.device)
-    if (r, like.device) not in _INDICES:
+        return places(r, like.device)
+    key = places, r, like.device
+    if key not in _INDICES:
         # A kept index must not be born inside inference mode, or a later training step could not save it for backward.
         with torch.inference_mode(False):
-            _INDICES[r, like.device] = _places(r, like.device)
-    return _INDICES[r, like.device]
+            _INDICES[key] = places(r, like.device)
+    return _INDICES[key]
 
 
-def _places(r: int, device: torch.device) -> Tensor:
+def _strict_lower(r: int, device: torch.device) -> Tensor:
+    """Of the strict lower triangle, row by row, in a flattened r x r matrix."""
     rows, cols = torch.tril_indices(r, r, -1, device=device)
     return rows * r + cols
 
 
+def _between(r: int, device: torch.device) -> Tensor:
+    """Of the last r//2 rows' first r - r//2 entries, row by row, in a strict lower triangle."""
+    rows, cols = torch.arange(r - r // 2, r, device=device), torch.arange(r - r // 2, device=device)
+    return (rows * (rows - 1) // 2).unsqueeze(1).add(cols).flatten()
+
+
 def skew(theta: Tensor, r: int) -> Tensor:
     """The skew matrices A (..., r, r) whose strict lower triangles, row by row, are theta (..., r(r - 1)/2)."""
-    lower = theta.new_zeros(*theta.shape[:-1], r * r).index_copy(-1, _strict_lower(r, theta), theta)
+    lower = theta.new_zeros(*theta.shape[:-1], r * r).index_copy(-1, _kept(_strict_lower, r, theta), theta)
     lower = lower.unflatten(-1, (r, r))
     return lower - lower.mT
 
 
 def _skew_gradient(h: Tensor) -> Tensor:
     """dL/dtheta = H_ij - H_ji for i > j, from H = dL/dA taken entry by entry."""
-    return (h - h.mT).flatten(-2).index_select(-1, _strict_lower(h.shape[-1], h))
+    return (h - h.mT).flatten(-2).index_select(-1, _kept(_strict_lower, h.shape[-1], h))
 
 
 def _working_dtype(theta: Tensor) -> torch.dtype:
@@ -241,20 +255,43 @@ class Magnitudes:
         return torch.cat([generator, (gt * left).sum(-2), (gt * right).sum(-1)], -1)
 
 
+class Halves:
+    """T of a skew transform whose A is [[0, -B^T], [B, 0]]. theta: B (r//2 x (r - r//2))."""
+
+    def __init__(self, inner: _Skew):
+        self.inner, self.name, self.orthogonal = inner, f"{inner.name}+halves", inner.orthogonal
+
+    def parameter_shape(self, r: int) -> tuple[int, ...]:
+        return (r // 2, r - r // 2)
+
+    def rank(self, shape: torch.Size) -> int:
+        return shape[-2] + shape[-1]
+
+    def delta(self, theta: Tensor, r: int) -> tuple[Tensor, Tensor]:
+        generator = theta.new_zeros(*theta.shape[:-2], r * (r - 1) // 2)
+        return self.inner.delta(generator.index_copy(-1, _kept(_between, r, theta), theta.flatten(-2)), r)
+
+    def gradient(self, g: Tensor, saved: Tensor) -> Tensor:
+        r = g.shape[-1]
+        generator = self.inner.gradient(g, saved)
+        return generator.index_select(-1, _kept(_between, r, generator)).unflatten(-1, self.parameter_shape(r))
+
+
 TRANSFORMS: dict[str, Transform] = {t.name: t for t in (Cayley(), Exp(), Free())}
 
 
 @functools.cache
 def get_transform(name: str) -> Transform:
-    """The transform called `name`, with `+magnitudes` where it says so; ValueError names the choices otherwise."""
+    """The transform called `name`, with `+magnitudes` or `+halves` where it says so; ValueError names the choices otherwise."""
     plain, plus, option = name.partition("+")
     kind, colon, terms = plain.partition(":")
     found = TRANSFORMS.get(plain)
     if kind == "cayley_neumann" and colon and terms.isdecimal() and int(terms) > 0:
         found = CayleyNeumann(int(terms))
-    if found is None or (plus and (option != "magnitudes" or not isinstance(found, _Skew))):
+    options = {"magnitudes": Magnitudes, "halves": Halves}
+    if found is None or (plus and (option not in options or not isinstance(found, _Skew))):
         raise ValueError(f"transform must be one of {sorted(TRANSFORMS)}, got {name!r}")
-    return Magnitudes(found) if plus else found
+    return options[option](found) if plus else found
 
 
 class _Solution:

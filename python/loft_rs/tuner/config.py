@@ -49,9 +49,9 @@ class LoftConfig(PeftConfig):
     """Configuration of a LOFT adapter, W = W0 R or R W0 with R = I + P (T - I) P^T (arXiv 2605.11872).
 
     Args:
-        r (`int`): Rank of the support. Trained parameters a layer: r(r - 1)/2 (`cayley`, `exp`) or r^2 (`free`). Even: an odd rank gains
-            nothing over the even one below it under a skew transform, and warns. A layer with min(in, out) < r gets the largest even
-            rank that fits, in one warning that lists the layers.
+        r (`int`): Rank of the support. Trained parameters a layer: r(r - 1)/2 (`cayley`, `exp`), r^2 (`free`) or, with `halves`, r^2/4.
+            Even: an odd rank gains nothing over the even one below it under a skew transform, and warns. A layer with
+            min(in, out) < r gets the largest even rank that fits, in one warning that lists the layers.
         target_modules (`list[str] | str`): Names or suffixes, a regular expression, or `"all-linear"`. None: the usual
             modules of the architecture.
         exclude_modules (`list[str] | str`): Names, suffixes or a regular expression of modules to leave alone.
@@ -84,6 +84,10 @@ class LoftConfig(PeftConfig):
         share (`bool`): With `support="blocks"`, one rotation for all blocks of a factor.
         output_scale (`bool`): With `support="blocks"`, a trained factor for every output as well, as BOFT has.
         magnitudes (`bool`): diag(1 + b) T diag(1 + a) in place of T, 2r more parameters and no longer orthogonal, as PSOFT has.
+        halves (`bool`): With `support="pilot"`: the support's first half are the directions v_i that the pilot's change reads, the second
+            their partners, which W0 maps to what it writes, u_i; only rotations of the one half towards the other are trained, r^2/4
+            parameters (see `pilot.py`). With a file of supports, of their columns. Needs `cayley` or `exp`, no magnitudes, and dense
+            weights; not for `refresh` and `narrow`.
         neumann_terms (`int`): K of `cayley_neumann`, T = (I - A) sum_{k <= K} (-A)^k.
         frozen_ranks (`dict[str, int]`): Set by `loft_rs.refresh`, and read when an adapter is loaded: the rank of what is
             frozen, by module.
@@ -113,6 +117,7 @@ class LoftConfig(PeftConfig):
     share: bool = field(default=False, metadata={"help": "One rotation for all blocks of a factor."})
     output_scale: bool = field(default=False, metadata={"help": "A trained factor for every output."})
     magnitudes: bool = field(default=False, metadata={"help": "Trained magnitudes around the transform."})
+    halves: bool = field(default=False, metadata={"help": "Turn one half of the support towards the other only."})
     neumann_terms: int | None = field(default=None, metadata={"help": "Terms of cayley_neumann."})
     frozen_ranks: dict[str, int] = field(default_factory=dict, metadata={"help": "Ranks frozen by refresh."})
     loft_format_version: int | None = field(default=None, metadata={"help": "Version of the saved form."})
@@ -197,6 +202,8 @@ class LoftConfig(PeftConfig):
                 f"support must be one of {sorted(methods)} or the path of a .safetensors file written by "
                 f"loft_rs.save_supports, got {self.support!r}"
             )
+        if self.halves:
+            self._check_halves()
         if self.layers_to_transform is not None and isinstance(self.target_modules, str):
             raise ValueError("layers_to_transform needs target_modules to be a list of names, not a string")
         if self.layers_pattern and self.layers_to_transform is None:
@@ -233,6 +240,15 @@ class LoftConfig(PeftConfig):
             raise ValueError(f"neumann_terms must be a positive integer, got {terms!r}")
         if self.magnitudes and (not self.has_support or self.transform == "free"):
             raise ValueError("magnitudes needs a support and a transform other than 'free', which has them already")
+
+    def _check_halves(self) -> None:
+        if self.support != "pilot" and not self.support_file:
+            raise ValueError(
+                f"halves needs support='pilot', which finds both halves, or a file of such supports, got {self.support!r}"
+            )
+        if self.transform not in ("cayley", "exp") or self.magnitudes:
+            named = self.transform + " with magnitudes" * self.magnitudes
+            raise ValueError(f"halves needs the transform 'cayley' or 'exp' without magnitudes, got {named}")
 
     @classmethod
     def oft(
@@ -281,7 +297,7 @@ class LoftConfig(PeftConfig):
         if self.support == "trained":
             return None
         terms = "" if self.neumann_terms is None else f":{self.neumann_terms}"
-        return self.transform + terms + "+magnitudes" * self.magnitudes
+        return self.transform + terms + "+magnitudes" * self.magnitudes + "+halves" * self.halves
 
     @property
     def needs_calibration(self) -> bool:

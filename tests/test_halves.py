@@ -1,0 +1,294 @@
+"""`LoftConfig(halves=True)`: partners against dense float64, the order inside each half, what is trained, saved and refused."""
+
+from __future__ import annotations
+
+import numpy as np
+import peft
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from reference import basis_of, logits, make_llama, token_batches, train, unchanged
+from test_calibration_memory import LiveBytes, frozen_peak
+from torch import nn
+
+import loft_rs
+from loft_rs import LoftConfig, Pilot, calibrate
+from loft_rs.inspection import inspect_adapter
+from loft_rs.layer import AdaptedLinear
+from loft_rs.pilot import Change, changes_for, partners
+from loft_rs.transform import DeltaGroup
+from loft_rs.tuner.model import adapted_layers
+
+SHORT = Pilot(steps=3)
+OUTPUT = {"gate_proj": "output", "up_proj": "output"}
+
+
+def build(base=None, **options):
+    options = {"target_modules": "all-linear", "r": 6, "support": "pilot", "halves": True} | options
+    return peft.get_peft_model(base or make_llama(), LoftConfig(**options))
+
+
+def calibrated(base=None, **options):
+    model = build(base, **options)
+    return model, calibrate(model, token_batches(2), pilot=SHORT)
+
+
+def dense_partners(weight, images):
+    """(W^T W + ||W||_F^2 / (100 n) I)^{-1} W^T U, from the singular values of W."""
+    u, s, vt = torch.linalg.svd(weight.double(), full_matrices=False)
+    c = s.square().sum() / 100 / weight.shape[1]
+    gains = torch.where(s > 0, s / (s.square() + c), 0.0)
+    return vt.mT @ (gains.unsqueeze(1) * (u.mT @ images.double()))
+
+
+# -- partners --------------------------------------------------------------------------------------------------------------
+
+
+@given(
+    m=st.integers(1, 40),
+    n=st.integers(1, 40),
+    k=st.integers(1, 4),
+    scale=st.sampled_from([0.0, 1e-30, 1e-3, 1.0, 1e6]),
+    rank=st.integers(1, 40),
+    seed=st.integers(0, 2**31),
+)
+def test_partners_are_the_damped_preimages(m, n, k, scale, rank, seed):
+    draw = torch.Generator().manual_seed(seed)
+    left, right = (torch.randn(*shape, generator=draw) for shape in ((m, rank), (rank, n)))
+    weight, images = scale * (left @ right).double(), torch.randn(m, k, generator=draw).double()
+    found, wanted = partners(weight, images), dense_partners(weight, images)
+    # The Gram matrix's condition is at most 1 + 100 n.
+    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-11 * max(float(wanted.abs().max()), 1e-300))
+
+
+@given(
+    n=st.integers(2, 32),
+    heights=st.lists(st.integers(2, 32), min_size=1, max_size=3),
+    rank=st.integers(2, 12),
+    side=st.sampled_from(["input", "output"]),
+    seed=st.integers(0, 2**31),
+)
+def test_a_half_reads_the_change_and_the_other_is_its_partners(n, heights, rank, side, seed):
+    heights = heights[:1] if side == "output" else heights
+    r, draw = min(rank, n, *heights), torch.Generator().manual_seed(seed)
+    layers = [AdaptedLinear(nn.Linear(n, m)) for m in heights]
+    for layer in layers:
+        layer.add_factor("default", r, DeltaGroup("cayley+halves"), side)
+        with torch.no_grad():
+            layer.base_layer.weight.normal_(generator=draw)
+    if len(layers) > 1:
+        layers[0].tie("default", layers[1:])
+    change = Change(layers[0], "default", None, draw, torch.device("cpu"))
+    with torch.no_grad():
+        for learnt in change.learnt:
+            learnt.normal_(std=1e-3, generator=draw)
+    p, h = change.support(5), r - r // 2
+    assert p.basis.shape == (n if side == "input" else heights[0], r) and p.values.shape == (r,)
+    np.testing.assert_array_equal(p.values[h:], p.values[: r // 2])
+    gram = p.basis.T.astype(np.float64) @ p.basis
+    assert np.linalg.norm(gram - np.eye(r), 2) <= 8 * np.finfo(np.float32).eps * r**0.5
+    weight = torch.cat([layer.base_layer.weight.detach() for layer in layers]).double()
+    pairs = zip(change.learnt, change.drawn, strict=True)
+    dense = torch.cat([drawn.detach().double() @ learnt.detach().double().mT for learnt, drawn in pairs])
+    weight = weight if side == "input" else weight.mT
+    u, s, vt = torch.linalg.svd(dense)
+    reads, writes = p.basis[:, :h].astype(np.float64), p.basis[:, h:].astype(np.float64)
+    strong = len(s) == h or bool(s[h - 1] - s[h] > 1e-3 * s[0])
+    if strong:  # where the span is one
+        assert np.linalg.norm(vt[:h].numpy() @ reads) ** 2 >= h - 1e-6
+    assert p.energy == pytest.approx(float(s[:h].square().sum() / s.square().sum()), abs=1e-10)
+    if strong and r // 2 and (r // 2 == h or bool(s[h - 2] - s[h - 1] > 1e-3 * s[0])):
+        y = dense_partners(weight, u[:, : r // 2]).numpy()
+        outside = y - reads @ (reads.T @ y)
+        q, triangle = np.linalg.qr(outside / np.linalg.norm(y, axis=0))
+        if np.abs(np.diag(triangle)).min() > 1e-2:  # where the partners' span is one
+            assert np.linalg.norm(q.T @ writes) ** 2 >= r // 2 - 1e-4
+
+
+def test_a_half_turn_makes_the_change_to_first_order():
+    # W0 is orthogonal, so partners are exact: W0 Y spans the u_i but for what lies in W0 V.
+    draw = torch.Generator().manual_seed(0)
+    layer = AdaptedLinear(nn.Linear(24, 24))
+    layer.add_factor("default", 8, DeltaGroup("cayley+halves"))
+    with torch.no_grad():
+        layer.base_layer.weight.copy_(torch.linalg.qr(torch.randn(24, 24, generator=draw))[0])
+    change = Change(layer, "default", 4, draw, torch.device("cpu"))
+    with torch.no_grad():
+        change.learnt[0].normal_(std=1e-3, generator=draw)
+    p = torch.from_numpy(change.support(0).basis).double()
+    v, y, weight = p[:, :4], p[:, 4:], layer.base_layer.weight.detach().double()
+    dense = (change.drawn[0] @ change.learnt[0].mT).detach().double()
+    # What is left of D V is W0 times something in V's own span.
+    rest = dense @ v - weight @ y @ (y.mT @ weight.mT @ dense @ v)
+    inside = weight @ v @ (v.mT @ weight.mT @ rest)
+    assert float((rest - inside).norm()) <= 1e-5 * float(dense.norm())
+    one = Change(layer, "default", 4, torch.Generator().manual_seed(1), torch.device("cpu"))
+    assert one.support(0) is None  # nothing learnt
+
+
+def test_a_rank_one_change_and_a_zero_weight_still_give_an_orthonormal_support():
+    for zero in (False, True):
+        layer = AdaptedLinear(nn.Linear(10, 12))
+        layer.add_factor("default", 6, DeltaGroup("cayley+halves"))
+        with torch.no_grad():
+            layer.base_layer.weight.mul_(0.0 if zero else 1.0)
+        change = Change(layer, "default", None, torch.Generator().manual_seed(0), torch.device("cpu"))
+        with torch.no_grad():
+            change.learnt[0][:, 0] = 1e-3
+        basis = change.support(0).basis.astype(np.float64)
+        assert np.isfinite(basis).all() and np.linalg.norm(basis.T @ basis - np.eye(6), 2) <= 1e-5
+
+
+# -- models ----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options", [{}, {"side_pattern": OUTPUT}, {"tied": True}, {"r": 7}, {"transform": "exp"}])
+@pytest.mark.filterwarnings("ignore:r = 7 is odd")
+def test_each_half_has_its_own_order_and_what_lies_between_is_trained(options):
+    batches, start = token_batches(2), logits(make_llama())
+    model = build(**options)
+    ordered = calibrate(model, batches, pilot=SHORT)
+    natural = calibrate(build(**options, order="natural"), batches, pilot=SHORT)
+    assert (ordered.order, natural.order) == ("input_pca", "natural")
+    r = options.get("r", 6)
+    for name, support in ordered.layers.items():
+        other = natural.layers[name]
+        for part in (slice(r - r // 2), slice(r - r // 2, None)):
+            one, two = (each.basis[:, part].astype(np.float64) for each in (support, other))
+            assert np.linalg.norm(one.T @ two) ** 2 >= one.shape[1] - 1e-5
+        assert not np.allclose(support.basis, other.basis, atol=1e-3)
+        np.testing.assert_array_equal(support.values, other.values)
+    thetas = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    assert all(p.shape == (r // 2, r - r // 2) for p in thetas.values())
+    assert torch.equal(logits(model), start)
+    train(model)
+    assert not torch.equal(logits(model), start) and loft_rs.orthogonality_error(model) <= 1e-5
+
+
+def test_the_moments_of_each_half_descend():
+    model, _ = calibrated(target_modules=["q_proj"])
+    layer, seen = next(iter(adapted_layers(model)[1].values())), []
+    hook = layer.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].detach().flatten(0, -2)))
+    with torch.no_grad():
+        for batch in token_batches(2):
+            model(**batch)
+    hook.remove()
+    z = torch.cat(seen).double() @ layer.support("default").double()
+    moment = z.mT @ z
+    for part in (slice(3), slice(3, None)):
+        block, scale = moment[part, part], float(moment.diagonal().max())
+        assert float((block - torch.diag(block.diagonal())).abs().max()) <= 1e-4 * scale
+        assert (block.diagonal().diff() <= 1e-6 * scale).all()
+
+
+@pytest.mark.parametrize("options", [{}, {"side_pattern": OUTPUT}, {"tied": True}])
+def test_saved_loaded_merged_and_exported(tmp_path, options):
+    model, report = calibrated(**options)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.normal_(std=0.1)
+    wanted = logits(model)
+    model.save_pretrained(tmp_path / "loft")
+    assert torch.equal(logits(peft.PeftModel.from_pretrained(make_llama(), tmp_path / "loft")), wanted)
+    for module in inspect_adapter(tmp_path / "loft"):
+        assert module.rank == 6 and module.orthogonality_error <= 1e-5 and len(module.angles) <= 3
+    loft_rs.export_lora(model, tmp_path / "lora")
+    lora = peft.PeftModel.from_pretrained(make_llama(), tmp_path / "lora")
+    torch.testing.assert_close(logits(lora), wanted, rtol=1e-4, atol=1e-5)
+    if not options.get("tied"):
+        loft_rs.save_supports(tmp_path / "supports.safetensors", report.layers)
+        again = build(support=str(tmp_path / "supports.safetensors"), **options)
+        for name, layer in adapted_layers(again)[1].items():
+            np.testing.assert_allclose(layer.support("default").numpy(), report.layers[name].basis, atol=1e-6)
+        # Its order alone: from data, and inside each half too.
+        calibrate(again, token_batches(2))
+        for name, layer in adapted_layers(again)[1].items():
+            found = layer.support("default").numpy()
+            np.testing.assert_allclose(np.abs(np.sum(found * report.layers[name].basis, 0)), 1.0, atol=1e-3)
+    torch.testing.assert_close(logits(model.merge_and_unload()), wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_a_support_set_by_hand_is_read_in_halves():
+    model = build(target_modules=["q_proj"])
+    loft_rs.set_support(model, {name: basis_of(32, 6) for name in adapted_layers(model)[1]})
+    train(model)
+    layer = next(iter(adapted_layers(model)[1].values()))
+    b = layer.theta("default").detach().double()
+    a = torch.zeros(6, 6, dtype=torch.float64)
+    a[3:, :3], a[:3, 3:] = b, -b.mT
+    eye = torch.eye(6, dtype=torch.float64)
+    wanted = torch.linalg.solve(eye + a, eye - a, left=False) - eye
+    torch.testing.assert_close(layer.factor("default").delta.detach().double(), wanted, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("side", ["input", "output"])
+def test_bfloat16_gives_nearly_the_same_supports(side):
+    _, wanted = calibrated(side=side)
+    model, report = calibrated(make_llama(torch.bfloat16), side=side)
+    shares = [
+        np.linalg.norm(support.basis[:, :3].T @ report.layers[name].basis[:, :3]) ** 2 / 3
+        for name, support in wanted.layers.items()
+    ]
+    assert np.mean(shares) >= 0.7  # three Adam steps, of gradients' signs, in half precision
+    assert all(p.dtype == torch.float32 for p in model.parameters() if p.requires_grad)
+    train(model)
+    assert loft_rs.orthogonality_error(model) <= 1e-5
+
+
+def test_a_pilot_of_half_the_rank_is_enough():
+    layers = adapted_layers(build(r=8))[1]
+    assert all(each.learnt[0].shape[1] == 4 for each in changes_for(layers, "default", Pilot(rank=4), 0).values())
+    with pytest.raises(ValueError, match="rank of at least half the adapter's, which is 4, got 3"):
+        changes_for(layers, "default", Pilot(rank=3), 0)
+
+
+def test_the_memory_known_beforehand_is_enough():
+    sizes = {"hidden_size": 128, "intermediate_size": 320, "num_attention_heads": 4, "num_key_value_heads": 2}
+    batch = token_batches(1, size=8, length=32)[0]
+    wanted = calibrate(build(make_llama(**sizes), r=16), [batch], pilot=SHORT).memory
+    base = frozen_peak(build(make_llama(**sizes), r=16), batch)
+    model = build(make_llama(**sizes), r=16)
+    with LiveBytes(model) as live:
+        calibrate(model, [batch], pilot=SHORT)
+    assert live.peak - base <= wanted.total
+
+
+# -- refused ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"support": "principal"}, "halves needs support='pilot'.* got 'principal'"),
+        ({"support": "blocks"}, "halves needs support='pilot'"),
+        ({"transform": "free"}, "halves needs the transform 'cayley' or 'exp' without magnitudes, got free"),
+        ({"magnitudes": True}, "halves needs .* got cayley with magnitudes"),
+        ({"transform": "cayley_neumann", "neumann_terms": 2}, "halves needs .* got cayley_neumann"),
+    ],
+)
+def test_what_has_no_halves_is_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        LoftConfig(**{"support": "pilot", "halves": True} | options)
+
+
+def test_a_quantised_base_is_refused_before_anything_runs():
+    model = build(target_modules=["k_proj"])
+    layer = next(iter(adapted_layers(model)[1].values()))
+    layer.base_layer.weight = nn.Parameter(torch.zeros(16, 32, dtype=torch.int8), requires_grad=False)
+    with pytest.raises(TypeError, match=r"halves needs dense weights.*k_proj is a Linear; use halves=False"):
+        calibrate(model, token_batches(1), pilot=SHORT)
+
+
+def test_refresh_narrow_and_conversion_refuse_them(tmp_path):
+    model, _ = calibrated()
+    train(model)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    for call in (lambda: loft_rs.refresh(model, token_batches(1)), lambda: loft_rs.narrow(model, 2)):
+        with pytest.raises(ValueError, match="does not support halves"):
+            call()
+    unchanged(model, before)
+    model.save_pretrained(tmp_path / "loft")
+    with pytest.raises(ValueError, match="no counterpart in PEFT's"):
+        loft_rs.convert_adapter(tmp_path / "loft", tmp_path / "psoft", make_llama())

@@ -167,6 +167,7 @@ def test_matched_methods_train_no_more_than_lora_of_rank_one(methods):
         "HRA",
         "LoRA-XS",
         "LoRA-XS pilot r32",
+        "LOFT halves",
         "LoRA r1",
     ],
 )
@@ -302,9 +303,13 @@ def test_the_report_keeps_losers_and_says_what_is_missing(protocol, tmp_path, re
             for s in range(3)
         ]
     trial = {"method": "LOFT pilot wide r9", "trained": 9, "phase": "trial", "rate": 0.1, "seed": 100, "score": 0.125}
-    lines += [base | trial]
+    lines += [
+        base | trial,
+        base | {"method": "OFT b4", "trained": 9, "phase": "score", "rate": 0.1, "seed": 0, "score": 0.3},
+    ]
     page = report.tables(lines, [])
     row = next(each for each in page.splitlines() if each.startswith("| LOFT principal |"))
+    assert "| OFT b4 | 2 | 9 | 0.1 | - | 1 | 0.3000 | -0.4000 (n=1) |" in page and "nan" not in page
     assert "3 (1 diverged)" in row and "-0.1000 ± 0.0000 *" in row and "0.1 (edge)" in row
     assert "| t | LOFT principal refresh | LOFT principal | +0.0500 ± 0.0000 * |" in page
     assert "| t | LOFT principal tied r9 | LOFT principal | -0.6000 ± 0.0000 * |" in page

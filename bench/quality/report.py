@@ -83,6 +83,11 @@ def signed(difference: tuple[float, float, int]) -> str:
     return f"{value:+.4f} ± {half:.4f}{' *' if abs(value) > half else ''}"
 
 
+def measured(value: float, half: float, digits: int) -> str:
+    """`.012 +- .008`, without an interval where one seed gives none."""
+    return f"{value:.{digits}f}" + ("" if math.isnan(half) else f" ± {half:.{digits}f}")
+
+
 def reference(by_name: dict[str, Row], name: str) -> Row | None:
     """The row of a reference, or of the same at rank 46 where the task has only that."""
     return by_name.get(name) or by_name.get(f"{name} r46")
@@ -111,7 +116,7 @@ def task_table(rows: list[Row]) -> str:
         ]
         failed = f" ({row.failed} diverged)" if row.failed else ""
         cells = [row.method, row.rank or "-", f"{row.trained:,}", f"{row.rate:.2g}{' (edge)' if row.edge else ''}", row.trials or "-",
-                 f"{len(row.scores)}{failed}", f"{value:.4f} ± {half:.4f}", *differences, row.matmul]  # fmt: skip
+                 f"{len(row.scores)}{failed}", measured(value, half, 4), *differences, row.matmul]  # fmt: skip
         text.append(f"| {' | '.join(map(str, cells))} |")
     return "\n".join(text)
 
@@ -190,7 +195,7 @@ def forgetting_table(lines: Lines, task: str) -> str:
         exact = [100 * line["exact"] for line in mine if line.get("exact") is not None]
         said = f"{mean(exact):.1f} (n={len(exact)})" if exact else ""
         difference = "" if name == "LoRA r1" else signed(paired(outside[name], outside.get("LoRA r1", {})))
-        cells = [name, f"{mine[0]['trained']:,}", f"{tune[0]:.4f}", f"{value:.3f} ± {half:.3f}", difference, said]
+        cells = [name, f"{mine[0]['trained']:,}", f"{tune[0]:.4f}", measured(value, half, 3), difference, said]
         text.append(f"| {' | '.join(cells)} |")
     return "\n".join(text)
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from types import SimpleNamespace
+
 import numpy as np
 import peft
 import pytest
@@ -11,14 +14,15 @@ from hypothesis import strategies as st
 from reference import basis_of, logits, make_llama, token_batches, train, unchanged
 from test_calibration_memory import LiveBytes, frozen_peak
 from torch import nn
+from transformers import Trainer, TrainingArguments
 
 import loft_rs
-from loft_rs import LoftConfig, Pilot, calibrate
+from loft_rs import LoftConfig, LoftNarrowCallback, LoftRefreshCallback, Pilot, calibrate
 from loft_rs.inspection import inspect_adapter
 from loft_rs.layer import AdaptedLinear
 from loft_rs.pilot import Change, changes_for, partners
 from loft_rs.transform import DeltaGroup
-from loft_rs.tuner.model import adapted_layers
+from loft_rs.tuner.model import adapted_layers, owners
 
 SHORT = Pilot(steps=3)
 OUTPUT = {"gate_proj": "output", "up_proj": "output"}
@@ -182,7 +186,10 @@ def test_the_moments_of_each_half_descend():
         assert (block.diagonal().diff() <= 1e-6 * scale).all()
 
 
-@pytest.mark.parametrize("options", [{}, {"side_pattern": OUTPUT}, {"tied": True}])
+@pytest.mark.parametrize(
+    "options", [{}, {"side_pattern": OUTPUT}, {"tied": True}, {"r": 7}, {"transform": "exp", "side": "output"}]
+)
+@pytest.mark.filterwarnings("ignore:r = 7 is odd")
 def test_saved_loaded_merged_and_exported(tmp_path, options):
     model, report = calibrated(**options)
     with torch.no_grad():
@@ -193,20 +200,20 @@ def test_saved_loaded_merged_and_exported(tmp_path, options):
     model.save_pretrained(tmp_path / "loft")
     assert torch.equal(logits(peft.PeftModel.from_pretrained(make_llama(), tmp_path / "loft")), wanted)
     for module in inspect_adapter(tmp_path / "loft"):
-        assert module.rank == 6 and module.orthogonality_error <= 1e-5 and len(module.angles) <= 3
+        assert module.rank == options.get("r", 6) and module.transform == f"{options.get('transform', 'cayley')}+halves"
+        assert module.orthogonality_error <= 1e-5 and len(module.angles) <= 3
     loft_rs.export_lora(model, tmp_path / "lora")
     lora = peft.PeftModel.from_pretrained(make_llama(), tmp_path / "lora")
     torch.testing.assert_close(logits(lora), wanted, rtol=1e-4, atol=1e-5)
-    if not options.get("tied"):
-        loft_rs.save_supports(tmp_path / "supports.safetensors", report.layers)
-        again = build(support=str(tmp_path / "supports.safetensors"), **options)
-        for name, layer in adapted_layers(again)[1].items():
-            np.testing.assert_allclose(layer.support("default").numpy(), report.layers[name].basis, atol=1e-6)
-        # Its order alone: from data, and inside each half too.
-        calibrate(again, token_batches(2))
-        for name, layer in adapted_layers(again)[1].items():
-            found = layer.support("default").numpy()
-            np.testing.assert_allclose(np.abs(np.sum(found * report.layers[name].basis, 0)), 1.0, atol=1e-3)
+    loft_rs.save_supports(tmp_path / "supports.safetensors", report.layers)
+    again = build(support=str(tmp_path / "supports.safetensors"), **options)
+    for name, layer in owners(adapted_layers(again)[1], "default").items():
+        np.testing.assert_allclose(layer.support("default").numpy(), report.layers[name].basis, atol=1e-6)
+    # Its order alone: from data, and inside each half too.
+    calibrate(again, token_batches(2))
+    for name, layer in owners(adapted_layers(again)[1], "default").items():
+        found = layer.support("default").numpy()
+        np.testing.assert_allclose(np.abs(np.sum(found * report.layers[name].basis, 0)), 1.0, atol=1e-3)
     torch.testing.assert_close(logits(model.merge_and_unload()), wanted, rtol=1e-4, atol=1e-5)
 
 
@@ -244,15 +251,72 @@ def test_a_pilot_of_half_the_rank_is_enough():
         changes_for(layers, "default", Pilot(rank=3), 0)
 
 
-def test_the_memory_known_beforehand_is_enough():
-    sizes = {"hidden_size": 128, "intermediate_size": 320, "num_attention_heads": 4, "num_key_value_heads": 2}
-    batch = token_batches(1, size=8, length=32)[0]
-    wanted = calibrate(build(make_llama(**sizes), r=16), [batch], pilot=SHORT).memory
-    base = frozen_peak(build(make_llama(**sizes), r=16), batch)
-    model = build(make_llama(**sizes), r=16)
+@pytest.mark.parametrize("options", [{}, {"tied": True}, {"side": "output"}])
+@pytest.mark.parametrize(("size", "length"), [(8, 32), (1, 4)])
+def test_the_memory_known_beforehand_is_enough(size, length, options):
+    sizes = {"hidden_size": 128, "intermediate_size": 640, "num_attention_heads": 4, "num_key_value_heads": 2}
+    batch, pilot = token_batches(1, size=size, length=length)[0], Pilot(steps=3, rank=8)
+
+    def made():
+        return build(make_llama(**sizes), r=8, target_modules=["gate_proj", "up_proj", "down_proj"], **options)
+
+    wanted, base, model = calibrate(made(), [batch], pilot=pilot).memory, frozen_peak(made(), batch), made()
     with LiveBytes(model) as live:
-        calibrate(model, [batch], pilot=SHORT)
+        calibrate(model, [batch], pilot=pilot)
     assert live.peak - base <= wanted.total
+
+
+def test_a_float64_base_is_calibrated_and_trains():
+    model, report = calibrated(make_llama(torch.float64))
+    start = logits(make_llama(torch.float64))
+    torch.testing.assert_close(logits(model), start, rtol=0, atol=0)
+    train(model)
+    assert all(p.dtype == torch.float64 for p in model.parameters() if p.requires_grad)
+    assert loft_rs.orthogonality_error(model) <= 1e-5 and all(s.method == "pilot" for s in report.layers.values())
+
+
+def test_adapters_with_and_without_halves_beside_one_another():
+    model, _ = calibrated()
+    for name, options in (("full", {"r": 6}), ("free", {"r": 3, "transform": "free"})):  # 3 x 3, as the halves of 6
+        model.add_adapter(name, LoftConfig(target_modules="all-linear", **options))
+    found = {}
+    for name, count in (("default", 9), ("full", 15), ("free", 9)):
+        model.set_adapter(name)
+        train(model)
+        layer = next(iter(adapted_layers(model, name)[1].values()))
+        assert layer.theta(name).numel() == count and (layer.first_half(name) == 3) == (name == "default")
+        found[name] = logits(model)
+    for name, wanted in found.items():
+        model.set_adapter(name)
+        assert torch.equal(logits(model), wanted)
+
+
+class Narrow(nn.Module):
+    """y = c(b(a(x))), b one wide; `unused` is never called."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.b, self.c, self.unused = nn.Linear(8, 9), nn.Linear(9, 1), nn.Linear(1, 5), nn.Linear(6, 7)
+
+    def forward(self, x):
+        return SimpleNamespace(loss=self.c(self.b(self.a(x))).square().sum())
+
+
+def test_layers_one_wide_and_layers_that_no_batch_reaches():
+    model = build(Narrow(), target_modules=["a", "b", "c", "unused"], r=4)
+    with pytest.warns(UserWarning, match="unused: a random support was put there"):
+        report = calibrate(model, [{"x": torch.randn(12, 8)}], pilot=SHORT)
+    layers = adapted_layers(model)[1]
+    assert {name: tuple(layer.theta("default").shape) for name, layer in layers.items()} == {
+        "a": (2, 2),
+        "b": (0, 1),
+        "c": (0, 1),
+        "unused": (2, 2),
+    }
+    assert report.layers["unused"].method == "random" and report.layers["b"].method == "pilot"
+    model(x=torch.randn(12, 8)).loss.backward()
+    assert layers["a"].theta("default").grad.any()
 
 
 # -- refused ---------------------------------------------------------------------------------------------------------------
@@ -266,6 +330,8 @@ def test_the_memory_known_beforehand_is_enough():
         ({"transform": "free"}, "halves needs the transform 'cayley' or 'exp' without magnitudes, got free"),
         ({"magnitudes": True}, "halves needs .* got cayley with magnitudes"),
         ({"transform": "cayley_neumann", "neumann_terms": 2}, "halves needs .* got cayley_neumann"),
+        ({"halves": None}, "halves must be True or False, got None"),
+        ({"halves": 2}, "halves must be True or False, got 2"),
     ],
 )
 def test_what_has_no_halves_is_refused(options, message):
@@ -277,8 +343,38 @@ def test_a_quantised_base_is_refused_before_anything_runs():
     model = build(target_modules=["k_proj"])
     layer = next(iter(adapted_layers(model)[1].values()))
     layer.base_layer.weight = nn.Parameter(torch.zeros(16, 32, dtype=torch.int8), requires_grad=False)
-    with pytest.raises(TypeError, match=r"halves needs dense weights.*k_proj is a Linear; use halves=False"):
+    with pytest.raises(TypeError, match=r"halves needs dense weights.*k_proj, a Linear, is quantised or sharded"):
         calibrate(model, token_batches(1), pilot=SHORT)
+
+
+def test_a_file_of_other_supports_is_refused(tmp_path):
+    model = peft.get_peft_model(make_llama(), LoftConfig(target_modules=["q_proj"], r=6, support="gradsvd"))
+    report = calibrate(model, token_batches(1))
+    loft_rs.save_supports(tmp_path / "supports.safetensors", report.layers)
+    with pytest.raises(ValueError, match=r"halves needs supports of a pilot in halves, but .* holds gradsvd ones"):
+        build(target_modules=["q_proj"], support=str(tmp_path / "supports.safetensors"))
+
+
+@pytest.mark.parametrize("made", [lambda: LoftNarrowCallback(2, step=2), lambda: LoftRefreshCallback(2)])
+def test_callbacks_refuse_them_before_the_first_step(tmp_path, made):
+    model, _ = calibrated()
+    batches = [{key: value[0] for key, value in batch.items()} for batch in token_batches(8, size=1)]
+    arguments = TrainingArguments(str(tmp_path), max_steps=4, report_to=[], use_cpu=True, save_strategy="no")
+    trainer = Trainer(model, arguments, train_dataset=batches, callbacks=[made()])
+    with pytest.raises(ValueError, match=r"Loft(Narrow|Refresh)Callback does not support halves"):
+        trainer.train()
+    assert trainer.state.global_step == 0
+
+
+@pytest.mark.parametrize("change", [{"magnitudes": True}, {"transform": "free"}, {"halves": False}])
+def test_a_config_that_contradicts_its_tensors_is_named(tmp_path, change):
+    calibrated()[0].save_pretrained(tmp_path)
+    path = tmp_path / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(
+        ValueError, match=r"module .* (has a config with halves|has a theta of shape \(3, 3\); cayley at rank 6)"
+    ):
+        inspect_adapter(tmp_path)
 
 
 def test_refresh_narrow_and_conversion_refuse_them(tmp_path):

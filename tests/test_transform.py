@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 
 import pytest
 import torch
@@ -277,8 +278,11 @@ def test_group_copies_empty():
 
 
 def test_unknown_transform_is_named():
-    with pytest.raises(ValueError, match=r"transform must be one of \['cayley', 'exp', 'free'\], got 'caley'"):
-        get_transform("caley")
+    for name in ("caley", "cayley+halve", "free+halves", "cayley_neumann:2+halves", "cayley+halves+halves"):
+        with pytest.raises(
+            ValueError, match=rf"transform must be one of \['cayley', 'exp', 'free'\].*got '{re.escape(name)}'"
+        ):
+            get_transform(name)
 
 
 def test_a_value_replaced_before_its_gradient_is_attached_keeps_it():

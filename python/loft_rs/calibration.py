@@ -167,7 +167,7 @@ def calibrate(
         max_batches: how many batches of the dataloader to use. None: 8, or as many as the pilot has steps, which are used in turn, and
             again where they are fewer.
         pilot: the training of a `pilot` support; None: `Pilot()`, 32 steps. It costs so many steps of LoRA training, then the order's pass;
-            the report's energy is what the support captures of ||B A||_F^2, all that the pilot changed.
+            the report's energy is what the support, in halves its first one, captures of ||B A||_F^2, all that the pilot changed.
         adapter_name: default: the active one.
         head_steps: optimiser steps that warm up the `modules_to_save` of a fresh head first, and are kept, since step-0 gradients
             through a random head say little. None: 20 for a gradient support or a pilot where the adapter has such modules, else 0.

@@ -13,7 +13,7 @@ from transformers.training_args import ParallelMode
 from ._checks import is_int
 from .calibration import CalibrationReport, calibrate
 from .moments import check_moments, replace_parameter
-from .refreshing import NarrowReport, check_rank, narrow, refresh
+from .refreshing import NarrowReport, check_rank, narrow, refresh, require_refreshable_kind
 from .tuner.layer import Linear
 from .tuner.model import adapted_layers, owners
 
@@ -47,7 +47,8 @@ class LoftRefreshCallback(TrainerCallback):
     batches: how many of the Trainer's batches each refresh sees, a pilot in turn. They are drawn anew from the Trainer's dataset, by its
     seed and the step alone, so that its own order stays what it is and a resumed run sees the same. Keyword arguments are those of
     `loft_rs.refresh`; with `dataloader` or `train_step` the Trainer's data is not used. The Trainer's optimiser is carried over.
-    `reports`: (step, report) of every refresh. ValueError where `every` or `batches` is no integer of at least 1.
+    `reports`: (step, report) of every refresh. ValueError where `every` or `batches` is no integer of at least 1, and at the start of
+    training for a kind of adapter that cannot be refreshed.
     """
 
     def __init__(self, every: int, batches: int = 8, **options: Any):
@@ -56,6 +57,10 @@ class LoftRefreshCallback(TrainerCallback):
                 raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
         self.every, self.batches, self.options = every, batches, options
         self.reports: list[tuple[int, CalibrationReport]] = []
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        adapter, layers = adapted_layers(model, self.options.get("adapter_name"))
+        require_refreshable_kind(adapter, next(iter(layers.values())).loft_config[adapter], "LoftRefreshCallback")
 
     def on_step_end(self, args, state, control, model=None, train_dataloader=None, optimizer=None, **kwargs):
         if state.global_step % self.every or state.global_step >= state.max_steps:
@@ -76,8 +81,9 @@ class LoftNarrowCallback(TrainerCallback):
     they are loaded: build the model yourself.) Keyword arguments: `adapter_name` and `moments` of `loft_rs.narrow`.
     `report`: of the narrowing, once it was done here.
 
-    ValueError for a `rank` or a `step` that is none; at the start of training for a `rank` that cannot be, a `step` that training
-    does not reach or that has passed without a narrowing, and under DistributedDataParallel, which would hold the old parameters.
+    ValueError for a `rank` or a `step` that is none; at the start of training for a kind of adapter or a `rank` that cannot be, a `step`
+    that training does not reach or that has passed without a narrowing, and under DistributedDataParallel, which would hold the old
+    parameters.
     """
 
     def __init__(self, rank: int, step: int, *, adapter_name: str | None = None, moments: str = "transport"):
@@ -105,6 +111,7 @@ class LoftNarrowCallback(TrainerCallback):
 
     def on_train_begin(self, args, state, control, model=None, optimizer=None, **kwargs):
         adapter, layers = self._layers(model)
+        require_refreshable_kind(adapter, next(iter(layers.values())).loft_config[adapter], "LoftNarrowCallback")
         if args.parallel_mode == ParallelMode.DISTRIBUTED:
             raise ValueError(
                 "LoftNarrowCallback cannot run under DistributedDataParallel, which would hold the old parameters: train to "

@@ -4,7 +4,7 @@
                   of a pilot the factors of all layers' changes, with their gradients and Adam's state
     activations   what a tap keeps from its layer's forward to its backward: X, once for all layers that read it (output side Y0; for
                   gradsvd X, in pass 2 the N x k product; a pilot both); of blocks that are checkpointed only one block's
-    workspace     the products of one layer at a time
+    workspace     the products of one layer at a time; of a pilot in halves what partners take, if that is more
 
 Sizes, not estimates: sketches on the meta device are asked for the first two, with the shapes that one forward pass over the largest
 batch shows. It is a bound: what the model itself keeps for its backward, X among it perhaps, is not taken off.

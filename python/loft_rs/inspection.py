@@ -124,7 +124,7 @@ def _report(folder: Path, name: str, parts: dict[str, np.ndarray], config: dict)
         name=name,
         width=width,
         rank=rank,
-        transform=str(config.get("transform")),
+        transform=str(config.get("transform")) + "+halves" * bool(config.get("halves")),
         side=_side(parts, config),
         energy=energy,
         # The factors' largest errors add up; of one factor it is exact.
@@ -224,7 +224,12 @@ def _delta(what: str, theta: np.ndarray, rank: int, config: dict) -> np.ndarray:
     if transform not in shapes:
         raise ValueError(f"{what}: transform {transform!r} is not one of {', '.join(shapes)}")
     shape = (generator[0] + 2 * rank,) if magnitudes else shapes[transform]
-    shape = (rank // 2, rank - rank // 2) if halves else shape
+    if halves:
+        if magnitudes or transform not in ("cayley", "exp"):
+            raise ValueError(
+                f"{what} has a config with halves that {transform} with magnitudes={magnitudes} does not have"
+            )
+        shape = (rank // 2, rank - rank // 2)
     if theta.shape != shape:
         raise ValueError(
             f"{what} has a theta of shape {theta.shape}; {transform}{' in halves' * bool(halves)} at rank {rank} needs {shape}"

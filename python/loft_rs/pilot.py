@@ -14,8 +14,9 @@ To first order a rotation adds W0 P A P^T: it reads span(P), and what it writes 
 
     P = [V, Y],  V = v_1, ..., v_h,  Y orthonormal, spans what (W0^T W0 + c I)^{-1} W0^T u_i has outside V,  c = ||W0||_F^2 / (100 n)
 
-of B A = sum s_i u_i v_i^T: W0 takes these partners nearly to u_i (c leaves out what W0 hardly reaches), so that B A's strongest terms are
-nearly W0 Y M V^T for some M, which is what a transform in halves makes, less a transposed term. On the output side of (B A)^T and W0^T.
+with h = r - r//2 and i <= r//2, of B A = sum s_i u_i v_i^T: W0 takes these partners nearly to u_i (c leaves out what W0 hardly reaches),
+so that B A's strongest terms are nearly W0 Y M V^T for some M, which is what a transform in halves makes, less a transposed term. On the
+output side of (B A)^T and W0^T.
 """
 
 from __future__ import annotations
@@ -122,8 +123,8 @@ class Change:
         self, layer: AdaptedLinear, adapter: str, rank: int | None, draw: torch.Generator | None, home: torch.device
     ):
         self.side, self.rank = layer.loft_side[adapter], layer.rank(adapter)
-        self.layers, self.halved = layer.tied(adapter), layer.first_half(adapter) is not None
-        self.read = layer.first_half(adapter) or self.rank  # of the v_i
+        self.layers, self.read = layer.tied(adapter), _read(layer, adapter)
+        self.halved = layer.first_half(adapter) is not None
         dtype = torch.promote_types(layer.support(adapter).dtype, torch.float32)
         self.learnt: list[Tensor] = []
         self.drawn: list[Tensor] = []
@@ -148,7 +149,7 @@ class Change:
         return _AddChange.apply(*rows, down, up).view(y.shape)
 
     def support(self, seed: int) -> Support | None:
-        """P (n x r) and what it captures of ||B A||_F^2; None where nothing was learnt."""
+        """P (n x r) and what it, in halves V, captures of ||B A||_F^2; None where nothing was learnt."""
         learnt, drawn = ([t.detach().double().cpu().numpy() for t in each] for each in (self.learnt, self.drawn))
         q, r = np.linalg.qr(np.hstack(learnt))
         ends = np.cumsum([a.shape[1] for a in learnt])
@@ -161,7 +162,7 @@ class Change:
         following = values[self.read] if len(values) > self.read else math.nan
         basis, strengths = q @ v[: self.read].T, values[: self.read].copy()
         if self.halved:
-            # u_i s_i, each of a length of its own that what follows does not depend on; zero where s_i is.
+            # u_i s_i: the lengths of what partners are of do not matter, but where s_i is zero.
             written = [b @ (part.T @ v[: self.rank - self.read].T) for b, part in parts]
             basis = self._with_partners(basis, np.vstack(written))
             strengths = np.concatenate([strengths, values[: self.rank - self.read]])  # a partner has its direction's
@@ -205,7 +206,7 @@ class Change:
         tall = max(len(factor) for factor in self.factors)
         k, size = max(a.shape[1] for a in self.learnt), self.learnt[0].dtype.itemsize
         own, other = len(self.learnt[0]), sum(len(drawn) for drawn in self.drawn)
-        # For partners W0, its square and the Gram matrix with its factor, in float64.
+        # For partners W0 in float64 beside the stack of tied ones, and the Gram matrix with its factor.
         solve = 16 * (own * other + min(own, other) ** 2) * self.halved
         # The change, its input or gradient in float32, and the sum in the layer's dtype.
         return max(solve, rows * tall * (2 * size + dtype.itemsize) + 2 * rows * k * size)
@@ -215,16 +216,21 @@ class Change:
 def partners(weight: Tensor, images: Tensor) -> Tensor:
     """Y = (W^T W + c I)^{-1} W^T U (n x k), nearly W^+ U, of W (m x n) and U (m x k), on W's device in float64 (MPS: on the CPU).
 
-    c = ||W||_F^2 / (100 n), so that Y changes with the scale of U only. Of W = 0 it is zero.
+    c = ||W||_F^2 / (100 n), so that Y's directions do not depend on W's scale. Of W = 0 it is zero.
     """
     w = weight.cpu().double() if weight.device.type == "mps" else weight.double()
     u, (m, n) = images.to(w), w.shape
-    c = DAMPING * w.square().sum() / n
     wide = m < n  # (W^T W + c I)^{-1} W^T = W^T (W W^T + c I)^{-1}: whichever is smaller is solved
     gram = w @ w.mT if wide else w.mT @ w
+    c = DAMPING * gram.trace() / n
     gram.diagonal().add_(torch.where(c > 0, c, 1.0))
     factor = torch.linalg.cholesky(gram)
     return w.mT @ torch.cholesky_solve(u, factor) if wide else torch.cholesky_solve(w.mT @ u, factor)
+
+
+def _read(layer: AdaptedLinear, adapter: str) -> int:
+    """How many of the v_i a support has."""
+    return layer.first_half(adapter) or layer.rank(adapter)
 
 
 class PilotTap:
@@ -240,23 +246,22 @@ class PilotTap:
 def changes_for(layers: Mapping[Any, AdaptedLinear], adapter: str, pilot: Pilot, seed: int | None) -> dict[Any, Change]:
     """The changes that a pilot starts from: the same on every process and device. seed: None for their shapes alone.
 
-    ValueError where the pilot's rank is below the adapter's, or its first half's, or where partners need dense weights.
+    ValueError where the pilot's rank is below the adapter's, in halves the first one's. TypeError where partners need dense weights.
     """
-    halves = {name: layer.first_half(adapter) for name, layer in layers.items()}
-    most = max(halves[name] or layer.rank(adapter) for name, layer in layers.items())
+    most = max(_read(layer, adapter) for layer in layers.values())
+    halved = [name for name, layer in layers.items() if layer.first_half(adapter) is not None]
     if pilot.rank is not None and most > pilot.rank:
-        what = "half the adapter's" if any(halves.values()) else "the adapter's"
+        what = "half the adapter's" if halved else "the adapter's"
         raise ValueError(
             f"pilot must have a rank of at least {what}, which is {most}, got {pilot.rank}; None takes what is needed"
         )
-    for name, layer in layers.items():
-        if halves[name] is not None:
-            for each in layer.tied(adapter):
-                if dense_weight(base := each.get_base_layer()) is None:
-                    raise TypeError(
-                        f"halves needs dense weights, to find partners by, but the base of {name} is a {type(base).__name__}; use "
-                        "halves=False"
-                    )
+    for name in halved:
+        for each in layers[name].tied(adapter):
+            if dense_weight(base := each.get_base_layer()) is None:
+                raise TypeError(
+                    f"halves needs dense weights, to find partners by, but that of {name}, a {type(base).__name__}, is quantised or "
+                    "sharded; calibrate before fully_shard, or use halves=False"
+                )
     draw = None if seed is None else torch.Generator().manual_seed(seed)
     meta = torch.device("meta")
     return {

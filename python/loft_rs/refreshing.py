@@ -36,7 +36,7 @@ from .tuner.layer import Linear
 from .tuner.model import adapted_layers, note_frozen_ranks, owners, require_plain, set_ranks
 from .tuner.selection import choose_supports
 
-__all__ = ["NarrowReport", "check_rank", "narrow", "refresh"]
+__all__ = ["NarrowReport", "check_rank", "narrow", "refresh", "require_refreshable_kind"]
 
 _NOT_ORTHOGONAL = 1e-4  # ||R_f^T R_f - I||_2 of a frozen factor in float32 is below 1e-6
 
@@ -77,8 +77,8 @@ def refresh(
             float64, and have no other adapter. A saved adapter then belongs to the changed base: save that too.
 
     Returns the report of the new supports. A refresh that fails leaves model and optimiser as they were.
-    ValueError: an adapter without a support (OFT, BOFT, HRA), with magnitudes, or with supports from a file, merged, disabled or not
-    alone; an optimiser that does not train it or whose state has no such moments; no data where the support needs it; no support
+    ValueError: an adapter without a support (OFT, BOFT, HRA), with magnitudes, in halves, or with supports from a file, merged, disabled or
+    not alone; an optimiser that does not train it or whose state has no such moments; no data where the support needs it; no support
     yet. TypeError: fold on a quantised base. `loft_rs.NonFiniteError`: NaN or Inf in a transform or in what a layer saw.
     """
     started = time.perf_counter()
@@ -172,9 +172,9 @@ def narrow(
             these parameters is dropped.
 
     Returns how much of each layer's turning lay in the planes it keeps. A call that fails leaves model and optimiser as they were.
-    ValueError: a `rank` that is none of these; an adapter without a support (OFT, BOFT, HRA) or with magnitudes, merged, disabled or not
-    alone; an optimiser that does not train it or whose state has no such moments; no support yet. `loft_rs.NonFiniteError`: NaN or Inf
-    in a transform.
+    ValueError: a `rank` that is none of these; an adapter without a support (OFT, BOFT, HRA), with magnitudes or in halves, merged,
+    disabled or not alone; an optimiser that does not train it or whose state has no such moments; no support yet.
+    `loft_rs.NonFiniteError`: NaN or Inf in a transform.
     """
     check_moments(moments)
     require_plain(model, "narrow")
@@ -226,7 +226,8 @@ def check_rank(rank: Any, layers: dict[str, Linear], adapter: str) -> None:
 # -- what can be refreshed -------------------------------------------------------------------------------------------------
 
 
-def _require_refreshable(layers: dict[str, Linear], adapter: str, config: LoftConfig, caller: str) -> None:
+def require_refreshable_kind(adapter: str, config: LoftConfig, caller: str) -> None:
+    """ValueError for a kind of adapter that is neither refreshed nor narrowed."""
     if not config.has_support:
         raise ValueError(
             f"{caller} needs a support, but adapter {adapter!r} is of a kind that has none (OFT, BOFT, HRA)"
@@ -239,6 +240,10 @@ def _require_refreshable(layers: dict[str, Linear], adapter: str, config: LoftCo
         raise ValueError(
             f"{caller} does not support halves: what the optimiser holds for them has no place in other halves; use halves=False"
         )
+
+
+def _require_refreshable(layers: dict[str, Linear], adapter: str, config: LoftConfig, caller: str) -> None:
+    require_refreshable_kind(adapter, config, caller)
     unset = [name for name, layer in layers.items() if not layer.ensure_support(adapter)]
     if unset:
         raise ValueError(

@@ -133,7 +133,6 @@ class Sketch:
     tap_input = False
     pairs = False  # columns come two to a plane, and half a plane captures nothing
     backward = True  # a gradient is what it waits for
-    first: int | None = None  # columns that are ordered apart from the others
 
     def __init__(self, plan: Plan, home: torch.device, dtype: torch.dtype):
         self.plan, self.side, self.rank, self.columns = plan, plan.side, plan.rank, plan.columns
@@ -303,6 +302,10 @@ class Sketch:
         test = self.drawn if self.plan.single else self.basis.double().cpu().numpy()
         return nystroem(p.T @ image, test.T @ image)
 
+    def ordered(self, p: np.ndarray, moment: np.ndarray | None) -> np.ndarray:
+        """P (n x r) in the order of its moment, where that is given."""
+        return ordered_basis(p, moment)
+
     def support(self, passes: int, rank: int | None = None) -> Support:
         """The support of the plan's rank, or a smaller one."""
         rank, plan = rank or self.rank, self.plan
@@ -313,7 +316,7 @@ class Sketch:
         last = values[whole - 1] if whole else 0.0
         following = values[rank] if len(values) > rank else math.nan
         return Support(
-            basis=ordered_basis(p, None if plan.order == "natural" else self.moment(p), self.first),
+            basis=self.ordered(p, None if plan.order == "natural" else self.moment(p)),
             energy=energy,
             energy_stderr=energy * spread / total,
             values=np.append(values[:whole], np.zeros(rank - whole)) / plan.loss_scale,
@@ -521,7 +524,8 @@ class ActivationSketch(Sketch):
 
 
 class MomentSketch(Sketch):
-    """Only sum z^T z, z = A P, for the order inside a support P that is chosen already. facts: fields of that support. first: of halves."""
+    """Only sum z^T z, z = A P, for the order inside a support P that is chosen already. facts: fields of that support. first: the
+    columns of its first half, which is ordered apart from the second."""
 
     backward = False
 
@@ -555,6 +559,9 @@ class MomentSketch(Sketch):
 
     def moment(self, p: np.ndarray) -> np.ndarray:
         return self.numpy("moment")
+
+    def ordered(self, p: np.ndarray, moment: np.ndarray | None) -> np.ndarray:
+        return ordered_basis(p, moment, self.first)
 
     def support(self, passes: int, rank: int | None = None) -> Support:
         return replace(super().support(passes, rank), **self.facts)

@@ -52,9 +52,9 @@ class Support:
     basis: (n, r) float32, orthonormal columns (n is the layer's inputs, or its outputs on the output side)
     energy: captured fraction of the squared objective, in [0, 1]; nan where it is unknown
     energy_stderr: 0.0 where the energy is exact
-    values: (r,) singular values (gradsvd, principal; of what a pilot changed), plane strengths twice each (skewgrad), ||G p_i|| (random,
-        coordinate); nan where no matrix was given. From float32 or half input their squares are right to about 1e-6 of the largest, so
-        values below 1e-3 of it are rounding; `loft_rs.linalg.randomized_svd` resolves more
+    values: (r,) singular values (gradsvd, principal; of what a pilot changed, in halves for each of them), plane strengths twice each
+        (skewgrad), ||G p_i|| (random, coordinate); nan where no matrix was given. From float32 or half input their squares are right
+        to about 1e-6 of the largest, so values below 1e-3 of it are rounding; `loft_rs.linalg.randomized_svd` resolves more
     residuals: (r,) Ritz residual norms, rounding included; nan where no such problem was solved
     gap: (sigma_r - sigma_{r+1}) / sigma_r; nan where there is no sigma_{r+1}
     passes: passes over the data

@@ -256,10 +256,12 @@ class Magnitudes:
 
 
 class Halves:
-    """T of a skew transform whose A is [[0, -B^T], [B, 0]]. theta: B (r//2 x (r - r//2))."""
+    """T of an orthogonal skew transform whose A is [[0, -B^T], [B, 0]]. theta: B (r//2 x (r - r//2))."""
 
-    def __init__(self, inner: _Skew):
-        self.inner, self.name, self.orthogonal = inner, f"{inner.name}+halves", inner.orthogonal
+    orthogonal = True
+
+    def __init__(self, inner: Cayley | Exp):
+        self.inner, self.name = inner, f"{inner.name}+halves"
 
     def parameter_shape(self, r: int) -> tuple[int, ...]:
         return (r // 2, r - r // 2)
@@ -288,10 +290,12 @@ def get_transform(name: str) -> Transform:
     found = TRANSFORMS.get(plain)
     if kind == "cayley_neumann" and colon and terms.isdecimal() and int(terms) > 0:
         found = CayleyNeumann(int(terms))
-    options = {"magnitudes": Magnitudes, "halves": Halves}
-    if found is None or (plus and (option not in options or not isinstance(found, _Skew))):
-        raise ValueError(f"transform must be one of {sorted(TRANSFORMS)}, got {name!r}")
-    return options[option](found) if plus else found
+    kinds = {"magnitudes": (Magnitudes, _Skew), "halves": (Halves, (Cayley, Exp))}
+    if found is None or (plus and (option not in kinds or not isinstance(found, kinds[option][1]))):
+        raise ValueError(
+            f"transform must be one of {sorted(TRANSFORMS)}, the first two also with +magnitudes or +halves, got {name!r}"
+        )
+    return kinds[option][0](found) if plus else found
 
 
 class _Solution:

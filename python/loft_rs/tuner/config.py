@@ -50,7 +50,7 @@ class LoftConfig(PeftConfig):
 
     Args:
         r (`int`): Rank of the support. Trained parameters a layer: r(r - 1)/2 (`cayley`, `exp`), r^2 (`free`) or, with `halves`, r^2/4.
-            Even: an odd rank gains nothing over the even one below it under a skew transform, and warns. A layer with
+            Even: an odd rank gains nothing over the even one below it under a skew transform, and warns; in halves, little. A layer with
             min(in, out) < r gets the largest even rank that fits, in one warning that lists the layers.
         target_modules (`list[str] | str`): Names or suffixes, a regular expression, or `"all-linear"`. None: the usual
             modules of the architecture.
@@ -68,8 +68,8 @@ class LoftConfig(PeftConfig):
             `skewgrad` or `gradsvd`, or a file of supports, each of which knows its side.
         side_pattern (`dict[str, str]`): Sides of single modules, `input` or `output`, by name, suffix or regular expression; as in
             `rank_pattern`, what names no module has no effect.
-        order (`str`): Order of the coordinates inside the support. `input_pca`: eigenvectors of sum z^T z, z = X P, descending;
-            `natural`: as the support's method gives them; `auto` (default): `input_pca` wherever `calibrate` runs.
+        order (`str`): Order of the coordinates inside the support, of halves inside each. `input_pca`: eigenvectors of sum z^T z,
+            z = X P, descending; `natural`: as the support's method gives them; `auto` (default): `input_pca` wherever `calibrate` runs.
         tied (`bool | list[list[str]]`): One support and one transform for layers that read the same input, a third of the parameters
             and less time for q, k and v. True: those that are so named (`q_proj, k_proj, v_proj`; `gate_proj, up_proj`; and other
             common names); or groups of names of one parent's modules, such as `[["q_proj", "k_proj"]]`. Input side only, not `auto`.
@@ -86,7 +86,8 @@ class LoftConfig(PeftConfig):
         magnitudes (`bool`): diag(1 + b) T diag(1 + a) in place of T, 2r more parameters and no longer orthogonal, as PSOFT has.
         halves (`bool`): With `support="pilot"`: the support's first half are the directions v_i that the pilot's change reads, the second
             their partners, which W0 maps to what it writes, u_i; only rotations of the one half towards the other are trained, r^2/4
-            parameters (see `pilot.py`). With a file of supports, of their columns. Needs `cayley` or `exp`, no magnitudes, and dense
+            parameters (see `pilot.py`). With a file of supports, which must be of such a pilot: one without halves cannot be told from it,
+            and its columns would be split as they come. Needs `cayley` or `exp`, no magnitudes, and dense
             weights; not for `refresh` and `narrow`.
         neumann_terms (`int`): K of `cayley_neumann`, T = (I - A) sum_{k <= K} (-A)^k.
         frozen_ranks (`dict[str, int]`): Set by `loft_rs.refresh`, and read when an adapter is loaded: the rank of what is
@@ -202,8 +203,7 @@ class LoftConfig(PeftConfig):
                 f"support must be one of {sorted(methods)} or the path of a .safetensors file written by "
                 f"loft_rs.save_supports, got {self.support!r}"
             )
-        if self.halves:
-            self._check_halves()
+        self._check_halves()
         if self.layers_to_transform is not None and isinstance(self.target_modules, str):
             raise ValueError("layers_to_transform needs target_modules to be a list of names, not a string")
         if self.layers_pattern and self.layers_to_transform is None:
@@ -242,6 +242,10 @@ class LoftConfig(PeftConfig):
             raise ValueError("magnitudes needs a support and a transform other than 'free', which has them already")
 
     def _check_halves(self) -> None:
+        if self.halves is False:
+            return
+        if self.halves is not True:
+            raise ValueError(f"halves must be True or False, got {self.halves!r}")
         if self.support != "pilot" and not self.support_file:
             raise ValueError(
                 f"halves needs support='pilot', which finds both halves, or a file of such supports, got {self.support!r}"

@@ -123,6 +123,11 @@ class LoftModel(BaseTuner):
                 raise ValueError(
                     f"side of {key} is {side!r}, but {config.support} holds a support of side {held.side!r}"
                 )
+            # A layer that a pilot did not reach has a random one; custom ones are the user's own.
+            if config.halves and held.method not in ("pilot", "random", "custom"):
+                raise ValueError(
+                    f"halves needs supports of a pilot in halves, but {config.support} holds {held.method} ones"
+                )
             if held.rank != config.r:
                 config.rank_pattern[key] = held.rank
             return held.side, held.rank

@@ -49,34 +49,44 @@ def assert_untouched(model, before):
 # -- the support of a change -----------------------------------------------------------------------------------------------
 
 
-def linear(n, m, r, side="input", dtype=torch.float32):
+def linear(n, m, r, side="input", dtype=torch.float32, transform="free"):
     layer = AdaptedLinear(nn.Linear(n, m, dtype=dtype))
-    layer.add_factor("default", r, DeltaGroup("free"), side)
+    layer.add_factor("default", r, DeltaGroup(transform), side)
     return layer
 
 
-@given(
-    n=st.integers(2, 40),
-    heights=st.lists(st.integers(2, 40), min_size=1, max_size=3),
-    rank=st.integers(1, 12),
-    side=st.sampled_from(["input", "output"]),
-    seed=st.integers(0, 2**31),
-)
-def test_the_support_is_that_of_a_dense_svd_of_the_change(n, heights, rank, side, seed):
-    heights = heights[:1] if side == "output" else heights
-    r = min(rank, n, *heights)
-    layers = [linear(n, m, r, side) for m in heights]
+def learnt_change(n, heights, rank, side="input", seed=0, transform="free"):
+    """(the change of layers, tied if there are several, as if it had been learnt, and B A in float64, dense); the pilot's rank is `rank`,
+    the adapter's too, or the largest that fits."""
+    torch.manual_seed(seed)
+    layers = [linear(n, m, min(rank, n, *heights), side, transform=transform) for m in heights]
     if len(layers) > 1:
         layers[0].tie("default", layers[1:])
     draw = torch.Generator().manual_seed(seed)
     change = Change(layers[0], "default", rank, draw, torch.device("cpu"))
     with torch.no_grad():
         for learnt in change.learnt:
-            learnt.copy_(1e-3 * torch.randn(learnt.shape, generator=draw))
+            learnt.normal_(std=1e-3, generator=draw)
+    pairs = zip(change.learnt, change.drawn, strict=True)
+    return change, torch.cat([drawn.double() @ learnt.double().mT for learnt, drawn in pairs]).detach()
+
+
+changes = given(
+    n=st.integers(2, 40),
+    heights=st.lists(st.integers(2, 40), min_size=1, max_size=3),
+    rank=st.integers(1, 12),
+    side=st.sampled_from(["input", "output"]),
+    seed=st.integers(0, 2**31),
+)
+
+
+@changes
+def test_the_support_is_that_of_a_dense_svd_of_the_change(n, heights, rank, side, seed):
+    heights = heights[:1] if side == "output" else heights
+    r = min(rank, n, *heights)
+    change, dense = learnt_change(n, heights, rank, side, seed)
     found = change.support(5)
-    pairs = list(zip(change.learnt, change.drawn, strict=True))
-    assert all(learnt.shape[1] == min(max(r, rank), n, m) for (learnt, _), m in zip(pairs, heights, strict=True))
-    dense = torch.cat([drawn.double() @ learnt.double().mT for learnt, drawn in pairs]).detach()
+    assert all(learnt.shape[1] == min(max(r, rank), n, m) for learnt, m in zip(change.learnt, heights, strict=True))
     _, values, v = torch.linalg.svd(dense)
     np.testing.assert_allclose(found.values, values[:r], rtol=1e-10, atol=1e-10 * float(values[0]))
     captured = float((dense @ torch.from_numpy(found.basis).double()).square().sum() / dense.square().sum())

@@ -544,6 +544,19 @@ def test_the_callback_takes_options():
         loft_rs.LoftRefreshCallback(every=5, batches=True)
 
 
+def test_the_callback_refuses_what_cannot_be_refreshed_before_the_first_step(tmp_path):
+    report = loft_rs.calibrate(build(calibrated=False, target_modules=["q_proj"]), token_batches(1))
+    loft_rs.save_supports(tmp_path / "supports.safetensors", report.layers)
+    for config, message in (
+        (LoftConfig.psoft(4, target_modules=["q_proj"]), "LoftRefreshCallback does not support magnitudes"),
+        (LoftConfig(target_modules=["q_proj"], support=str(tmp_path / "supports.safetensors")), "come from the file"),
+    ):
+        _, callback, run = trainer(tmp_path, model=peft.get_peft_model(make_llama(), config))
+        with pytest.raises(ValueError, match=message):
+            run.train()
+        assert run.state.global_step == 0 and not callback.reports
+
+
 # -- several processes -----------------------------------------------------------------------------------------------------
 
 

@@ -13,7 +13,7 @@ from transformers.training_args import ParallelMode
 from ._checks import is_int
 from .calibration import CalibrationReport, calibrate
 from .moments import check_moments, replace_parameter
-from .refreshing import NarrowReport, check_rank, narrow, refresh, require_refreshable_kind
+from .refreshing import NarrowReport, check_rank, narrow, refresh, require_choosable, require_refreshable_kind
 from .tuner.layer import Linear
 from .tuner.model import adapted_layers, owners
 
@@ -48,7 +48,7 @@ class LoftRefreshCallback(TrainerCallback):
     seed and the step alone, so that its own order stays what it is and a resumed run sees the same. Keyword arguments are those of
     `loft_rs.refresh`; with `dataloader` or `train_step` the Trainer's data is not used. The Trainer's optimiser is carried over.
     `reports`: (step, report) of every refresh. ValueError where `every` or `batches` is no integer of at least 1, and at the start of
-    training for a kind of adapter that cannot be refreshed.
+    training for a kind of adapter that cannot be refreshed, or supports from a file.
     """
 
     def __init__(self, every: int, batches: int = 8, **options: Any):
@@ -60,7 +60,9 @@ class LoftRefreshCallback(TrainerCallback):
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         adapter, layers = adapted_layers(model, self.options.get("adapter_name"))
-        require_refreshable_kind(adapter, next(iter(layers.values())).loft_config[adapter], "LoftRefreshCallback")
+        config = next(iter(layers.values())).loft_config[adapter]
+        require_choosable(adapter, config)
+        require_refreshable_kind(adapter, config, "LoftRefreshCallback")
 
     def on_step_end(self, args, state, control, model=None, train_dataloader=None, optimizer=None, **kwargs):
         if state.global_step % self.every or state.global_step >= state.max_steps:

@@ -124,7 +124,6 @@ class Change:
     ):
         self.side, self.rank = layer.loft_side[adapter], layer.rank(adapter)
         self.layers, self.read = layer.tied(adapter), _read(layer, adapter)
-        self.halved = layer.first_half(adapter) is not None
         dtype = torch.promote_types(layer.support(adapter).dtype, torch.float32)
         self.learnt: list[Tensor] = []
         self.drawn: list[Tensor] = []
@@ -161,7 +160,7 @@ class Change:
         squares, last = np.square(values / values[0]), values[self.read - 1]
         following = values[self.read] if len(values) > self.read else math.nan
         basis, strengths = q @ v[: self.read].T, values[: self.read].copy()
-        if self.halved:
+        if self.read < self.rank:
             # u_i s_i: the lengths of what partners are of do not matter, but where s_i is zero.
             written = [b @ (part.T @ v[: self.rank - self.read].T) for b, part in parts]
             basis = self._with_partners(basis, np.vstack(written))
@@ -207,7 +206,7 @@ class Change:
         k, size = max(a.shape[1] for a in self.learnt), self.learnt[0].dtype.itemsize
         own, other = len(self.learnt[0]), sum(len(drawn) for drawn in self.drawn)
         # For partners W0 in float64 beside the stack of tied ones, and the Gram matrix with its factor.
-        solve = 16 * (own * other + min(own, other) ** 2) * self.halved
+        solve = 16 * (own * other + min(own, other) ** 2) if self.read < self.rank else 0
         # The change, its input or gradient in float32, and the sum in the layer's dtype.
         return max(solve, rows * tall * (2 * size + dtype.itemsize) + 2 * rows * k * size)
 
@@ -229,7 +228,7 @@ def partners(weight: Tensor, images: Tensor) -> Tensor:
 
 
 def _read(layer: AdaptedLinear, adapter: str) -> int:
-    """How many of the v_i a support has."""
+    """How many of the v_i a support has; the rest of its rank are partners."""
     return layer.first_half(adapter) or layer.rank(adapter)
 
 
@@ -249,7 +248,7 @@ def changes_for(layers: Mapping[Any, AdaptedLinear], adapter: str, pilot: Pilot,
     ValueError where the pilot's rank is below the adapter's, in halves the first one's. TypeError where partners need dense weights.
     """
     most = max(_read(layer, adapter) for layer in layers.values())
-    halved = [name for name, layer in layers.items() if layer.first_half(adapter) is not None]
+    halved = [name for name, layer in layers.items() if _read(layer, adapter) < layer.rank(adapter)]
     if pilot.rank is not None and most > pilot.rank:
         what = "half the adapter's" if halved else "the adapter's"
         raise ValueError(

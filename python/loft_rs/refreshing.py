@@ -36,7 +36,7 @@ from .tuner.layer import Linear
 from .tuner.model import adapted_layers, note_frozen_ranks, owners, require_plain, set_ranks
 from .tuner.selection import choose_supports
 
-__all__ = ["NarrowReport", "check_rank", "narrow", "refresh", "require_refreshable_kind"]
+__all__ = ["NarrowReport", "check_rank", "narrow", "refresh", "require_choosable", "require_refreshable_kind"]
 
 _NOT_ORTHOGONAL = 1e-4  # ||R_f^T R_f - I||_2 of a frozen factor in float32 is below 1e-6
 
@@ -89,7 +89,7 @@ def refresh(
         adapter, adapted = adapted_layers(model, adapter_name)
         layers = owners(adapted, adapter)
         config = next(iter(layers.values())).loft_config[adapter]
-        _require_choosable(adapter, config)
+        require_choosable(adapter, config)
         _require_refreshable(adapted, adapter, config, "refresh")
         if fold:
             _require_foldable(adapted, adapter)
@@ -266,7 +266,8 @@ def _require_refreshable(layers: dict[str, Linear], adapter: str, config: LoftCo
             )
 
 
-def _require_choosable(adapter: str, config: LoftConfig) -> None:
+def require_choosable(adapter: str, config: LoftConfig) -> None:
+    """ValueError for an adapter whose supports are a file's, which `refresh` could not choose anew."""
     if config.has_support and config.support not in (*DATA_FREE_SUPPORTS, *CALIBRATED_SUPPORTS):
         raise ValueError(
             f"refresh chooses supports, but those of adapter {adapter!r} come from the file {config.support}; build it with one of "

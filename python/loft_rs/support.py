@@ -56,7 +56,7 @@ class Support:
         (skewgrad), ||G p_i|| (random, coordinate); nan where no matrix was given. From float32 or half input their squares are right
         to about 1e-6 of the largest, so values below 1e-3 of it are rounding; `loft_rs.linalg.randomized_svd` resolves more
     residuals: (r,) Ritz residual norms, rounding included; nan where no such problem was solved
-    gap: (sigma_r - sigma_{r+1}) / sigma_r; nan where there is no sigma_{r+1}
+    gap: (sigma_r - sigma_{r+1}) / sigma_r, in halves of what the first one reads; nan where there is no sigma_{r+1}
     passes: passes over the data
     columns: columns multiplied with the data, summed over the passes: 2 m n operations each (4 m n for skewgrad, which reads W0
         and G); 0 where no product was made, or with a dense decomposition

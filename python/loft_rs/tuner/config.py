@@ -87,8 +87,8 @@ class LoftConfig(PeftConfig):
         halves (`bool`): With `support="pilot"`: the support's first half are the directions v_i that the pilot's change reads, the second
             their partners, which W0 maps to what it writes, u_i; only rotations of the one half towards the other are trained, r^2/4
             parameters (see `pilot.py`). With a file of supports, which must be of such a pilot: one without halves cannot be told from it,
-            and its columns would be split as they come. Needs `cayley` or `exp`, no magnitudes, and dense
-            weights; not for `refresh` and `narrow`.
+            and its columns would be split as they come. Needs `cayley` or `exp`, no magnitudes, and dense weights; not for `refresh` and
+            `narrow`.
         neumann_terms (`int`): K of `cayley_neumann`, T = (I - A) sum_{k <= K} (-A)^k.
         frozen_ranks (`dict[str, int]`): Set by `loft_rs.refresh`, and read when an adapter is loaded: the rank of what is
             frozen, by module.

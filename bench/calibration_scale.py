@@ -35,7 +35,7 @@ from loft_rs.footprint import Survey
 from loft_rs.runner import require_finite
 from loft_rs.sketch import OVERSAMPLING, Sketch, plan_for, sketch_for
 from loft_rs.tap import LayerTap
-from loft_rs.tuner.model import adapted_layers
+from loft_rs.tuner.adapters import adapted_layers
 
 RANK = 64
 SHAPE_8B = {"hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32, "num_key_value_heads": 8}

@@ -127,7 +127,9 @@ class Bench:
         return row
 
     def _references(self, method: Method) -> dict[str, Method]:
-        return references(self.section, method, self.arguments.ranks)
+        found = references(self.section, method, self.arguments.ranks)
+        wanted = self.arguments.references
+        return {name: each for name, each in found.items() if each is BASE or re.search(wanted, each.name)}
 
     def _reference(self, method: Method) -> Step:
         if method.name not in self.kept:
@@ -266,6 +268,9 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, nargs="+", default=[16, 64, 256])
     parser.add_argument(
         "--methods", default="", help="regular expression of the methods to measure, such as 'LOFT|base'"
+    )
+    parser.add_argument(
+        "--references", default="", help="regular expression of the methods to measure beside each, such as 'bf16'"
     )
     mode = parser.add_mutually_exclusive_group()
     for name, how in (("compiled", "under torch.compile"), ("captured", "as one CUDA graph")):

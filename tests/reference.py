@@ -103,10 +103,19 @@ def unchanged(model, before):
         torch.testing.assert_close(value, before[key], equal_nan=True, atol=0, rtol=0)
 
 
+def own_hooks(model):
+    """Asserts that the only forward hooks are the two of each module where passes begin; `module._loft_hooks` names them."""
+    for module in model.modules():
+        before, after = vars(module).get("_loft_hooks", (None, None))
+        assert list(module._forward_pre_hooks) == ([] if before is None else [before])
+        assert list(module._forward_hooks) == ([] if after is None else [after])
+    assert any("_loft_hooks" in vars(module) for module in model.modules())
+
+
 def untouched(model, before):
-    """Asserts that a state holds what it held, and that calibration has left no tap and no hook."""
-    from loft_rs.tuner.model import adapted_layers
+    """Asserts that a state holds what it held, and that calibration has left no tap and no hook of its own."""
+    from loft_rs.tuner.adapters import adapted_layers
 
     unchanged(model, before)
     assert all(layer.tap is None for layer in adapted_layers(model)[1].values())
-    assert not any(module._forward_pre_hooks or module._forward_hooks for module in model.modules())
+    own_hooks(model)

@@ -15,7 +15,7 @@ from reference import basis_of, make_bert, make_llama, token_batches
 import loft_rs
 from loft_rs import LoftConfig, NonFiniteError, calibrate
 from loft_rs.sketch import OVERSAMPLING
-from loft_rs.tuner.model import adapted_layers
+from loft_rs.tuner.adapters import adapted_layers
 
 
 def build(base=None, **options):
@@ -366,11 +366,11 @@ def test_half_a_plane_counts_nothing(rank):
 
 def test_a_support_that_was_never_loaded_is_chosen_first_and_then_ordered():
     model, reference = build(), build()
-    config = dataclasses.replace(adapted_layers(model)[1]["model.layers.0.mlp.up_proj"].loft_config["default"])
+    config = dataclasses.replace(adapted_layers(model)[1]["model.layers.0.mlp.up_proj"].adapters["default"].config)
     again = peft.get_peft_model(make_llama(), config)
     for layer in adapted_layers(model)[1].values():  # as a config from a checkpoint leaves it
         layer.loft_support["default"].zero_()
-        layer.loft_ready["default"] = False
+        layer.adapters["default"].has_own_support = False
     wanted = calibrate(reference, token_batches(2))
     for each in (model, again):
         report = calibrate(each, token_batches(2))
@@ -520,7 +520,7 @@ def test_an_exception_in_train_step_and_a_nan_activation_leave_the_model_as_it_w
     embeds = torch.full((1, 3, 32), float("nan"))
     with pytest.raises(NonFiniteError, match=r"layer model\.layers\.0\.\S+ saw NaN or Inf"):
         calibrate(model, [{"inputs_embeds": embeds}])
-    assert not any(layer.loft_ready["default"] for layer in adapted_layers(model)[1].values())
+    assert not any(layer.adapters["default"].has_own_support for layer in adapted_layers(model)[1].values())
 
 
 def test_a_trained_adapter_is_not_calibrated_again():

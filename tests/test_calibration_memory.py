@@ -18,7 +18,7 @@ from loft_rs import LoftConfig, calibrate
 from loft_rs.footprint import byte_count
 from loft_rs.sketch import PROBES, plan_for, sketch_for
 from loft_rs.tap import LayerTap
-from loft_rs.tuner.model import adapted_layers
+from loft_rs.tuner.adapters import adapted_layers
 
 SUPPORTS = ["skewgrad", "gradsvd", "activation", "principal"]
 

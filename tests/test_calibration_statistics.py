@@ -17,7 +17,7 @@ import loft_rs
 from loft_rs import Budget, Evidence, calibrate
 from loft_rs.compressed import left_vectors, nystroem, skew_core
 from loft_rs.evidence import evidence_of, overlap
-from loft_rs.tuner.model import adapted_layers
+from loft_rs.tuner.adapters import adapted_layers
 
 SUPPORTS = ("skewgrad", "gradsvd", "activation")
 
@@ -372,7 +372,9 @@ def test_a_budget_is_kept_trained_saved_and_loaded(options, share_by, tmp_path):
     ranks = {name: s.rank for name, s in report.layers.items()}
     assert len(set(ranks.values())) > 1 and all(rank % 2 == 0 and rank >= 2 for rank in ranks.values())
     assert trained(model) == sum(map(budget.parameters, ranks.values())) <= 400
-    assert {name: layer.rank("default") for name, layer in adapted_layers(model)[1].items() if name in ranks} == ranks
+    assert {
+        name: layer.adapters["default"].rank for name, layer in adapted_layers(model)[1].items() if name in ranks
+    } == ranks
     optimiser = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=0.05)
     model.train()
     for _ in range(2):
@@ -395,7 +397,7 @@ def test_a_budget_captures_more_than_even_ranks_of_as_many_parameters():
     weights, gradients, *_ = dense_gradients(batches)
     captured = [
         sum(
-            span_energy(layer.support("default").double(), skew_of(weights[n], gradients[n], "input"))
+            span_energy(layer.adapters["default"].support.double(), skew_of(weights[n], gradients[n], "input"))
             for n, layer in adapted_layers(model)[1].items()
         )
         for model in (even, shared)
@@ -413,14 +415,14 @@ def test_a_budget_names_modules_whose_names_end_alike(tmp_path):
     )
     x = torch.randn(30, 8, generator=torch.Generator().manual_seed(0))
     calibrate(model, [(x,)], budget=Budget(params=22, cap={"0": 2, "1.0": 6, "1.1": 4}))
-    ranks = {name: layer.rank("default") for name, layer in adapted_layers(model)[1].items()}
+    ranks = {name: layer.adapters["default"].rank for name, layer in adapted_layers(model)[1].items()}
     assert ranks["0"] == 2 and ranks["1.0"] > 2
     model.save_pretrained(tmp_path)
     base = torch.nn.Sequential(
         torch.nn.Linear(8, 12), torch.nn.Sequential(torch.nn.Linear(12, 10), torch.nn.Linear(10, 8))
     )
     again = peft.PeftModel.from_pretrained(base, tmp_path)
-    assert {name: layer.rank("default") for name, layer in adapted_layers(again)[1].items()} == ranks
+    assert {name: layer.adapters["default"].rank for name, layer in adapted_layers(again)[1].items()} == ranks
 
 
 @pytest.mark.parametrize(

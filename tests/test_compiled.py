@@ -1,4 +1,4 @@
-"""compiled.py: what a compiled model computes is what the eager one does, whatever becomes of its tensors, at one solve a step."""
+"""torch.compile: what a compiled model computes is what the eager one does, whatever becomes of its tensors, at one solve a step."""
 
 import copy
 
@@ -6,13 +6,14 @@ import pytest
 import torch
 from reference import basis_of
 from test_layer import NAMES, PLACEMENTS, SIDES, make_layer
-from test_siblings import build
+from test_placement import build
+from test_transform import NAMES as TRANSFORMS
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from loft_rs import LoftConfig, compiled
+from loft_rs import LoftConfig
 from loft_rs.nn import LoftLinear
-from loft_rs.transform import DeltaGroup
+from loft_rs.transform import Cayley, get_transform
 
 
 @pytest.fixture(autouse=True)
@@ -52,7 +53,9 @@ def test_untrained_it_is_the_base_layer(placement):
     layer = make_layer(20, 12, dtype=torch.float32, norm=0.0, placement=placement)
     x = torch.randn(5, 20)
     run = compile_(layer)
-    assert torch.equal(run(x), layer.base_layer(x))
+    # Not to the bit, as it is without a compiler: the graph is that of any theta.
+    eps = torch.finfo(torch.float32).eps
+    torch.testing.assert_close(run(x), layer.base_layer(x), atol=4 * eps, rtol=4 * eps)
     assert all(bool(g.any()) for g in results(run, layer, x))
 
 
@@ -66,7 +69,7 @@ def test_conv1d():
     torch.manual_seed(0)
     layer = LoftLinear(Conv1D(24, 16), basis_of(16, 4))
     layer.placement = "add"
-    nn.init.normal_(layer.theta("default"))
+    nn.init.normal_(layer.adapters["default"].theta)
     assert_alike(layer, torch.randn(2, 5, 16))
 
 
@@ -78,43 +81,34 @@ def test_under_autocast(dtype):
         assert_alike(layer, torch.randn(5, 20))
 
 
-class Counted(DeltaGroup):
-    """Counts solves and comparisons."""
-
-    solves = compared = 0
-
-    def solve(self, thetas, folds):
-        Counted.solves += 1
-        return super().solve(thetas, folds)
-
-    def _unchanged(self, members):
-        Counted.compared += 1
-        return DeltaGroup._unchanged(members)
-
-
 @pytest.mark.parametrize("checkpointing", [None, False])
 @pytest.mark.parametrize("placement", PLACEMENTS)
-def test_a_step_is_one_solve_and_looks_at_no_theta(placement, checkpointing):
+def test_a_step_is_one_solve(placement, checkpointing, monkeypatch):
     model = build(checkpointing, torch.float32)
-    group = Counted("cayley")
     for layer in model.modules():
         if hasattr(layer, "placement"):
-            layer.placement, layer.loft_group["default"] = placement, group
+            layer.placement = placement
     x = torch.randn(5, 24)
     run = assert_alike(model, x)
     optimiser = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    solves, delta = [], Cayley.delta
+    # What the operator calls when it runs; the compiler never looks into it, and a look at theta would break the graph.
+    monkeypatch.setattr(
+        Cayley, "delta", lambda self, theta, r, **given: solves.append(len(theta)) or delta(self, theta, r, **given)
+    )
     for _ in range(3):
         optimiser.step()
-        Counted.solves = Counted.compared = 0
+        solves.clear()
         results(run, model, x)
-        assert (Counted.solves, Counted.compared) == (1, 0)
+        assert solves == [8]
     assert_alike(model, x, run)
     for off in (torch.no_grad, torch.inference_mode):
         with off():
             run(x)
-            Counted.solves = Counted.compared = 0
-            torch.testing.assert_close(run(x), model(x))
-        assert Counted.solves == 0 and Counted.compared > 0
+            solves.clear()
+            y = run(x)
+            assert solves == [8]
+            torch.testing.assert_close(y, model(x))
 
 
 def test_two_adapters_take_turns():
@@ -140,17 +134,17 @@ def test_tensors_may_be_replaced_and_layers_copied():
     layer = make_layer(20, 12, dtype=torch.float32, placement="add")
     x = torch.randn(5, 20)
     run = assert_alike(layer, x)
-    layer.theta("default").data = torch.randn(6)
+    layer.adapters["default"].theta.data = torch.randn(6)
     assert_alike(layer, x, run)
     layer.base_layer.weight.data = torch.randn(12, 20)
     assert_alike(layer, x, run)
     layer.base_layer.bias.data = torch.randn(12)
     assert_alike(layer, x, run)
     layer.base_layer.weight = nn.Parameter(torch.randn(12, 20), requires_grad=False)
-    layer.set_basis("default", basis_of(20, 4, seed=3))
+    layer.adapters["default"].set_basis(basis_of(20, 4, seed=3))
     assert_alike(layer, x, run)
     twin = copy.deepcopy(layer)
-    nn.init.normal_(twin.theta("default"))
+    nn.init.normal_(twin.adapters["default"].theta)
     assert_alike(twin, x)
     del layer, run
     assert_alike(copy.deepcopy(twin), x)
@@ -160,44 +154,32 @@ def test_tensors_may_be_replaced_and_layers_copied():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_tensors_that_are_no_layers_own(dtype, side):
     layer = make_layer(20, 12, side=side, dtype=dtype, placement="add")
-    own = layer.theta("default"), layer.base_layer.weight, layer.base_layer.bias, layer.support("default")
-    x = torch.randn(5, 20, dtype=dtype)
+    x, names = torch.randn(5, 20, dtype=dtype), ("loft_theta.default", "base_layer.weight", "base_layer.bias")
     expected = results(layer, layer, x)
-    theta, weight, bias, basis = (t.detach().clone() for t in own)
-    x, theta = x.requires_grad_(), theta.requires_grad_()
-    for given in ((theta, weight, bias, basis), (theta, own[1], own[2], own[3])):
+    own = {name: nn.Parameter(layer.get_parameter(name).detach().clone(), "theta" in name) for name in names}
+    x, theta = x.requires_grad_(), own["loft_theta.default"]
+    nn.init.normal_(layer.adapters["default"].theta)  # not these
+    run = compile_(lambda given, x: torch.func.functional_call(layer, given, (x,)))
+    for given in (own, {"loft_theta.default": theta}):
         x.grad = theta.grad = None
-        y = compiled.add_low_rank(x, *given, "cayley", side)
+        y = run(given, x)
         y.float().square().sum().backward()
         torch.testing.assert_close([y, x.grad, theta.grad], expected)
-    if side == "input":
-        theta.grad = None
-        e = compiled.delta(theta, basis, "cayley")
-        torch.testing.assert_close(e, layer.factor("default").delta)
-        e.square().sum().backward()
-        got = theta.grad
-        layer.zero_grad()
-        layer.factor("default").delta.square().sum().backward()
-        torch.testing.assert_close(got, layer.theta("default").grad)
 
 
-@pytest.mark.parametrize("transform", NAMES)
-def test_operators_are_what_they_claim(transform):
-    layer = make_layer(20, 12, transform=transform, placement="add")
-    theta, p = layer.theta("default").detach(), layer.support("default")
-    weight, bias = layer.base_layer.weight, layer.base_layer.bias
-    x, names = torch.randn(2, 3, 20, dtype=torch.float64), (transform, "input")
-    g, e = torch.randn(2, 3, 12, dtype=torch.float64), torch.randn(4, 4, dtype=torch.float64)
-    ops = torch.ops.loft_rs
-    _, z = ops.add_low_rank(x, theta, weight, bias, p, *names, True)
-    for op, arguments in (
-        (ops.add_low_rank, (x, theta, weight, bias, p, *names, True)),
-        (ops.add_low_rank_backward, (g, z, theta, weight, p, *names, True)),
-        (ops.add_low_rank_backward, (g, z, theta, weight, p, *names, False)),
-        (ops.delta, (theta, p, transform, True)),
-        (ops.delta_backward, (e, theta, p, transform)),
-    ):
-        torch.library.opcheck(op.default, arguments, test_utils=("test_schema", "test_faketensor"))
+@pytest.mark.parametrize("folded", [False, True])
+@pytest.mark.parametrize("stacked", [(), (3, 2)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("name", TRANSFORMS)
+def test_the_operator_is_what_it_claims(name, dtype, stacked, folded):
+    shape = get_transform(name).parameter_shape(4)
+    thetas = 0.1 * torch.randn(2, *stacked, *shape, dtype=torch.float32)
+    roots = torch.randn(2, 4, 4) if folded and not stacked else None
+    torch.library.opcheck(
+        torch.ops.loft_rs.solve.default,
+        (thetas.to(dtype), roots, name),
+        test_utils=("test_schema", "test_faketensor"),
+    )
 
 
 def test_a_checkpointed_part_inside_a_compiled_layer():

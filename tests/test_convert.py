@@ -49,7 +49,9 @@ def test_the_converted_adapter_gives_the_output_of_peft(name, tmp_path):
     assert convert_adapter(tmp_path / "peft", tmp_path / "loft", base) == str(tmp_path / "loft")
     loft = loaded(tmp_path / "loft")
     # PEFT applies HRA's r reflections one after the other, and rounds after each.
-    bound = 2e-6 + (int(name.split()[1]) * 2**-23 if name.startswith("hra") else 0)
+    # PSOFT's two products over r = 32 terms are rounded in another order.
+    per_term = 2**-23 if name.startswith("hra") else 2**-24 if name == "psoft 32" else 0
+    bound = 2e-6 + (int(name.split()[1]) * per_term if per_term else 0)
     assert apart(output(loft), wanted) <= bound
     assert apart(output(loft.merge_and_unload()), wanted) <= bound
 

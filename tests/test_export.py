@@ -13,6 +13,7 @@ from reference import make_bert, make_llama, token_batches
 from test_tuner import build, logits, train
 
 import loft_rs
+from loft_rs.layer.merging import rotated_weight
 
 STOCK = """
 import sys
@@ -52,7 +53,7 @@ def test_factors_are_the_rotation(tmp_path):
     for name, (a, b) in loft_rs.lora_factors(model).items():
         layer = model.base_model.model.get_submodule(name)
         torch.testing.assert_close(
-            layer.base_layer.weight + b @ a, layer.rotated_weight(["default"]), atol=1e-6, rtol=1e-5
+            layer.base_layer.weight + b @ a, rotated_weight(layer, layer.applied()), atol=1e-6, rtol=1e-5
         )
 
 

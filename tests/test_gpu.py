@@ -12,13 +12,17 @@ from torch.utils.checkpoint import checkpoint
 
 import loft_rs
 from loft_rs import LoftConfig
+from loft_rs.layer.forward_pass import Root, watch
+from loft_rs.layer.merging import factor_of
 from loft_rs.nn import LoftLinear
-from loft_rs.transform import DeltaGroup
+from loft_rs.tuner.adapters import adapted_layers, owners
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
 # Norm-wise: float32 arithmetic over 256 terms; bf16 carries 2^-9 in each of z, E, dY Q and the output.
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
+
+TRANSFORMS = ["cayley", "exp", "free", "cayley+halves", "exp+halves"]
 
 
 # None, or `use_reentrant`.
@@ -47,7 +51,7 @@ def on_gpu(layer, dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("side", ["input", "output"])
 @pytest.mark.parametrize("placement", ["rotate", "add"])
-@pytest.mark.parametrize("transform", ["cayley", "exp", "free"])
+@pytest.mark.parametrize("transform", TRANSFORMS)
 def test_output_and_gradients_against_float64_on_the_cpu(dtype, side, placement, transform):
     torch.manual_seed(0)
     base = torch.nn.Linear(256, 192).to(dtype).double()
@@ -69,21 +73,21 @@ def test_output_and_gradients_against_float64_on_the_cpu(dtype, side, placement,
 
 
 class Block(torch.nn.Module):
-    """Two adapted layers of one group with an activation between them, run under checkpointing or not."""
+    """Two adapted layers of one root with an activation between them, run under checkpointing or not."""
 
     def __init__(self, dtype, placement, side, transform):
         super().__init__()
         torch.manual_seed(0)
-        group = DeltaGroup(transform)
         self.layers = torch.nn.ModuleList()
         for n, m in ((128, 192), (192, 128)):
             layer = LoftLinear(
                 torch.nn.Linear(n, m).to(dtype).double(), basis_of(n if side == "input" else m, 16, n), transform, side
             )
-            layer.loft_group["default"], layer.placement = group, placement
+            layer.placement = placement
             with torch.no_grad():
                 layer.loft_theta["default"].normal_(std=0.1)
             self.layers.append(layer)
+        watch(self, Root(self.layers))
         self.reentrant = None
 
     def body(self, x):
@@ -95,16 +99,14 @@ class Block(torch.nn.Module):
 
     def on(self, device, dtype):
         twin = copy.deepcopy(self).to(device)
-        group = DeltaGroup(twin.layers[0].loft_group["default"].transform.name)
         for layer in twin.layers:
             layer.base_layer.to(dtype)
             layer.loft_support["default"] = layer.loft_support["default"].to(dtype)
             layer.loft_theta["default"].data = layer.loft_theta["default"].data.float()
-            layer.loft_group["default"] = group
         return twin
 
     def gradients(self, x, weight):
-        """Of the input and of each theta, after two steps' worth of backward: the second finds the values of the first in use."""
+        """Of the input and of each theta, after two steps' worth of backward: the second adds to what the first gave."""
         for scale in (1.0, 0.5):
             self(x).backward(scale * weight)
         return [x.grad, *(layer.loft_theta["default"].grad for layer in self.layers)]
@@ -113,7 +115,7 @@ class Block(torch.nn.Module):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("side", ["input", "output"])
 @pytest.mark.parametrize("placement", ["rotate", "add"])
-@pytest.mark.parametrize("transform", ["cayley", "exp", "free"])
+@pytest.mark.parametrize("transform", TRANSFORMS)
 @CHECKPOINTING
 def test_gradients_of_a_block_against_float64_on_the_cpu(dtype, side, placement, transform, reentrant):
     block = Block(dtype, placement, side, transform)
@@ -279,18 +281,30 @@ def test_recovered_methods_against_float64_on_the_cpu(method, dtype, reentrant):
         pairs.append([t.detach().double().cpu() for t in (y, value.grad, *trained)])
     for wanted, got in zip(*pairs, strict=True):
         assert torch.linalg.norm(got - wanted) <= TOLERANCE[dtype] * torch.linalg.norm(wanted)
-    assert layer.factor("default").orthogonality_error() <= 1e-5 or "psoft" in method
+    assert factor_of(layer.adapters["default"]).orthogonality_error() <= 1e-5 or "psoft" in method
 
 
 @pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize("transform", ["cayley", "free", "cayley_neumann"])  # torch's matrix_exp cannot be captured
+@pytest.mark.parametrize(
+    "transform", ["cayley", "free", "cayley_neumann", "cayley+halves"]
+)  # torch's matrix_exp cannot be captured
 def test_a_step_captured_in_a_cuda_graph_trains_as_the_eager_one(tied, transform):
     def make():
         torch.manual_seed(0)
         options = {"neumann_terms": 3} if transform == "cayley_neumann" else {}
-        options |= {"init_weights": False, "tied": tied, "transform": transform}
-        config = LoftConfig(r=8, target_modules="all-linear", support="random", **options)
-        model = peft.get_peft_model(make_llama(), config).to("cuda").train()
+        halves = transform.endswith("+halves")
+        if halves:  # for supports that are set
+            options |= {"support": "pilot", "halves": True, "transform": "cayley"}
+        else:
+            options |= {"support": "random", "init_weights": False, "transform": transform}
+        config = LoftConfig(r=8, target_modules="all-linear", tied=tied, **options)
+        model = peft.get_peft_model(make_llama(), config)
+        if halves:
+            layers = owners(adapted_layers(model)[1], "default")
+            loft_rs.set_support(model, {name: basis_of(layer.in_features, 8) for name, layer in layers.items()})
+            for layer in layers.values():
+                torch.nn.init.normal_(layer.adapters["default"].theta, std=0.1 / 8**0.5)
+        model = model.to("cuda").train()
         trained = [p for p in model.parameters() if p.requires_grad]
         return model, trained, torch.optim.AdamW(trained, lr=1e-2, fused=True, capturable=True)
 

@@ -21,8 +21,9 @@ from torch import nn
 import loft_rs
 from loft_rs import LoftConfig, LoftNarrowCallback, LoftRefreshCallback, Pilot, calibrate
 from loft_rs.inspection import inspect_adapter
+from loft_rs.layer.merging import factor_of
 from loft_rs.pilot import Change, changes_for, partners
-from loft_rs.tuner.model import adapted_layers, owners
+from loft_rs.tuner.adapters import adapted_layers, owners
 
 SHORT = Pilot(steps=3)
 OUTPUT = {"gate_proj": "output", "up_proj": "output"}
@@ -154,7 +155,7 @@ def test_the_moments_of_each_half_descend():
         for batch in token_batches(2):
             model(**batch)
     hook.remove()
-    z = torch.cat(seen).double() @ layer.support("default").double()
+    z = torch.cat(seen).double() @ layer.adapters["default"].support.double()
     moment = z.mT @ z
     for part in (slice(3), slice(3, None)):
         block, scale = moment[part, part], float(moment.diagonal().max())
@@ -184,11 +185,11 @@ def test_saved_loaded_merged_and_exported(tmp_path, options):
     loft_rs.save_supports(tmp_path / "supports.safetensors", report.layers)
     again = build(support=str(tmp_path / "supports.safetensors"), **options)
     for name, layer in owners(adapted_layers(again)[1], "default").items():
-        np.testing.assert_allclose(layer.support("default").numpy(), report.layers[name].basis, atol=1e-6)
+        np.testing.assert_allclose(layer.adapters["default"].support.numpy(), report.layers[name].basis, atol=1e-6)
     # Its order alone: from data, and inside each half too.
     calibrate(again, token_batches(2))
     for name, layer in owners(adapted_layers(again)[1], "default").items():
-        found = layer.support("default").numpy()
+        found = layer.adapters["default"].support.numpy()
         np.testing.assert_allclose(np.abs(np.sum(found * report.layers[name].basis, 0)), 1.0, atol=1e-3)
     torch.testing.assert_close(logits(model.merge_and_unload()), wanted, rtol=1e-4, atol=1e-5)
 
@@ -198,12 +199,12 @@ def test_a_support_set_by_hand_is_read_in_halves():
     loft_rs.set_support(model, {name: basis_of(32, 6) for name in adapted_layers(model)[1]})
     train(model)
     layer = next(iter(adapted_layers(model)[1].values()))
-    b = layer.theta("default").detach().double()
+    b = layer.adapters["default"].theta.detach().double()
     a = torch.zeros(6, 6, dtype=torch.float64)
     a[3:, :3], a[:3, 3:] = b, -b.mT
     eye = torch.eye(6, dtype=torch.float64)
     wanted = torch.linalg.solve(eye + a, eye - a, left=False) - eye
-    torch.testing.assert_close(layer.factor("default").delta.detach().double(), wanted, atol=1e-6, rtol=0)
+    torch.testing.assert_close(factor_of(layer.adapters["default"]).delta.detach().double(), wanted, atol=1e-6, rtol=0)
 
 
 @pytest.mark.parametrize("side", ["input", "output"])
@@ -262,7 +263,9 @@ def test_adapters_with_and_without_halves_beside_one_another():
         model.set_adapter(name)
         train(model)
         layer = next(iter(adapted_layers(model, name)[1].values()))
-        assert layer.theta(name).numel() == count and (layer.first_half(name) == 3) == (name == "default")
+        assert layer.adapters[name].theta.numel() == count and (layer.adapters[name].first_half == 3) == (
+            name == "default"
+        )
         found[name] = logits(model)
     for name, wanted in found.items():
         model.set_adapter(name)
@@ -286,7 +289,7 @@ def test_layers_one_wide_and_layers_that_no_batch_reaches():
     with pytest.warns(UserWarning, match="unused: a random support was put there"):
         report = calibrate(model, [{"x": torch.randn(12, 8)}], pilot=SHORT)
     layers = adapted_layers(model)[1]
-    assert {name: tuple(layer.theta("default").shape) for name, layer in layers.items()} == {
+    assert {name: tuple(layer.adapters["default"].theta.shape) for name, layer in layers.items()} == {
         "a": (2, 2),
         "b": (0, 1),
         "c": (0, 1),
@@ -294,7 +297,7 @@ def test_layers_one_wide_and_layers_that_no_batch_reaches():
     }
     assert report.layers["unused"].method == "random" and report.layers["b"].method == "pilot"
     model(x=torch.randn(12, 8)).loss.backward()
-    assert layers["a"].theta("default").grad.any()
+    assert layers["a"].adapters["default"].theta.grad.any()
 
 
 # -- refused ---------------------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""factor.py, layer.py, nn.py: the function, its gradients against float64 autograd, what is saved, merge, LoRA form."""
+"""factor.py, layer/, nn.py: the function, its gradients against float64 autograd, what is saved, merge, LoRA form."""
 
 from __future__ import annotations
 
@@ -14,9 +14,11 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 import loft_rs
+from loft_rs._format import ORTHONORMAL
+from loft_rs.custom import custom_basis
 from loft_rs.factor import LowRank, gram_root
-from loft_rs.inspection import ORTHONORMAL
-from loft_rs.layer import choose_placement, custom_basis
+from loft_rs.layer.merging import factor_of, lora_factors, merge, rotated_weight
+from loft_rs.layer.placement import choose_placement
 from loft_rs.nn import LoftLinear
 from loft_rs.transform import TRANSFORMS, get_transform
 
@@ -40,14 +42,14 @@ def rotation(layer: LoftLinear, theta: torch.Tensor) -> torch.Tensor:
     p = layer.loft_support["default"].double()
     c = gram_root(layer.loft_support["default"])
     p = p if c is None else p @ c.double()
-    t = exact_transform(layer.loft_group["default"].transform.name, theta, p.shape[1])
+    t = exact_transform(layer.adapters["default"].transform.name, theta, p.shape[1])
     return torch.eye(len(p), dtype=torch.float64) + p @ (t - torch.eye(len(t), dtype=torch.float64)) @ p.mT
 
 
 def reference(layer: LoftLinear, x: torch.Tensor, theta: torch.Tensor) -> torch.Tensor:
     w, r = layer.base_layer.weight.detach().double(), rotation(layer, theta)
     b = layer.base_layer.bias
-    w = w @ r if layer.loft_side["default"] == "input" else r @ w
+    w = w @ r if layer.adapters["default"].side == "input" else r @ w
     return F.linear(x, w, None if b is None else b.detach().double())
 
 
@@ -126,8 +128,6 @@ def saved_by(layer, x):
     with torch.autograd.graph.saved_tensors_hooks(lambda t: held.append(t) or t, lambda t: t):
         y = layer(x)
     owned = {t.data_ptr() for t in (*layer.parameters(), *layer.buffers())}
-    for _, value, _ in layer._derived.values():
-        owned |= {t.data_ptr() for t in (value if isinstance(value, tuple) else [value]) if t is not None}
     return y, [t for t in held if t.data_ptr() not in owned]
 
 
@@ -205,7 +205,7 @@ def test_the_gram_root_makes_a_half_precision_support_orthogonal_again(dtype, n,
 
 @pytest.mark.parametrize("side", SIDES)
 def test_apply_and_adjoint_are_transposes(side):
-    factor = make_layer(side=side).factor("default")
+    factor = factor_of(make_layer(side=side).adapters["default"])
     x, y = (
         torch.randn(3, len(factor.basis), dtype=torch.float64),
         torch.randn(3, len(factor.basis), dtype=torch.float64),
@@ -220,7 +220,7 @@ def test_merge_and_lora_form_are_the_layer(side, dtype):
     layer = make_layer(side=side, dtype=dtype)
     x = torch.randn(9, 20, dtype=dtype)
     y = layer(x)
-    a, b = layer.lora_factors("default")
+    a, b = lora_factors(layer.adapters["default"])
     tolerance = 40 * torch.finfo(dtype).eps
     torch.testing.assert_close(layer.base_layer(x) + x @ a.mT @ b.mT, y, atol=tolerance, rtol=tolerance)
     before = layer.base_layer.weight.detach().clone()
@@ -248,13 +248,13 @@ def test_merging_nan_is_refused_when_safe_and_changes_nothing():
         layer.loft_theta["default"].fill_(float("nan"))
     before = layer.base_layer.weight.detach().clone()
     with pytest.raises(ValueError, match="would write NaN or Inf"):
-        layer.merge_factors(["default"], safe=True)
+        merge(layer, [layer.adapters["default"]], safe=True)
     assert torch.equal(layer.base_layer.weight, before)
 
 
 def test_a_rotation_keeps_the_norm_of_the_weight():
     layer = make_layer(norm=5.0)
-    rotated, weight = layer.rotated_weight(["default"]), layer.base_layer.weight
+    rotated, weight = rotated_weight(layer, layer.applied()), layer.base_layer.weight
     torch.testing.assert_close(torch.linalg.svdvals(rotated), torch.linalg.svdvals(weight))
 
 
@@ -295,9 +295,10 @@ def test_step_zero_under_autocast_is_the_base_layer_bit_for_bit(side, placement)
 
 def test_merging_and_the_lora_form_are_full_precision_under_autocast():
     layer = make_layer(dtype=torch.float32)
-    wanted = layer.rotated_weight(["default"]), *layer.lora_factors("default")
+    adapter = layer.adapters["default"]
+    wanted = rotated_weight(layer, [adapter]), *lora_factors(adapter)
     with torch.autocast("cpu", torch.bfloat16):
-        for got, want in zip((layer.rotated_weight(["default"]), *layer.lora_factors("default")), wanted, strict=True):
+        for got, want in zip((rotated_weight(layer, [adapter]), *lora_factors(adapter)), wanted, strict=True):
             assert torch.equal(got, want)
 
 
@@ -328,7 +329,7 @@ def test_a_layer_cast_to_half_precision_still_trains(transform):
     assert torch.linalg.norm(grad.double() - wanted) <= 2e-2 * torch.linalg.norm(wanted)
     if get_transform(transform).orthogonal:
         # E is float32: its rounding is all there is.
-        assert layer.factor("default").orthogonality_error() <= 1e-6
+        assert factor_of(layer.adapters["default"]).orthogonality_error() <= 1e-6
 
 
 def test_a_base_that_trains_or_is_hooked_keeps_its_own_forward():
@@ -413,7 +414,7 @@ def test_other_bad_arguments_are_named():
     with pytest.raises(TypeError, match="base_layer must be a linear layer"):
         LoftLinear(torch.nn.LayerNorm(20), basis_of(20, 2))
     support = loft_rs.select_support(np.random.default_rng(0).standard_normal((20, 20)), 2, side="output")
-    assert LoftLinear(torch.nn.Linear(20, 20), support).loft_side["default"] == "output"
+    assert LoftLinear(torch.nn.Linear(20, 20), support).adapters["default"].side == "output"
     with pytest.raises(ValueError, match="side is 'input', but the support was chosen for the output side"):
         LoftLinear(torch.nn.Linear(20, 20), support, side="input")
     with pytest.raises(

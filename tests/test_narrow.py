@@ -19,7 +19,8 @@ from test_refresh import apart, build, quantise, same, snapshot
 import loft_rs
 from loft_rs import LoftConfig, NarrowReport, NonFiniteError, narrow, refresh
 from loft_rs import refreshing as module
-from loft_rs.tuner.model import adapted_layers
+from loft_rs.layer.merging import factor_of
+from loft_rs.tuner.adapters import adapted_layers
 
 EPS = torch.finfo(torch.float32).eps
 
@@ -30,22 +31,22 @@ def layers_of(model, adapter=None):
 
 def owned(model):
     """name -> layer of those that hold their own support."""
-    return {name: layer for name, layer in layers_of(model).items() if layer.owner("default") is layer}
+    return {name: layer for name, layer in layers_of(model).items() if layer.adapters["default"].owner.layer is layer}
 
 
 def transform_of(layer):
     """T (r x r) in float64, from the definition."""
-    name = layer.loft_group["default"].transform.name
-    return exact_transform(name, layer.theta("default").detach().double(), layer.rank("default"))
+    name = layer.adapters["default"].transform.name
+    return exact_transform(name, layer.adapters["default"].theta.detach().double(), layer.adapters["default"].rank)
 
 
 def dense(layer):
     """R (n x n), or what acts on the output, in float64 from the tensors that are stored."""
-    p, factor = layer.support("default").double(), layer.frozen_factor("default")
+    p, factor = layer.adapters["default"].support.double(), layer.adapters["default"].frozen_factor
     eye = torch.eye(len(p), dtype=torch.float64)
     own = eye + p @ (transform_of(layer) - torch.eye(p.shape[1], dtype=torch.float64)) @ p.mT
     held = eye if factor is None else eye + factor.basis.double() @ factor.delta.double() @ factor.basis.double().mT
-    return held @ own if layer.loft_side["default"] == "input" else own @ held
+    return held @ own if layer.adapters["default"].side == "input" else own @ held
 
 
 def parameters(r, transform="cayley"):
@@ -68,9 +69,11 @@ def one(n, m, r, *, seed=0, scale=0.3, dtype=torch.float64, **options):
     config = LoftConfig(target_modules=["layer"], r=r, support="random", **options)
     model = peft.get_peft_model(One(n, m, dtype), config)
     (layer,) = layers_of(model).values()
-    layer.set_basis("default", basis_of(len(layer.support("default")), r, seed % 1000))
+    layer.adapters["default"].set_basis(basis_of(len(layer.adapters["default"].support), r, seed % 1000))
     with torch.no_grad():
-        layer.theta("default").copy_(scale * torch.randn(layer.theta("default").shape, dtype=torch.float64))
+        layer.adapters["default"].theta.copy_(
+            scale * torch.randn(layer.adapters["default"].theta.shape, dtype=torch.float64)
+        )
     return model, layer
 
 
@@ -89,7 +92,7 @@ def test_the_rotation_is_what_it_was_and_training_goes_on(transform, side, tied)
         assert report.rank == rank and report.kept.keys() == layers.keys()
         for name, layer in layers_of(model).items():
             torch.testing.assert_close(dense(layer), held[name], atol=1e-13, rtol=0)
-            assert layer.rank("default") == rank and np.isnan(layer.energy("default"))
+            assert layer.adapters["default"].rank == rank and np.isnan(layer.adapters["default"].energy)
         assert apart(logits(model), before) <= 1e-12
         trained = [p for p in model.parameters() if p.requires_grad]
         assert sum(p.numel() for p in trained) == len(layers) * parameters(rank, transform)
@@ -117,7 +120,7 @@ def test_the_function_is_unchanged_to_rounding(dtype, side):
         train(model, optimiser)
         assert apart(logits(model), before) > 1e-4
     refresh(model, token_batches(2, seed=3), optimizer=optimiser)
-    assert {layer.rank("default") for layer in layers_of(model).values()} == {2}
+    assert {layer.adapters["default"].rank for layer in layers_of(model).values()} == {2}
 
 
 @pytest.mark.filterwarnings("ignore:.* is odd")
@@ -142,14 +145,14 @@ def test_what_is_narrowed_stays_orthogonal(n, m, r, ranks, transform, side, scal
         held = dense(layer)
         report = narrow(model, rank)
         torch.testing.assert_close(dense(layer), held, atol=limit, rtol=0)
-        factor, p = layer.factor("default"), layer.support("default").double()
+        factor, p = factor_of(layer.adapters["default"]), layer.adapters["default"].support.double()
         rotation = torch.eye(len(p)) + factor.basis.double() @ factor.delta.detach().double() @ factor.basis.double().mT
         assert float((rotation.mT @ rotation - torch.eye(len(p))).abs().max()) <= limit
         assert float((p.mT @ p - torch.eye(rank)).abs().max()) <= limit
         (kept,) = report.kept.values()
         assert np.isnan(kept) if not scale else 0 < kept <= 1 + 1e-12
         with torch.no_grad():
-            layer.theta("default").copy_(scale * torch.randn(parameters(rank)))
+            layer.adapters["default"].theta.copy_(scale * torch.randn(parameters(rank)))
 
 
 # -- the planes ------------------------------------------------------------------------------------------------------------
@@ -160,13 +163,13 @@ def test_what_is_narrowed_stays_orthogonal(n, m, r, ranks, transform, side, scal
 @pytest.mark.filterwarnings("ignore:.* is odd")
 def test_the_planes_are_the_strongest(transform, r):
     model, layer = one(12, 10, r, transform=transform)
-    old, t = layer.support("default").clone(), transform_of(layer)
+    old, t = layer.adapters["default"].support.clone(), transform_of(layer)
     s = (t - t.mT) / 2
     strengths = torch.linalg.svdvals(s)
     assert strengths[4] < 0.99 * strengths[3]  # or the four would not be determined
     report = narrow(model, 4)
-    v = old.mT @ layer.support("default")
-    torch.testing.assert_close(old @ v, layer.support("default"), atol=1e-13, rtol=0)
+    v = old.mT @ layer.adapters["default"].support
+    torch.testing.assert_close(old @ v, layer.adapters["default"].support, atol=1e-13, rtol=0)
     torch.testing.assert_close(torch.linalg.svdvals(s @ v), strengths[:4], atol=1e-12, rtol=0)
     small = v.mT @ s @ v
     torch.testing.assert_close(small[[0, 2], [1, 3]], strengths[[0, 2]], atol=1e-12, rtol=0)  # strongest first
@@ -179,9 +182,9 @@ def test_the_planes_are_the_strongest(transform, r):
 def test_what_was_never_turned_keeps_its_first_columns():
     model = build(r=8)
     before, layers = logits(model), layers_of(model)
-    held = {name: layer.support("default").clone() for name, layer in layers.items()}
+    held = {name: layer.adapters["default"].support.clone() for name, layer in layers.items()}
     report = narrow(model, 4)
-    assert all(torch.equal(layer.support("default"), held[name][:, :4]) for name, layer in layers.items())
+    assert all(torch.equal(layer.adapters["default"].support, held[name][:, :4]) for name, layer in layers.items())
     assert all(np.isnan(kept) for kept in report.kept.values())
     assert torch.equal(logits(model), before) and not model.peft_config["default"].frozen_ranks
     train(model)
@@ -192,16 +195,18 @@ def test_layers_of_that_rank_or_less_are_left_alone():
     optimiser = train(model)
     model(**token_batches(1)[0]).loss.backward()
     left = {name: layer for name, layer in layers_of(model).items() if name.endswith(("q_proj", "o_proj"))}
-    tensors = {name: (layer.theta("default"), layer.support("default")) for name, layer in left.items()}
+    tensors = {
+        name: (layer.adapters["default"].theta, layer.adapters["default"].support) for name, layer in left.items()
+    }
     values = copy.deepcopy({name: (*pair, pair[0].grad) for name, pair in tensors.items()})
     states = {name: copy.deepcopy(optimiser.state[theta]) for name, (theta, _) in tensors.items()}
     report = narrow(model, 4, optimizer=optimiser)
     assert len(report.kept) == 10 and not report.kept.keys() & left.keys()
     for name, layer in left.items():
-        theta, basis = layer.theta("default"), layer.support("default")
-        assert theta is tensors[name][0] and basis is tensors[name][1] and not layer.frozen_rank("default")
+        theta, basis = layer.adapters["default"].theta, layer.adapters["default"].support
+        assert theta is tensors[name][0] and basis is tensors[name][1] and not layer.adapters["default"].frozen_rank
         assert same((theta, basis, theta.grad), values[name]) and same(optimiser.state[theta], states[name])
-    ranks = {name: layer.rank("default") for name, layer in layers_of(model).items()}
+    ranks = {name: layer.adapters["default"].rank for name, layer in layers_of(model).items()}
     assert {rank for name, rank in ranks.items() if "o_proj" not in name} == {4}
     train(model, optimiser)
 
@@ -223,18 +228,18 @@ OPTIMISERS = {
 @pytest.mark.parametrize("kind", OPTIMISERS)
 def test_moments_are_those_of_the_ambient_matrix(kind, transform):
     model, layer = one(9, 7, 6, transform=transform)
-    optimiser = OPTIMISERS[kind]([layer.theta("default")])
+    optimiser = OPTIMISERS[kind]([layer.adapters["default"].theta])
     x, free = torch.randn(5, 9, dtype=torch.float64), transform == "free"
     for _ in range(3):
         model(x).square().sum().backward()
         optimiser.step()
         optimiser.zero_grad()
-    theta, p1 = layer.theta("default"), layer.support("default").clone()
+    theta, p1 = layer.adapters["default"].theta, layer.adapters["default"].support.clone()
     held = copy.deepcopy(dict(optimiser.state[theta]))
     narrow(model, 4, optimizer=optimiser)
-    state, p2 = optimiser.state[layer.theta("default")], layer.support("default")
+    state, p2 = optimiser.state[layer.adapters["default"].theta], layer.adapters["default"].support
     assert theta not in optimiser.state and state.keys() == held.keys()
-    assert [p is layer.theta("default") for p in optimiser.param_groups[0]["params"]] == [True]
+    assert [p is layer.adapters["default"].theta for p in optimiser.param_groups[0]["params"]] == [True]
     places, new = ([(i, j) for i in range(r) for j in range(r) if free or i > j] for r in (6, 4))
     for key, value in held.items():
         if not isinstance(value, torch.Tensor) or not value.dim():  # a step count; momentum there is none of
@@ -288,7 +293,7 @@ def test_an_optimiser_that_has_not_stepped_trains_the_new_parameters():
     narrow(model, 4, optimizer=optimiser)
     assert not optimiser.state
     train(model, optimiser)
-    assert all(layer.theta("default").any() for layer in layers_of(model).values())
+    assert all(layer.adapters["default"].theta.any() for layer in layers_of(model).values())
 
 
 def test_the_gradient_is_that_of_the_composed_weight():
@@ -296,15 +301,19 @@ def test_the_gradient_is_that_of_the_composed_weight():
         model, layer = one(9, 7, 6, side=side)
         held = dense(layer)
         narrow(model, 4)
-        x, p, weight = torch.randn(5, 9, dtype=torch.float64), layer.support("default"), layer.base_layer.weight
+        x, p, weight = (
+            torch.randn(5, 9, dtype=torch.float64),
+            layer.adapters["default"].support,
+            layer.base_layer.weight,
+        )
         with torch.no_grad():
-            layer.theta("default").copy_(0.2 * torch.randn(6, dtype=torch.float64))
-        theta = layer.theta("default").detach().clone().requires_grad_()
+            layer.adapters["default"].theta.copy_(0.2 * torch.randn(6, dtype=torch.float64))
+        theta = layer.adapters["default"].theta.detach().clone().requires_grad_()
         turn = torch.eye(len(p)) + p @ (exact_transform("cayley", theta, 4) - torch.eye(4)) @ p.mT
         whole = weight.detach() @ held @ turn if side == "input" else turn @ held @ weight.detach()
         (x @ whole.mT).square().sum().backward()
         model(x).square().sum().backward()
-        torch.testing.assert_close(layer.theta("default").grad, theta.grad, atol=1e-11, rtol=1e-10)
+        torch.testing.assert_close(layer.adapters["default"].theta.grad, theta.grad, atol=1e-11, rtol=1e-10)
 
 
 # -- failures --------------------------------------------------------------------------------------------------------------
@@ -320,12 +329,12 @@ def test_a_failed_call_changes_nothing(how, tied, monkeypatch):
     model(**token_batches(1)[0]).loss.backward()
     before, wanted, config = snapshot(model, optimiser), logits(model), copy.deepcopy(model.peft_config["default"])
     held = [id(p) for p in model.parameters()]
-    layer = list(owned(model).values())[-1]
+    last = list(owned(model).values())[-1].adapters["default"]
     place, call = {
         "planes": ((module, "_strongest"), 3),
-        "ranks": ((layer, "resize"), 1),
-        "frozen": ((layer, "set_frozen"), 1),
-        "basis": ((layer, "set_basis"), 1),
+        "ranks": ((last, "resize"), 1),
+        "frozen": ((last, "set_frozen"), 1),
+        "basis": ((last, "set_basis"), 1),
         "moments": ((module, "transported"), 5),
     }[how]
     kept, calls = getattr(*place), itertools.count(1)
@@ -362,7 +371,7 @@ def test_what_cannot_be_narrowed_is_said():
         narrow(model, 4, optimizer=adam(build(r=8)))
     rprop = torch.optim.Rprop([p for p in model.parameters() if p.requires_grad], lr=1e-12)
     for layer in layers_of(model).values():
-        rprop.state[layer.theta("default")]["prev"] = torch.zeros_like(layer.theta("default"))
+        rprop.state[layer.adapters["default"].theta]["prev"] = torch.zeros_like(layer.adapters["default"].theta)
     with pytest.raises(ValueError, match="Rprop has 'prev'; use moments='restart'"):
         narrow(model, 4, optimizer=rprop)
     with pytest.raises(ValueError, match="narrow needs an eager model"):
@@ -381,7 +390,7 @@ def test_what_cannot_be_narrowed_is_said():
         narrow(model, 4)
     assert same(snapshot(model, optimiser), before)
     with torch.no_grad():
-        layers_of(model)["model.layers.1.mlp.up_proj"].theta("default")[1] = float("nan")
+        layers_of(model)["model.layers.1.mlp.up_proj"].adapters["default"].theta[1] = float("nan")
     with pytest.raises(NonFiniteError, match=r"transform of layer model\.layers\.1\.mlp\.up_proj holds NaN"):
         narrow(model, 4)
     narrow(build(r=8), np.int64(4))
@@ -460,7 +469,7 @@ def test_other_adapters_stay():
     train(model, optimiser)
     model.set_adapter("second")
     assert torch.equal(logits(model), second)
-    assert {layer.rank("second") for layer in layers_of(model, "second").values()} == {6}
+    assert {layer.adapters["second"].rank for layer in layers_of(model, "second").values()} == {6}
 
 
 def test_a_base_that_only_runs():
@@ -515,7 +524,7 @@ def narrow_on_rank(rank, folder):
     found["unchanged"] = same(snapshot(model, optimiser), before)
     if rank == 1:  # all go on from what rank 0 holds
         layer = next(iter(layers_of(model).values()))
-        layer.theta("default").data.mul_(-1)
+        layer.adapters["default"].theta.data.mul_(-1)
     narrow(model, 4, optimizer=optimiser)
     found |= {"apart": apart(logits(model), wanted), "state": model.state_dict()}
     found["state"] = {key: value for key, value in found["state"].items() if "energy" not in key}  # NaN now

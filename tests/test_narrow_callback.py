@@ -26,7 +26,7 @@ def narrowing(output, rank=4, step=3, *, model=None, optimiser=None, **arguments
 
 
 def ranks_of(model):
-    return {layer.rank("default") for layer in layers_of(model).values()}
+    return {layer.adapters["default"].rank for layer in layers_of(model).values()}
 
 
 @pytest.fixture(scope="module")
@@ -46,8 +46,8 @@ def test_the_callback_narrows_once_and_training_goes_on(straight):
         peft.PeftModel.from_pretrained(make_llama(), str(folder / f"checkpoint-{step}")) for step in (2, 3)
     )
     assert ranks_of(wide) == {8} and ranks_of(narrow_) == {4}
-    assert not any(layer.theta("default").any() for layer in layers_of(narrow_).values())
-    assert all(layer.theta("default").any() for layer in layers_of(model).values())
+    assert not any(layer.adapters["default"].theta.any() for layer in layers_of(narrow_).values())
+    assert all(layer.adapters["default"].theta.any() for layer in layers_of(model).values())
     assert apart(logits(model), logits(narrow_)) > 1e-4
 
 
@@ -62,7 +62,7 @@ def test_a_run_resumes_before_at_and_after_the_narrowing(straight, step, own, tm
     _, callback, run = narrowing(tmp_path, model=model, optimiser=optimiser)
     run.train(resume_from_checkpoint=str(folder / f"checkpoint-{step}"))
     assert (callback.report is not None) == (step == 2) and ranks_of(model) == {4}
-    trained = {id(layer.theta("default")) for layer in layers_of(model).values()}
+    trained = {id(layer.adapters["default"].theta) for layer in layers_of(model).values()}
     assert {id(p) for group in run.optimizer.param_groups for p in group["params"]} == trained
     assert model.state_dict().keys() == wanted.state_dict().keys()
     assert apart(logits(model), logits(wanted)) <= 1e-4

@@ -11,7 +11,7 @@ WORKER = """
 import os, sys
 import torch
 import torch.distributed as dist
-from test_siblings import Model
+from test_placement import Model
 import peft
 from loft_rs import LoftConfig
 

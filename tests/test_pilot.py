@@ -20,8 +20,8 @@ import loft_rs
 from loft_rs import Budget, LoftConfig, NonFiniteError, Pilot, calibrate, refresh
 from loft_rs.layer import AdaptedLinear
 from loft_rs.pilot import Change, changes_for
-from loft_rs.transform import DeltaGroup
-from loft_rs.tuner.model import adapted_layers
+from loft_rs.transform import get_transform
+from loft_rs.tuner.adapters import adapted_layers
 
 SHORT = Pilot(steps=3)
 
@@ -51,7 +51,7 @@ def assert_untouched(model, before):
 
 def linear(n, m, r, side="input", dtype=torch.float32, transform="free"):
     layer = AdaptedLinear(nn.Linear(n, m, dtype=dtype))
-    layer.add_factor("default", r, DeltaGroup(transform), side)
+    layer.add_adapter("default", r, get_transform(transform), side)
     return layer
 
 
@@ -61,7 +61,7 @@ def learnt_change(n, heights, rank, side="input", seed=0, transform="free"):
     torch.manual_seed(seed)
     layers = [linear(n, m, min(rank, n, *heights), side, transform=transform) for m in heights]
     if len(layers) > 1:
-        layers[0].tie("default", layers[1:])
+        layers[0].adapters["default"].tie([layer.adapters["default"] for layer in layers[1:]])
     draw = torch.Generator().manual_seed(seed)
     change = Change(layers[0], "default", rank, draw, torch.device("cpu"))
     with torch.no_grad():
@@ -255,10 +255,10 @@ def test_calibration_leaves_the_function_and_everything_else_as_it_was_and_repea
         assert all(p.grad is None for p in model.parameters())
         assert torch.equal(model.eval()(**batches[0]).logits, wanted)
         layers = adapted_layers(model)[1]
-        assert not any(layer.theta("default").any() or layer.tap for layer in layers.values())
+        assert not any(layer.adapters["default"].theta.any() or layer.tap for layer in layers.values())
         for name, layer in layers.items():
-            assert torch.equal(layer.support("default"), torch.from_numpy(report.layers[name].basis))
-            assert layer.energy("default") == pytest.approx(report.layers[name].energy, rel=1e-6)
+            assert torch.equal(layer.adapters["default"].support, torch.from_numpy(report.layers[name].basis))
+            assert layer.adapters["default"].energy == pytest.approx(report.layers[name].energy, rel=1e-6)
         found.append(report)
     for name, support in found[0].layers.items():
         assert np.array_equal(support.basis, found[1].layers[name].basis)

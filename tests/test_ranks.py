@@ -13,7 +13,7 @@ from reference import make_bert, make_llama, token_batches
 from test_calibration import Perceptron, X, perceptron
 
 from loft_rs import Budget, LoftConfig, calibrate, supports_from_sketches
-from loft_rs.tuner.model import adapted_layers
+from loft_rs.tuner.adapters import adapted_layers
 
 
 def build(base=None, **options):

@@ -15,7 +15,8 @@ from torch.utils.checkpoint import checkpoint
 
 from loft_rs import factor as factors_module
 from loft_rs.factor import Blocks, RotateBlocks, ScaleOutput, householder
-from loft_rs.kinds import Householder, Partition, butterfly
+from loft_rs.layer.kinds import Householder, Partition, butterfly
+from loft_rs.layer.merging import factor_of
 
 EPS = torch.finfo(torch.float64).eps
 
@@ -316,9 +317,9 @@ def test_autocast_leaves_the_rotation_in_float32(name):
     """Under autocast a float32 base layer multiplies in bf16, and the small matrices are computed as without it."""
     model = build(name, init_weights=False)
     layer = model.base_model.model.up
-    whole = layer.factor("default").apply(X)
+    whole = factor_of(layer.adapters["default"]).apply(X)
     with torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(layer.factor("default").apply(X), whole)
+        assert torch.equal(factor_of(layer.adapters["default"]).apply(X), whole)
         y = model(X)
         y.float().square().sum().backward()
     exact = model(X).detach()
@@ -374,7 +375,7 @@ def test_checkpointing_changes_nothing(name, reentrant):
 @pytest.mark.parametrize("name", CONFIGS)
 def test_several_adapters_compose_and_ranks_may_differ(name):
     model = build(name, init_weights=False, rank_pattern={"down": 2})
-    assert model.base_model.model.down.rank("default") == 2
+    assert model.base_model.model.down.adapters["default"].rank == 2
     model.add_adapter("second", LoftConfig(r=4, target_modules=["up"], support="random", init_weights=False))
     model.base_model.set_adapter(["default", "second"])
     y = model(X).detach()
@@ -422,13 +423,13 @@ def test_inspect_reads_what_the_layer_computes(name, tmp_path):
     for module, report in reports.items():
         layer = getattr(model.base_model.model, module)
         eye = torch.eye(layer.in_features, dtype=torch.float64)
-        r = layer.factor("default").adjoint(eye.float()).detach().double()
+        r = factor_of(layer.adapters["default"]).adjoint(eye.float()).detach().double()
         largest = np.degrees(np.abs(np.angle(np.linalg.eigvals(r.numpy()))).max())
         if name != "boft":  # the angles of single factors are not the product's
             assert report.largest_angle == pytest.approx(largest, abs=1e-2)
         error = float(torch.linalg.matrix_norm(r.mT @ r - eye, 2))
         assert report.orthogonality_error == pytest.approx(error, abs=3e-6)
-        assert report.rank == layer.rank("default")
+        assert report.rank == layer.adapters["default"].rank
     assert "3 modules" in text_table(list(reports.values()))
 
 

@@ -16,10 +16,11 @@ from reference import adam, basis_of, exact_transform, logits, make_llama, token
 from test_calibration import skew_of, span_energy
 
 import loft_rs
-from loft_rs import LoftConfig, NonFiniteError, refresh
+from loft_rs import LoftConfig, NonFiniteError, refresh, refreshing
 from loft_rs.factor import Frozen, LowRank
+from loft_rs.layer.merging import factor_of, original_weight, rotated_weight
 from loft_rs.moments import transported
-from loft_rs.tuner.model import adapted_layers
+from loft_rs.tuner.adapters import adapted_layers
 
 EPS = torch.finfo(torch.float32).eps
 
@@ -88,7 +89,9 @@ def test_a_refresh_in_groups_is_the_same(support):
         if "memory" in options:
             options = {"memory": int(0.9 * found[0][0].memory.total)}
         report = refresh(model, token_batches(2, seed=5), passes=2, oversampling=None, **options)
-        found.append((report, [layer.support("default").clone() for layer in adapted_layers(model)[1].values()]))
+        found.append(
+            (report, [layer.adapters["default"].support.clone() for layer in adapted_layers(model)[1].values()])
+        )
     assert found[2][0].memory.groups > 1 and found[1][0].memory.sketches == 0
     for _, supports in found[1:]:
         assert same(supports, found[0][1])
@@ -129,7 +132,7 @@ def test_the_function_is_unchanged_and_training_goes_on(dtype, side, support):
         # bf16: the products are summed in another order, each activation is rounded to 2^-8
         assert apart(logits(model), before) <= (5e-6 if dtype == torch.float32 else 0.05)
         assert apart(before, base) > (1e-3 if dtype == torch.float32 else 0.02)
-        assert not any(layer.theta("default").any() for layer in adapted_layers(model)[1].values())
+        assert not any(layer.adapters["default"].theta.any() for layer in adapted_layers(model)[1].values())
         assert loft_rs.orthogonality_error(model) <= 20 * EPS
         train(model, optimiser, seed=round_)
         assert apart(logits(model), before) > 1e-4
@@ -149,7 +152,8 @@ def test_in_float64_it_is_unchanged_to_float64(transform, side, fold):
         train(model, train_again)
     _, layers = adapted_layers(model)
     assert all(
-        layer.frozen_rank("default") == 0 if fold else layer.frozen_rank("default") > 4 for layer in layers.values()
+        layer.adapters["default"].frozen_rank == 0 if fold else layer.adapters["default"].frozen_rank > 4
+        for layer in layers.values()
     )
 
 
@@ -187,21 +191,23 @@ def test_directions_that_are_not_turned_are_dropped():
     before = logits(model)
     refresh(model)
     _, layers = adapted_layers(model)
-    assert all(layer.frozen_rank("default") == 0 for layer in layers.values()) and torch.equal(logits(model), before)
+    assert all(layer.adapters["default"].frozen_rank == 0 for layer in layers.values()) and torch.equal(
+        logits(model), before
+    )
     with torch.no_grad():
         for layer in layers.values():
-            layer.theta("default")[0] = 0.3  # one plane
+            layer.adapters["default"].theta[0] = 0.3  # one plane
     before = logits(model)
     refresh(model)
-    assert all(layer.frozen_rank("default") == 2 for layer in layers.values())
+    assert all(layer.adapters["default"].frozen_rank == 2 for layer in layers.values())
     with torch.no_grad():
         for layer in layers.values():
-            layer.set_basis("default", torch.nn.functional.pad(layer.loft_frozen_basis["default"], (0, 4)))
-            plane = layer.loft_frozen_basis["default"].mT @ layer.support("default")
+            layer.adapters["default"].set_basis(torch.nn.functional.pad(layer.loft_frozen_basis["default"], (0, 4)))
+            plane = layer.loft_frozen_basis["default"].mT @ layer.adapters["default"].support
             sign = torch.linalg.det(plane[:, :2]).sign() * (1 if layer.loft_frozen_delta["default"][1, 0] < 0 else -1)
-            layer.theta("default")[0] = -0.3 * sign  # and back
+            layer.adapters["default"].theta[0] = -0.3 * sign  # and back
             layer.loft_support["default"][:, 2:] = 0
-    delta = next(iter(layers.values())).factor("default").reduced(1e-6)
+    delta = factor_of(next(iter(layers.values())).adapters["default"]).reduced(1e-6)
     assert delta.rank == 0
 
 
@@ -230,25 +236,25 @@ def test_the_support_is_that_of_the_current_weight(side, checkpointing):
         s = skew_of(weights[name], gradients[name], side)
         best = float((torch.linalg.svdvals(s)[:16] ** 2).sum())
         # a sketch as wide as the layer is the dense problem
-        assert span_energy(layer.support("default").double(), s) >= (0.999 if len(s) <= 32 else 0.7) * best
+        assert span_energy(layer.adapters["default"].support.double(), s) >= (0.999 if len(s) <= 32 else 0.7) * best
 
 
 def test_a_principal_support_is_that_of_the_current_weight_and_a_random_one_is_new():
     model = build(support="principal", order="natural")
     train(model)
     name, layer = next(iter(adapted_layers(model)[1].items()))
-    weight = layer.rotated_weight(["default"])
+    weight = rotated_weight(layer, layer.applied())
     report = refresh(model)
     wanted = loft_rs.select_support(None, 4, weights=weight, method="principal").basis
-    np.testing.assert_allclose(np.abs(wanted.T @ layer.support("default").numpy()), np.eye(4), atol=1e-3)
+    np.testing.assert_allclose(np.abs(wanted.T @ layer.adapters["default"].support.numpy()), np.eye(4), atol=1e-3)
     assert report.passes == 0 and report.layers[name].method == "principal"
     model = build(support="random")
     layer = next(iter(adapted_layers(model)[1].values()))
-    seen = [layer.support("default").clone()]
+    seen = [layer.adapters["default"].support.clone()]
     for _ in range(2):
         refresh(model)
-        assert all(not torch.equal(layer.support("default"), old) for old in seen)
-        seen.append(layer.support("default").clone())
+        assert all(not torch.equal(layer.adapters["default"].support, old) for old in seen)
+        seen.append(layer.adapters["default"].support.clone())
 
 
 # -- the optimiser ---------------------------------------------------------------------------------------------------------
@@ -284,9 +290,9 @@ def test_moments_transport_or_restart():
     theta = next(p for p in model.parameters() if p.requires_grad)
     kept = {k: v.clone() for k, v in optimiser.state[theta].items()}
     layer = next(iter(adapted_layers(model)[1].values()))
-    old = layer.support("default").double()
+    old = layer.adapters["default"].support.double()
     refresh(model, token_batches(2, seed=1), optimizer=optimiser)
-    turn = layer.support("default").double().mT @ old
+    turn = layer.adapters["default"].support.double().mT @ old
     state = optimiser.state[theta]
     assert torch.equal(state["step"], kept["step"])
     for key in ("exp_avg", "exp_avg_sq"):
@@ -332,16 +338,18 @@ def test_a_failed_refresh_changes_nothing(how, monkeypatch):
     options = {"train_step": (lambda: None) if how == "no gradient" else step}
     if how == "fold":
         layers = list(adapted_layers(model)[1].values())
-        kept = layers[-1].rotated_weight
+        kept = refreshing.rotated_weight
 
-        def fail(*args, **kwargs):
-            raise MemoryError
+        def fail(layer, *args, **kwargs):
+            if layer is layers[-1]:
+                raise MemoryError
+            return kept(layer, *args, **kwargs)
 
-        monkeypatch.setattr(layers[-1], "rotated_weight", fail)
+        monkeypatch.setattr(refreshing, "rotated_weight", fail)
         options = {"dataloader": batches, "fold": True}
     with pytest.raises(errors.get(how, ValueError)):
         refresh(model, optimizer=optimiser, **options)
-    assert kept is None or layers[0].frozen_rank("default")
+    assert kept is None or layers[0].adapters["default"].frozen_rank
     assert same(snapshot(model, optimiser), before) and torch.equal(logits(model), wanted)
 
 
@@ -349,7 +357,7 @@ def test_a_nan_transform_and_a_nan_batch_are_named():
     model = build()
     layer = adapted_layers(model)[1]["model.layers.1.mlp.up_proj"]
     with torch.no_grad():
-        layer.theta("default")[1] = float("nan")
+        layer.adapters["default"].theta[1] = float("nan")
     with pytest.raises(NonFiniteError, match=r"transform of layer model\.layers\.1\.mlp\.up_proj holds NaN"):
         refresh(model, token_batches(1))
 
@@ -413,16 +421,20 @@ def test_every_way_has_the_gradient_of_the_composed_weight(side, placement):
     _, layers = adapted_layers(model)
     batch = token_batches(1, seed=5)[0]
     name, layer = next((n, each) for n, each in layers.items() if n.endswith("0.self_attn.o_proj"))
-    theta = layer.theta("default")
+    theta = layer.adapters["default"].theta
     # The reference: G of the merged weight, through W = W0 R_f R(theta) or R(theta) R_f W0 from the definitions.
     twin = copy.deepcopy(model).merge_and_unload()
     merged = twin.get_submodule(name).weight.requires_grad_(True)
     twin(**batch).loss.backward()
     free = theta.detach().clone().requires_grad_()
-    eye, frozen, p = torch.eye(32, dtype=torch.float64), layer.frozen_factor("default"), layer.support("default")
+    eye, frozen, p = (
+        torch.eye(32, dtype=torch.float64),
+        layer.adapters["default"].frozen_factor,
+        layer.adapters["default"].support,
+    )
     turn = eye + p @ (exact_transform("cayley", free, 4) - torch.eye(4)) @ p.mT
     held = eye + frozen.basis @ frozen.delta @ frozen.basis.mT
-    weight = layer.original_weight("a test").detach()
+    weight = original_weight(layer, "a test").detach()
     weight = weight @ held @ turn if side == "input" else turn @ held @ weight
     torch.testing.assert_close(weight, merged, atol=1e-10, rtol=0)
     (weight * merged.grad).sum().backward()

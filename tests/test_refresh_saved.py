@@ -13,7 +13,8 @@ from test_refresh import EPS, apart, build, refreshed
 import loft_rs
 from loft_rs import LoftConfig, refresh
 from loft_rs.inspection import inspect_adapter, text_table
-from loft_rs.tuner.model import adapted_layers
+from loft_rs.layer.merging import factor_of
+from loft_rs.tuner.adapters import adapted_layers
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -122,12 +123,12 @@ def test_inspection_sees_the_product(tmp_path, side, dtype):
     _, layers = adapted_layers(model)
     assert len(reports) == len(layers)
     for report, layer in zip(sorted(reports, key=lambda r: r.name), [layers[n] for n in sorted(layers)], strict=True):
-        factor = layer.factor("default").reduced(1e-7)
+        factor = factor_of(layer.adapters["default"]).reduced(1e-7)
         k = torch.eye(factor.rank, dtype=torch.float64) + factor.delta
         angles = np.degrees(np.angle(torch.linalg.eigvals(k).numpy()))
         angles = np.sort(angles[angles > 0.01])[::-1]
         np.testing.assert_allclose(report.angles[: len(angles)], angles, atol=0.01)
-        assert (report.rank, report.frozen_rank) == (4, layer.frozen_rank("default"))
+        assert (report.rank, report.frozen_rank) == (4, layer.adapters["default"].frozen_rank)
         assert (
             report.orthogonality_error <= 20 * EPS
             and abs(report.orthogonality_error - factor.orthogonality_error()) < 1e-5

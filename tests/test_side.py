@@ -18,8 +18,9 @@ from torch import nn
 import loft_rs
 from loft_rs import Budget, LoftConfig, calibrate
 from loft_rs.inspection import inspect_adapter
-from loft_rs.layer import AdaptedLinear
-from loft_rs.tuner.model import adapted_layers
+from loft_rs.layer import LayerAdapter
+from loft_rs.layer.merging import factor_of
+from loft_rs.tuner.adapters import adapted_layers
 
 SIDES = ("input", "output")
 
@@ -35,7 +36,7 @@ def trained_from(model):
 
 
 def sides(model):
-    return {name: layer.loft_side["default"] for name, layer in adapted_layers(model)[1].items()}
+    return {name: layer.adapters["default"].side for name, layer in adapted_layers(model)[1].items()}
 
 
 def saved(model):
@@ -123,7 +124,7 @@ def test_a_gradient_on_one_side_decides_for_it(options, arguments, sizes):
     for name, other in (("a", "input"), ("b", "output")):
         layer = adapted_layers(model)[1][name]
         weight, gradient, side = layer.base_layer.weight.data, 4 * layer_gradient(model, name), sides(model)[name]
-        p = layer.support("default").double()
+        p = layer.adapters["default"].support.double()
         captured = span_energy(p[:, : len(p.mT) - len(p.mT) % 2], skew_of(weight, gradient, side))
         if options.get("r") != 3:  # of an odd rank the order mixes the column that counts for nothing with the others
             assert report.sides[name][side] == pytest.approx(captured, rel=0.05)
@@ -199,7 +200,7 @@ def test_a_train_step_and_checkpointing_decide_alike(checkpointing):
     calibrate(model, train_step=lambda: [model(**batch).loss.backward() for batch in batches])
     assert sides(model) == sides(plain)
     for name, layer in adapted_layers(model)[1].items():
-        p, q = layer.support("default"), adapted_layers(plain)[1][name].support("default")
+        p, q = layer.adapters["default"].support, adapted_layers(plain)[1][name].adapters["default"].support
         torch.testing.assert_close(p @ (p.mT @ q), q, atol=1e-3, rtol=0)
 
 
@@ -209,14 +210,16 @@ def test_ranks_of_a_budget_are_those_of_the_chosen_sides(support, share_by, tmp_
     budget = Budget(params=14 * 15)
     model = build(support=support)
     report = calibrate(model, token_batches(4), budget=budget, share_by=share_by)
-    ranks = {name: layer.rank("default") for name, layer in adapted_layers(model)[1].items()}
+    ranks = {name: layer.adapters["default"].rank for name, layer in adapted_layers(model)[1].items()}
     assert len(set(ranks.values())) > 1 and set(sides(model).values()) == set(SIDES)
     assert sum(budget.parameters(rank) for rank in ranks.values()) <= budget.params
     weights, gradients, *_ = dense_gradients(token_batches(4))
     for name, layer in adapted_layers(model)[1].items():
         both, side = report.sides[name], sides(model)[name]
         assert both[side] == max(both.values())
-        captured = span_energy(layer.support("default").double(), skew_of(weights[name], gradients[name], side))
+        captured = span_energy(
+            layer.adapters["default"].support.double(), skew_of(weights[name], gradients[name], side)
+        )
         assert both[side] == pytest.approx(captured, rel=0.02)
     train(model)
     wanted = logits(model)
@@ -248,12 +251,12 @@ def test_a_module_that_nothing_reaches_stays_on_the_input_side():
 def test_a_decision_is_kept():
     model = one_sided()
     calibrate(model, BATCHES)
-    held = adapted_layers(model)[1]["a"].support("default").clone()
+    held = adapted_layers(model)[1]["a"].adapters["default"].support.clone()
     torch.manual_seed(0)
     model.base_model.model.gradients = {"a": torch.randn(12, 8).double(), "b": torch.randn(8, 12).double()}
     report = calibrate(model, BATCHES)
     assert sides(model) == {"a": "output", "b": "input"} and not report.sides
-    assert not torch.equal(adapted_layers(model)[1]["a"].support("default"), held)
+    assert not torch.equal(adapted_layers(model)[1]["a"].adapters["default"].support, held)
 
 
 # -- what a decided adapter is ---------------------------------------------------------------------------------------------
@@ -270,7 +273,7 @@ def test_every_way_out_is_the_forward(trained, tmp_path):
     wanted, chosen = logits(trained), sides(trained)
     dense = make_llama(torch.float64)
     for name, layer in adapted_layers(trained)[1].items():
-        factor = layer.factor("default")
+        factor = factor_of(layer.adapters["default"])
         p, e = factor.basis.detach().double(), factor.delta.detach().double()
         turn = torch.eye(len(p), dtype=torch.float64) + p @ e @ p.mT
         weight = dense.get_submodule(name).weight.data
@@ -462,8 +465,8 @@ def test_supports_bring_their_sides(tmp_path):
         assert sides(model) == sides(first)
         assert model.peft_config["default"].side_pattern == first.peft_config["default"].side_pattern
         for name, layer in adapted_layers(model)[1].items():
-            held = adapted_layers(first)[1][name].support("default")
-            torch.testing.assert_close(layer.support("default"), held, atol=1e-6, rtol=0)
+            held = adapted_layers(first)[1][name].adapters["default"].support
+            torch.testing.assert_close(layer.adapters["default"].support, held, atol=1e-6, rtol=0)
     calibrate(second, token_batches(2))  # their order alone
     assert sides(second) == sides(first)
     wanted = logits(trained_from(second))
@@ -511,17 +514,17 @@ def calibrate_on_rank(rank, size, folder):
     assert sides(sharded) == sides(model)
     sharded.train()(**share[0]).loss.backward()
     assert all(bool(p.grad.full_tensor().any()) for p in sharded.parameters() if p.requires_grad)
-    kept, failing, told = AdaptedLinear.set_side, build(make_llama(torch.float64)), ""
+    kept, failing, told = LayerAdapter.set_side, build(make_llama(torch.float64)), ""
     if rank == 1:
-        AdaptedLinear.set_side = full
+        LayerAdapter.set_side = full
     try:
         calibrate(failing, share)
     except Exception as error:
         told = f"{type(error).__name__}: {error}"
-    AdaptedLinear.set_side = kept
+    LayerAdapter.set_side = kept
     assert told.startswith("RuntimeError: rank 1 failed" if rank == 0 else "MemoryError")
     assert failing.peft_config["default"].side_pattern == {} and set(sides(failing).values()) == {"input"}
-    bases = {name: layer.support("default") for name, layer in adapted_layers(model)[1].items()}
+    bases = {name: layer.adapters["default"].support for name, layer in adapted_layers(model)[1].items()}
     torch.save((sides(model), report.sides, bases), f"{folder}/{rank}.pt")
     torch.distributed.barrier()
     os._exit(0)  # gloo's threads can abort a closing interpreter

@@ -10,9 +10,9 @@ from torch import nn
 
 import loft_rs
 from loft_rs import Budget, LoftConfig, NonFiniteError, calibrate
-from loft_rs.base import dense_weight
-from loft_rs.layer import AdaptedLinear
-from loft_rs.tuner.model import adapted_layers
+from loft_rs.layer import LayerAdapter
+from loft_rs.layer.base_layer import dense_weight
+from loft_rs.tuner.adapters import adapted_layers
 
 
 @pytest.mark.parametrize(
@@ -131,7 +131,7 @@ def test_a_batch_that_fails_leaves_the_model_as_it_was(arguments):
             model.get_parameter(key).data.copy_(before[key])
     unchanged(model, before)
     assert set(sides(model).values()) == {"input"} and model.peft_config["default"].side_pattern == pattern
-    assert all(layer.tap is None and not layer.ready("default") for layer in adapted_layers(model)[1].values())
+    assert all(layer.tap is None and not layer.adapters["default"].ready for layer in adapted_layers(model)[1].values())
     calibrate(model, batches, **arguments)
     assert set(sides(model).values()) == set(SIDES)
 
@@ -141,16 +141,16 @@ def test_no_memory_for_the_other_side_leaves_the_model_as_it_was(call, monkeypat
     report = calibrate(build(), token_batches(2))
     model = build()
     before, config = saved(model), dict(model.peft_config["default"].to_dict())
-    thetas = [layer.theta("default") for layer in adapted_layers(model)[1].values()]
-    moves, move = [], AdaptedLinear.set_side
+    thetas = [layer.adapters["default"].theta for layer in adapted_layers(model)[1].values()]
+    moves, move = [], LayerAdapter.set_side
 
-    def fail(layer, adapter, side):
-        moves.extend([side] * (side != layer.loft_side[adapter]))
+    def fail(adapter, side):
+        moves.extend([side] * (side != adapter.side))
         if len(moves) == 3:
             raise MemoryError("full")
-        move(layer, adapter, side)
+        move(adapter, side)
 
-    monkeypatch.setattr(AdaptedLinear, "set_side", fail)
+    monkeypatch.setattr(LayerAdapter, "set_side", fail)
     with pytest.raises(MemoryError, match="full"):
         if call == "set_support":
             loft_rs.set_support(model, report.layers)
@@ -159,7 +159,7 @@ def test_no_memory_for_the_other_side_leaves_the_model_as_it_was(call, monkeypat
     unchanged(model, before)
     assert set(sides(model).values()) == {"input"} and model.peft_config["default"].to_dict() == config
     layers = adapted_layers(model)[1].values()
-    assert all(layer.theta("default") is theta for layer, theta in zip(layers, thetas, strict=True))
+    assert all(layer.adapters["default"].theta is theta for layer, theta in zip(layers, thetas, strict=True))
     monkeypatch.undo()
     calibrate(model, token_batches(2))
     assert sides(model) == {name: support.side for name, support in report.layers.items()}

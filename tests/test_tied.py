@@ -4,10 +4,11 @@ import peft
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_siblings import Model, blocks, passes
+from test_placement import Model, blocks, passes
 
 import loft_rs
 from loft_rs import LoftConfig
+from loft_rs.layer.merging import factor_of
 
 
 def build(tied=True, *, base=None, dtype=torch.float64, checkpointing=None, placement="add", **options):
@@ -22,7 +23,7 @@ def build(tied=True, *, base=None, dtype=torch.float64, checkpointing=None, plac
 
 
 def rotation(layer):
-    return layer.factor("default").adjoint(torch.eye(layer.in_features, dtype=torch.float64)).detach()
+    return factor_of(layer.adapters["default"]).adjoint(torch.eye(layer.in_features, dtype=torch.float64)).detach()
 
 
 def test_a_third_of_the_parameters_and_one_rotation():
@@ -41,8 +42,8 @@ def test_the_gradient_is_the_sum_over_the_layers(checkpointing, placement):
     for mine, theirs in zip(blocks(model), blocks(apart), strict=True):
         for name in ("q", "k", "v", "o"):
             layer, other = getattr(mine, name), getattr(theirs, name)
-            other.set_basis("default", layer.support("default"))
-            other.loft_theta["default"].data.copy_(layer.theta("default"))
+            other.adapters["default"].set_basis(layer.adapters["default"].support)
+            other.loft_theta["default"].data.copy_(layer.adapters["default"].theta)
     y, dx, grads = passes(model)
     expected = passes(apart)
     torch.testing.assert_close(y, expected[0])
@@ -79,7 +80,7 @@ def test_calibration_chooses_the_best_support_of_the_sum(support):
         handle.remove()
     assert list(report.layers) == ["blocks.0.q", "blocks.0.o", "blocks.1.q", "blocks.1.o"]
     block = blocks(model)[0]
-    p = block.q.support("default")
+    p = block.q.adapters["default"].support
     gradients = {n: sum(g.T @ x for x, g in pairs) / 2 for n, pairs in seen.items()}  # two passes
     if support == "activation":
         whole = torch.linalg.eigvalsh(sum(b["x"].T @ b["x"] for b in data)).flip(0).detach()
@@ -94,13 +95,13 @@ def test_calibration_chooses_the_best_support_of_the_sum(support):
         best, got = torch.linalg.svdvals(s)[:8].square().sum(), (p.T @ s @ p).square().sum()
     # A layer as wide as the sketch is calibrated exactly.
     assert got >= 0.9999 * best
-    assert block.k.ready("default") and block.k.support("default") is p
+    assert block.k.adapters["default"].ready and block.k.adapters["default"].support is p
 
 
 def test_principal_is_that_of_the_stacked_weights():
     block = blocks(build(support="principal", r=4))[0]
     stacked = torch.cat([layer.base_layer.weight for layer in (block.q, block.k, block.v)]).detach()
-    p = block.v.support("default")
+    p = block.v.adapters["default"].support
     assert (stacked @ p).square().sum() >= 0.9999 * torch.linalg.svdvals(stacked)[:4].square().sum()
 
 
@@ -130,23 +131,27 @@ def test_supports_from_a_file_serve_tied_layers(tmp_path):
     report = loft_rs.calibrate(model, train_step=lambda: (model(x) ** 2).sum().backward())
     loft_rs.save_supports(tmp_path / "supports.safetensors", report.layers)
     again = build(support=str(tmp_path / "supports.safetensors"))
-    assert blocks(again)[1].k.ready("default")
+    assert blocks(again)[1].k.adapters["default"].ready
     torch.testing.assert_close(
-        blocks(again)[1].k.support("default"), blocks(model)[1].q.support("default"), atol=1e-6, rtol=0
+        blocks(again)[1].k.adapters["default"].support,
+        blocks(model)[1].q.adapters["default"].support,
+        atol=1e-6,
+        rtol=0,
     )
     fresh = build(support="gradsvd", init_weights=True)
     loft_rs.set_support(fresh, report.layers)
-    assert blocks(fresh)[0].v.ready("default")
+    assert blocks(fresh)[0].v.adapters["default"].ready
 
 
 def test_a_second_adapter_and_its_deletion():
     model = build()
     model.add_adapter("other", LoftConfig(r=4, target_modules=["q", "k"], support="random", tied=[["q", "k"]]))
     block = blocks(model)[0]
-    assert block.k.owner("other") is block.q and block.v.owner("default") is block.q
+    assert block.k.adapters["other"].owner.layer is block.q and block.v.adapters["default"].owner.layer is block.q
     model.set_adapter("other")
     model.delete_adapter("default")
-    assert not block.k.has_adapter("default") and "default" not in block.k.loft_tied
+    assert not block.k.has_adapter("default") and block.k.adapters["other"].tied_layers == [block.q, block.k]
+    assert not any(key.endswith(".default") for key in model.state_dict() if ".loft_" in key)
     assert torch.isfinite(model(torch.randn(2, 24, dtype=torch.float64))).all()
 
 

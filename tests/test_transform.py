@@ -1,17 +1,22 @@
-"""transform.py: orthogonality, the identity at the start, closed-form gradients against float64 autograd, batched values."""
+"""transform.py, batch.py: orthogonality, the identity at the start, closed-form gradients against float64 autograd, batched values."""
 
 from __future__ import annotations
 
-import copy
 import re
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from reference import exact_transform
+from reference import basis_of, exact_transform
+from torch import nn
 
-from loft_rs.transform import TRANSFORMS, DeltaGroup, get_transform, skew
+from loft_rs.batch import attach, differentiable_delta, solve
+from loft_rs.layer import forward_pass
+from loft_rs.layer.forward_pass import Root, watch
+from loft_rs.layer.merging import rotated_weight
+from loft_rs.nn import LoftLinear
+from loft_rs.transform import TRANSFORMS, get_transform, skew
 
 VARIANTS = [
     "cayley_neumann:1",
@@ -31,15 +36,10 @@ def theta_of_norm(r: int, norm: float, seed: int, dtype=torch.float32):
     return (theta * norm / torch.linalg.matrix_norm(skew(theta, r), 2)).to(dtype)
 
 
-class Member:
-    def __init__(self, theta, fold=None):
-        self.theta, self.fold = {"a": theta}, fold
-
-    def has_adapter(self, adapter):
-        return adapter in self.theta
-
-    def delta_source(self, adapter):
-        return self.theta[adapter], self.fold
+def value(name: str, theta: torch.Tensor, root: torch.Tensor | None = None) -> torch.Tensor:
+    """E of one theta, with its gradient."""
+    solution = solve(get_transform(name), theta.detach()[None], None if root is None else root[None])
+    return attach(solution, [0], [theta])[0]
 
 
 @given(st.integers(2, 96), st.floats(1e-4, 100), st.sampled_from(SKEW), st.integers(0, 2**31))
@@ -97,13 +97,13 @@ def test_value_and_gradient_against_float64_autograd(r, name, seed, norm):
         if theta.numel()
         else (theta.detach(),)
     )
-    value = DeltaGroup(name).value(Member(theta), "a")
     wanted = exact_transform(name, theta.detach(), r) - torch.eye(r, dtype=torch.float64)
     # A truncated series grows without bound, and its rounding with it.
     scale = max(1.0, float(wanted.abs().max()))
-    torch.testing.assert_close(value.detach(), wanted, atol=1e-12 * scale, rtol=0)
-    (value * weight).sum().backward()
-    torch.testing.assert_close(theta.grad, reference, atol=1e-11 * scale, rtol=1e-10)
+    for delta in (value(name, theta), differentiable_delta(get_transform(name), theta, None)):
+        torch.testing.assert_close(delta.detach(), wanted, atol=1e-12 * scale, rtol=0)
+        (gradient,) = torch.autograd.grad((delta * weight).sum(), theta)
+        torch.testing.assert_close(gradient, reference, atol=1e-11 * scale, rtol=1e-10)
 
 
 @pytest.mark.parametrize("name", SKEW)
@@ -126,130 +126,115 @@ def test_a_stack_of_blocks_is_one_member(name):
     transform, generator = get_transform(name), torch.Generator().manual_seed(0)
     theta = torch.randn(2, 3, *transform.parameter_shape(4), generator=generator, dtype=torch.float64)
     weight = torch.randn(2, 3, 4, 4, generator=generator, dtype=torch.float64)
-    whole = Member(torch.nn.Parameter(theta))
-    value = DeltaGroup(name).value(whole, "a")
-    (value * weight).sum().backward()
+    whole = nn.Parameter(theta)
+    delta = value(name, whole)
+    (delta * weight).sum().backward()
     for i in range(2):
         for j in range(3):
-            single = Member(torch.nn.Parameter(theta[i, j]))
-            own = DeltaGroup(name).value(single, "a")
+            single = nn.Parameter(theta[i, j])
+            own = value(name, single)
             (own * weight[i, j]).sum().backward()
-            torch.testing.assert_close(value[i, j].detach(), own.detach(), atol=1e-14, rtol=0)
-            torch.testing.assert_close(whole.theta["a"].grad[i, j], single.theta["a"].grad, atol=1e-13, rtol=0)
+            torch.testing.assert_close(delta[i, j].detach(), own.detach(), atol=1e-14, rtol=0)
+            torch.testing.assert_close(whole.grad[i, j], single.grad, atol=1e-13, rtol=0)
 
 
-def test_group_batches_all_members_and_never_goes_stale():
-    group = DeltaGroup("cayley")
-    members = [Member(torch.nn.Parameter(theta_of_norm(8, 0.5, i))) for i in range(4)]
-    solves = []
-    solve = group.solve
-    group.solve = lambda thetas, folds: solves.append(len(thetas)) or solve(thetas, folds)
-    for _ in range(3):
-        for member in members:
-            group.value(member, "a")
-    assert solves[4:] == [4, 4]  # members join one by one in the first pass; then one solve a pass
-    assert solves[:4] == [1, 1, 1, 1]
-    before = group.value(members[0], "a").detach().clone()
-    members[0].theta["a"].data.mul_(2)  # leaves no version behind
-    after = group.value(members[0], "a").detach()
-    torch.testing.assert_close(after, get_transform("cayley").delta(members[0].theta["a"].detach()[None], 8)[0][0])
-    assert not torch.equal(before, after)
-
-
-def test_a_raw_update_after_the_very_first_pass_is_seen():
-    group = DeltaGroup("cayley")
-    members = [Member(torch.nn.Parameter(theta_of_norm(8, 0.5, i))) for i in range(3)]
-    for member in members:
-        group.value(member, "a")
-    for member in members:
-        member.theta["a"].data.mul_(2)  # as a fused optimiser writes: no version left behind
-    for member in members:
+@pytest.mark.parametrize("folded", [False, True])
+@pytest.mark.parametrize("name", NAMES)
+def test_one_solve_and_one_node_serve_all_members(name, folded):
+    transform, generator = get_transform(name), torch.Generator().manual_seed(0)
+    shape = transform.parameter_shape(5)
+    thetas = [nn.Parameter(0.3 * torch.randn(shape, generator=generator, dtype=torch.float64)) for _ in range(4)]
+    roots = torch.randn(4, 5, 5, generator=generator, dtype=torch.float64) if folded else None
+    roots = None if roots is None else roots + roots.mT
+    weights = torch.randn(4, 5, 5, generator=generator, dtype=torch.float64)
+    solution = solve(transform, torch.stack([theta.detach() for theta in thetas]), roots)
+    # The second is in the solve and not attached, as one that does not train; the last is attached and not used.
+    deltas = attach(solution, [0, 2, 3], [thetas[i] for i in (0, 2, 3)])
+    assert len({delta.grad_fn for delta in deltas}) == 1
+    ((deltas[0] * weights[0]).sum() + (deltas[1] * weights[2]).sum()).backward()
+    assert thetas[1].grad is None and thetas[3].grad is None
+    for i, theta in enumerate(thetas):
+        alone = nn.Parameter(theta.detach().clone())
+        own = value(name, alone, None if roots is None else roots[i])
+        torch.testing.assert_close(solution.deltas[i], own.detach(), atol=1e-13, rtol=1e-12)
         torch.testing.assert_close(
-            group.value(member, "a"), get_transform("cayley").delta(member.theta["a"].detach()[None], 8)[0][0]
+            differentiable_delta(transform, theta.detach(), None if roots is None else roots[i]),
+            own.detach(),
+            atol=1e-13,
+            rtol=1e-12,
         )
+        torch.testing.assert_close(solution.cast(i, torch.float32), solution.deltas[i].float(), atol=0, rtol=0)
+        if theta.grad is not None:
+            (own * weights[i]).sum().backward()
+            torch.testing.assert_close(theta.grad, alone.grad, atol=1e-12, rtol=1e-12)
 
 
-def test_group_refreshes_an_unused_value_after_an_in_place_update():
-    group = DeltaGroup("cayley")
-    first, second = (Member(torch.nn.Parameter(theta_of_norm(8, 0.5, i))) for i in range(2))
-    for member in (first, second, first):
-        group.value(member, "a")
+def chain(name: str = "cayley", dtype: torch.dtype = torch.float32) -> nn.Sequential:
+    """Three layers whose passes begin at one root."""
+    torch.manual_seed(0)
+    layers = nn.Sequential(*(LoftLinear(nn.Linear(12, 12).to(dtype), basis_of(12, 8, i), name) for i in range(3)))
+    for layer in layers:
+        nn.init.normal_(layer.loft_theta["default"], std=0.3)
+    watch(layers, Root(layers))
+    return layers
+
+
+def exact_chain(layers: nn.Sequential, x: torch.Tensor) -> torch.Tensor:
     with torch.no_grad():
-        second.theta["a"].mul_(2)
-    torch.testing.assert_close(
-        group.value(second, "a"), get_transform("cayley").delta(second.theta["a"].detach()[None], 8)[0][0]
-    )
+        for layer in layers:
+            x = nn.functional.linear(x, rotated_weight(layer, layer.applied()).to(x.dtype), layer.base_layer.bias)
+    return x
 
 
 @pytest.mark.parametrize(
     "replaced", [theta_of_norm(6, 0.5, 9), theta_of_norm(8, 0.5, 9).double()], ids=["rank", "dtype"]
 )
-def test_group_sees_a_parameter_that_was_replaced(replaced):
-    group = DeltaGroup("cayley")
-    members = [Member(torch.nn.Parameter(theta_of_norm(8, 0.5, i))) for i in range(3)]
-    for member in members:
-        group.value(member, "a")
-    for member in members[:2]:
-        member.theta["a"] = torch.nn.Parameter(replaced.clone())
+def test_a_parameter_that_was_replaced_is_seen(replaced):
+    layers, x = chain(), torch.randn(4, 12)
+    layers(x).sum().backward()
+    for grads in (False, True):
+        with torch.set_grad_enabled(grads):
+            before = layers(x)
+        for layer in layers[:2]:
+            rank = get_transform("cayley").rank(replaced.shape)
+            if rank != layer.adapters["default"].rank:
+                layer.adapters["default"].resize(rank)
+                layer.adapters["default"].set_basis(basis_of(12, rank))
+            layer.loft_theta["default"] = nn.Parameter(replaced * (2 if grads else 1))
+        with torch.set_grad_enabled(grads):
+            after = layers(x)
+        torch.testing.assert_close(after, exact_chain(layers, x))
+        assert not torch.allclose(after, before)
+
+
+def test_without_gradients_a_solve_is_not_taken_for_another_gram_root(monkeypatch):
+    layers, x = chain(dtype=torch.bfloat16), torch.randn(4, 12).bfloat16()
+    roots = [layer.adapters["default"].gram_root() for layer in layers]
+    assert all(root is not None for root in roots)
+    solves, original = [], forward_pass.solve
+    monkeypatch.setattr(forward_pass, "solve", lambda *given: solves.append(original(*given)) or solves[-1])
     with torch.no_grad():
-        for member in members * 2:
-            theta = member.theta["a"].detach()
-            wanted = get_transform("cayley").delta(theta[None], get_transform("cayley").rank(theta.shape))[0][0]
-            torch.testing.assert_close(group.value(member, "a"), wanted)
-
-
-def test_a_fused_step_between_two_half_passes_is_seen():
-    group = DeltaGroup("cayley")
-    members = [Member(torch.nn.Parameter(theta_of_norm(8, 0.5, i))) for i in range(2)]
-    optimiser = torch.optim.AdamW([m.theta["a"] for m in members], lr=0.1, fused=True)
-    for member in (*members, members[0]):  # the second pass stops after the first member
-        (group.value(member, "a") ** 2).sum().backward()
-    optimiser.step()
-    torch.testing.assert_close(
-        group.value(members[1], "a"), get_transform("cayley").delta(members[1].theta["a"].detach()[None], 8)[0][0]
-    )
-
-
-@pytest.mark.parametrize("fold", [None, torch.eye(8)])
-def test_without_gradients_a_value_is_solved_once_and_never_goes_stale(fold):
-    group = DeltaGroup("cayley")
-    members = [Member(torch.nn.Parameter(theta_of_norm(8, 0.5, i)), fold) for i in range(3)]
-    for member in members:
-        group.value(member, "a")
-    solves, solve = [], group.solve
-    group.solve = lambda thetas, folds: solves.append(len(thetas)) or solve(thetas, folds)
-
-    def values():
-        with torch.no_grad():
-            return torch.stack([group.value(member, "a") for member in members])
-
-    def exact():
-        thetas = torch.stack([member.theta["a"].detach() for member in members])
-        return get_transform("cayley").delta(thetas, 8)[0]
-
-    before = values()
-    assert torch.equal(values(), before) and not solves
-    members[1].theta["a"].data.mul_(2)  # as an averaging scheme writes: no version left behind
-    torch.testing.assert_close(values(), exact())
-    assert solves == [3] and not torch.equal(values(), before)
-    for member in members:
-        member.fold = 2 * torch.eye(8)
-    torch.testing.assert_close(values(), 4 * exact())
-    for member in members:
-        member.theta["a"].data = member.theta["a"].data.double()
-    torch.testing.assert_close(values(), 4 * exact())
+        for _ in range(2):
+            layers(x)
+        assert len(solves) == 1
+        layers[1].adapters["default"].set_basis(basis_of(12, 8, 7))
+        layers(x)
+        assert [len(solution.deltas) for solution in solves] == [3, 3]
+        root = layers[1].adapters["default"].gram_root()
+        wanted = get_transform("cayley").delta(layers[1].loft_theta["default"][None], 8)[0][0]
+        torch.testing.assert_close(solves[1].deltas[1], root @ wanted @ root)
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_half_precision_theta_gives_a_float32_value_and_its_own_gradient(name):
     r, shape = 8, get_transform(name).parameter_shape(8)
-    theta = torch.nn.Parameter(torch.randn(shape, generator=torch.Generator().manual_seed(0)).bfloat16())
-    wide = torch.nn.Parameter(theta.detach().float())
+    theta = nn.Parameter(torch.randn(shape, generator=torch.Generator().manual_seed(0)).bfloat16())
+    wide = nn.Parameter(theta.detach().float())
     weight = torch.randn(r, r, generator=torch.Generator().manual_seed(1))
     for each in (theta, wide):
-        value = DeltaGroup(name).value(Member(each), "a")
-        assert value.dtype == torch.float32
-        (value * weight).sum().backward()
+        delta = value(name, each)
+        assert delta.dtype == torch.float32
+        (delta * weight).sum().backward()
     assert theta.grad.dtype == torch.bfloat16 and torch.equal(theta.grad, wide.grad.bfloat16())
 
 
@@ -263,18 +248,13 @@ def test_indices_made_under_a_fake_mode_are_not_kept():
 
 
 def test_values_made_in_inference_mode_serve_training():
-    group, member = DeltaGroup("exp"), Member(torch.nn.Parameter(theta_of_norm(6, 0.5, 0)))
+    layers, x = chain("exp"), torch.randn(4, 12)
     with torch.inference_mode():
-        group.value(member, "a")
-    group.value(member, "a").sum().backward()
-    assert member.theta["a"].grad is not None
-
-
-def test_group_copies_empty():
-    group, member = DeltaGroup("exp"), Member(torch.nn.Parameter(theta_of_norm(6, 0.5, 0)))
-    group.value(member, "a")
-    twin = copy.deepcopy(group)
-    assert twin.transform is group.transform and not len(twin._members)
+        wanted = layers(x)
+    with torch.no_grad():
+        torch.testing.assert_close(layers(x), wanted)  # takes the solve of the pass before
+    layers(x).sum().backward()
+    assert all(layer.loft_theta["default"].grad is not None for layer in layers)
 
 
 def test_unknown_transform_is_named():
@@ -283,16 +263,3 @@ def test_unknown_transform_is_named():
             ValueError, match=rf"transform must be one of \['cayley', 'exp', 'free'\].*got '{re.escape(name)}'"
         ):
             get_transform(name)
-
-
-def test_a_value_replaced_before_its_gradient_is_attached_keeps_it():
-    group = DeltaGroup("cayley")
-    members = [Member(torch.nn.Parameter(theta_of_norm(8, 0.5, i))) for i in range(2)]
-    for member in members:
-        group.value(member, "a")
-    first = group.entry(members[0], "a")
-    members[1].theta["a"] = torch.nn.Parameter(theta_of_norm(8, 0.5, 7))  # as a loader replaces a parameter
-    group.value(members[1], "a")
-    group.value(members[0], "a")
-    group.attached(first).sum().backward()
-    assert members[0].theta["a"].grad is not None

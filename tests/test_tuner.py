@@ -21,7 +21,7 @@ import loft_rs
 from loft_rs import LoftConfig
 from loft_rs.inspection import inspect_adapter
 from loft_rs.tuner import Linear
-from loft_rs.tuner.model import adapted_layers
+from loft_rs.tuner.adapters import adapted_layers
 
 QUIET = {"target_modules": "all-linear", "r": 4}
 
@@ -190,7 +190,9 @@ def test_merge_and_unload_is_a_plain_model():
 
 def test_rank_pattern_layers_to_transform_and_regex():
     model = build(rank_pattern={"q_proj": 8, r".*\.down_proj": 2}, r=4)
-    ranks = {name.rpartition(".")[2]: layer.rank("default") for name, layer in adapted_layers(model)[1].items()}
+    ranks = {
+        name.rpartition(".")[2]: layer.adapters["default"].rank for name, layer in adapted_layers(model)[1].items()
+    }
     assert (ranks["q_proj"], ranks["down_proj"], ranks["k_proj"]) == (8, 2, 4)
     one = build(target_modules=["q_proj", "v_proj"], layers_to_transform=[1])
     assert sorted(adapted_layers(one)[1]) == ["model.layers.1.self_attn.q_proj", "model.layers.1.self_attn.v_proj"]
@@ -202,7 +204,7 @@ def test_a_rank_that_does_not_fit_is_lowered_in_one_warning():
     with pytest.warns(UserWarning, match=r"r was lowered .*k_proj \(24 -> 16\).*v_proj \(24 -> 16\)") as caught:
         model = build(r=24, target_modules=["q_proj", "k_proj", "v_proj"])
     assert len([w for w in caught if "lowered" in str(w.message)]) == 1
-    assert {layer.rank("default") for layer in adapted_layers(model)[1].values()} == {16, 24}
+    assert {layer.adapters["default"].rank for layer in adapted_layers(model)[1].values()} == {16, 24}
 
 
 def test_modules_to_save_train_and_are_saved(tmp_path):

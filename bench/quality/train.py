@@ -124,7 +124,7 @@ class Run:
             z = arguments[0].detach().flatten(0, -2).float() @ layer.loft_support["default"].float()
             found[layer] = found.get(layer, 0) + z.square().mean(0)
 
-        for layer in loft_rs.tuner.model.adapted_layers(self.model)[1].values():
+        for layer in loft_rs.tuner.adapters.adapted_layers(self.model)[1].values():
             hooks.append(layer.register_forward_pre_hook(watch))
         with torch.no_grad():
             for batch in self._calibration(0):

@@ -33,10 +33,10 @@ from torch import nn
 
 from ._checks import is_int
 from ._io import check_writable
-from .base import dense_weight
 from .budget import Budget
 from .evidence import Evidence
 from .footprint import Footprint, Survey, byte_count
+from .layer.base_layer import dense_weight
 from .linalg import orthonormalize
 from .pilot import Pilot, changes_for, checked_pilot
 from .ranks import Ranks
@@ -45,18 +45,18 @@ from .saved_sketches import write_sketches
 from .sides import Place, by_module, open_places, share_both, stronger
 from .sketch import Sketch, plan_for, sketch_for
 from .support import SIDES, Support, blind_support
-from .tuner.config import CALIBRATED_SUPPORTS, DATA_FREE_SUPPORTS, GRADIENT_SUPPORTS, LoftConfig
-from .tuner.layer import Linear
-from .tuner.model import (
+from .tuner.adapters import (
     adapted_layers,
-    all_or_nothing,
     note_sides,
     owners,
     require_plain,
     require_untrained,
     set_ranks,
 )
+from .tuner.config import CALIBRATED_SUPPORTS, DATA_FREE_SUPPORTS, GRADIENT_SUPPORTS, LoftConfig
+from .tuner.layer import Linear
 from .tuner.selection import choose_supports
+from .tuner.undo import unchanged_on_failure
 
 __all__ = ["CalibrationReport", "calibrate", "checked_batches"]
 
@@ -209,7 +209,7 @@ def calibrate(
         adapter, adapted = adapted_layers(model, adapter_name)
         require_untrained(adapted, adapter, "calibrate")
         layers = owners(adapted, adapter)
-        config = next(iter(layers.values())).loft_config[adapter]
+        config = next(iter(layers.values())).adapters[adapter].config
         method, order = config.support, "natural" if config.order == "natural" else "input_pca"
         needs_gradient = method in GRADIENT_SUPPORTS
         pilot = checked_pilot(pilot, method)
@@ -234,7 +234,7 @@ def calibrate(
                 "head_steps cannot warm up a head that FSDP2 has sharded: calibrate before fully_shard, or give 0"
             )
         run = Runner(model, layers, adapter, batches, train_step, ranks, progress)
-        if method not in CALIBRATED_SUPPORTS and not all(layer.ready(adapter) for layer in layers.values()):
+        if method not in CALIBRATED_SUPPORTS and not all(layer.adapters[adapter].ready for layer in layers.values()):
             choose_supports(layers, config, adapter)  # built to be loaded, and never was
     if sharded and batches is not None:
         total = ranks.total(len(batches))
@@ -317,22 +317,22 @@ def calibrate(
         if save_sketches is not None:
             names = {id(layer): name for name, layer in adapted.items()}
             sums = {place.module: sketch for place, sketch in heard.items()}
-            tied = {name: [names[id(each)] for each in layers[name].tied(adapter)] for name in sums}
+            tied = {name: [names[id(each)] for each in layers[name].adapters[adapter].tied_layers] for name in sums}
             with ranks.stage():
                 if ranks.rank == 0:
                     write_sketches(save_sketches, sums, tied)
         for parameter in head if head_steps else []:
             ranks.copy_first(parameter.data)
         used = None if batches is None else ranks.total(len(run.batches))
-    with all_or_nothing(adapted, adapter), ranks.stage():  # this takes memory
+    with unchanged_on_failure(adapted, adapter), ranks.stage():
         if budget:
             set_ranks(adapted, adapter, {name: support.rank for name, support in supports.items()})
         for name, layer in layers.items():
-            layer.set_side(adapter, supports[name].side)
+            layer.adapters[adapter].set_side(supports[name].side)
         note_sides(adapted, adapter)
-    for name, layer in layers.items():
-        if not (name in silent and layer.ready(adapter)):
-            layer.set_basis(adapter, supports[name].basis, supports[name].energy)
+        for name, layer in layers.items():
+            if not (name in silent and layer.adapters[adapter].ready):
+                layer.adapters[adapter].set_basis(supports[name].basis, supports[name].energy)
     evidence = {place.module: each for place, each in evidence.items() if place.side == supports[place.module].side}
     sides = {name: {side: energies.get(Place(name, side), 0.0) for side in SIDES} for name in undecided}
     seconds = time.perf_counter() - started
@@ -426,7 +426,7 @@ def _checked_options(
         raise ValueError(
             "budget must have a floor of at least 2 here: exclude a module in the LoftConfig to leave it out"
         )
-    limits = {name: layer.largest_rank(adapter) for name, layer in layers.items()}
+    limits = {name: layer.adapters[adapter].largest_rank for name, layer in layers.items()}
     if narrow := [name for name, limit in limits.items() if limit < 2]:
         raise ValueError(f"budget gives even ranks, which these modules are too narrow for: {', '.join(narrow)}")
     allowed = budget.allowed(limits)
@@ -493,20 +493,20 @@ def _unreached(layers: Mapping[str, Linear], config: LoftConfig, adapter: str) -
     """Supports for layers that no calibration batch reached: the one a layer has, or a random one, so that training can go on."""
     supports = {}
     for name, layer in layers.items():
-        side = layer.loft_side[adapter]
+        side = layer.adapters[adapter].side
         supports[name] = blind_support(
-            layer.support_width(side), layer.rank(adapter), method="random", side=side, seed=config.seed
+            layer.support_width(side), layer.adapters[adapter].rank, method="random", side=side, seed=config.seed
         )
-        if layer.ready(adapter):
-            held = layer.support(adapter).double().cpu().numpy()
+        if layer.adapters[adapter].ready:
+            held = layer.adapters[adapter].support.double().cpu().numpy()
             supports[name] = replace(
                 supports[name],
                 basis=orthonormalize(held).astype("float32"),
-                energy=layer.energy(adapter),
+                energy=layer.adapters[adapter].energy,
                 method=config.support if config.support in DATA_FREE_SUPPORTS else "custom",
             )
     for what, ready in (("their supports are left as they were", True), ("a random support was put there", False)):
-        names = [name for name, layer in layers.items() if layer.ready(adapter) is ready]
+        names = [name for name, layer in layers.items() if layer.adapters[adapter].ready is ready]
         if names:
             warnings.warn(
                 f"no calibration batch gave a gradient or an activation to {', '.join(names)}: {what}; exclude these modules "

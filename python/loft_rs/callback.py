@@ -14,8 +14,8 @@ from ._checks import is_int
 from .calibration import CalibrationReport, calibrate
 from .moments import check_moments, replace_parameter
 from .refreshing import NarrowReport, check_rank, narrow, refresh, require_choosable, require_refreshable_kind
+from .tuner.adapters import adapted_layers, owners
 from .tuner.layer import Linear
-from .tuner.model import adapted_layers, owners
 
 __all__ = ["LoftCalibrationCallback", "LoftNarrowCallback", "LoftRefreshCallback"]
 
@@ -35,8 +35,10 @@ class LoftCalibrationCallback(TrainerCallback):
     def on_train_begin(self, args, state, control, model=None, train_dataloader=None, **kwargs):
         adapter, held = adapted_layers(model, self.options.get("adapter_name"))
         layers = held.values()
-        trained = any(bool(layer.theta(adapter).detach().any()) for layer in layers)
-        chosen = all(layer.loft_config[adapter].needs_calibration and layer.ready(adapter) for layer in layers)
+        trained = any(bool(layer.adapters[adapter].theta.detach().any()) for layer in layers)
+        chosen = all(
+            layer.adapters[adapter].config.needs_calibration and layer.adapters[adapter].ready for layer in layers
+        )
         if state.global_step == 0 and not trained and not chosen:
             self.report = calibrate(model, train_dataloader, **self.options)
 
@@ -60,7 +62,7 @@ class LoftRefreshCallback(TrainerCallback):
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         adapter, layers = adapted_layers(model, self.options.get("adapter_name"))
-        config = next(iter(layers.values())).loft_config[adapter]
+        config = next(iter(layers.values())).adapters[adapter].config
         require_choosable(adapter, config)
         require_refreshable_kind(adapter, config, "LoftRefreshCallback")
 
@@ -103,23 +105,23 @@ class LoftNarrowCallback(TrainerCallback):
         adapter, layers = adapted_layers(model, self.adapter_name)
         layers = owners(layers, adapter)
         for layer in layers.values():
-            held = layer.rank(adapter)
-            layer.loft_loadable_ranks.setdefault(adapter, set()).update({held, min(held, self.rank)})
+            held = layer.adapters[adapter].rank
+            layer.adapters[adapter].loadable_ranks |= {held, min(held, self.rank)}
         return adapter, layers
 
     def on_init_end(self, args, state, control, model=None, **kwargs):
         adapter, layers = self._layers(model)
-        self._built = {layer: layer.theta(adapter) for layer in layers.values()}
+        self._built = {layer: layer.adapters[adapter].theta for layer in layers.values()}
 
     def on_train_begin(self, args, state, control, model=None, optimizer=None, **kwargs):
         adapter, layers = self._layers(model)
-        require_refreshable_kind(adapter, next(iter(layers.values())).loft_config[adapter], "LoftNarrowCallback")
+        require_refreshable_kind(adapter, next(iter(layers.values())).adapters[adapter].config, "LoftNarrowCallback")
         if args.parallel_mode == ParallelMode.DISTRIBUTED:
             raise ValueError(
                 "LoftNarrowCallback cannot run under DistributedDataParallel, which would hold the old parameters: train to "
                 f"step {self.step}, call loft_rs.narrow on the model, and train on with a new Trainer"
             )
-        wide = any(layer.rank(adapter) > self.rank for layer in layers.values())
+        wide = any(layer.adapters[adapter].rank > self.rank for layer in layers.values())
         if state.global_step >= self.step and wide:
             raise ValueError(
                 f"step {self.step} has passed, since the checkpoint is of step {state.global_step}, but its adapter was not narrowed "
@@ -135,8 +137,10 @@ class LoftNarrowCallback(TrainerCallback):
             if self.step >= state.max_steps:
                 raise ValueError(f"step must come before the last of {state.max_steps} steps, got {self.step}")
         for layer, theta in self._built.items() if optimizer is not None else ():
-            if theta is not layer.theta(adapter):  # a checkpoint made it narrow
-                replace_parameter(optimizer, theta, layer.theta(adapter), {} if theta in optimizer.state else None)
+            if theta is not layer.adapters[adapter].theta:  # a checkpoint made it narrow
+                replace_parameter(
+                    optimizer, theta, layer.adapters[adapter].theta, {} if theta in optimizer.state else None
+                )
 
     def on_step_end(self, args, state, control, model=None, optimizer=None, **kwargs):
         if state.global_step == self.step:

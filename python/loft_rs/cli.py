@@ -313,8 +313,8 @@ def _export_lora(options: argparse.Namespace) -> None:
 def _convert(options: argparse.Namespace) -> None:
     from transformers.utils import logging
 
+    from ._format import CONFIG_FILE
     from .convert import convert_adapter
-    from .inspection import CONFIG_FILE
 
     logging.disable_progress_bar()
     convert_adapter(options.source, options.target, options.base, progress=_progress)

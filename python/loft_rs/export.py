@@ -17,11 +17,13 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ._checks import is_int
+from ._format import CONFIG_FILE
 from ._io import whole_directory
-from .base import is_conv1d
-from .inspection import CONFIG_FILE, read_peft_config
+from .inspection import read_peft_config
+from .layer import merging
+from .layer.base_layer import is_conv1d
+from .tuner.adapters import adapted_layers, require_supports
 from .tuner.layer import Linear
-from .tuner.model import adapted_layers, require_supports
 
 __all__ = ["check_target", "export_lora", "lora_factors"]
 
@@ -33,7 +35,7 @@ def lora_factors(model: nn.Module, adapter_name: str | None = None) -> dict[str,
     """
     adapter, layers = adapted_layers(model, adapter_name)
     require_supports(layers, adapter, "lora_factors")
-    return {name: layer.lora_factors(adapter) for name, layer in layers.items()}
+    return {name: merging.lora_factors(layer.adapters[adapter]) for name, layer in layers.items()}
 
 
 def export_lora(
@@ -64,7 +66,7 @@ def export_lora(
         raise ValueError(f"dtype must be a floating-point torch.dtype such as torch.float16, got {dtype!r}")
     adapter, layers = adapted_layers(model, adapter_name)
     require_supports(layers, adapter, "export_lora")
-    config = next(iter(layers.values())).loft_config[adapter]
+    config = next(iter(layers.values())).adapters[adapter].config
     for kind in ("modules_to_save", "trainable_token_indices"):
         trained = getattr(config, kind)
         if trained and not drop_modules_to_save:
@@ -74,9 +76,9 @@ def export_lora(
             )
     if approximate_rank is not None and (not is_int(approximate_rank) or approximate_rank < 1):
         raise ValueError(f"approximate_rank must be a positive integer or None, got {approximate_rank!r}")
-    full = [name for name, layer in layers.items() if layer.full_rank(adapter)]
+    full = [name for name, layer in layers.items() if layer.adapters[adapter].full_rank]
     if full and approximate_rank is None:
-        layers[full[0]].lora_factors(adapter)  # raises
+        merging.lora_factors(layers[full[0]].adapters[adapter])  # raises
     if approximate_rank is not None and not full:
         raise ValueError("approximate_rank is for OFT and BOFT adapters; this one has an exact LoRA form: leave it out")
     factors, errors = {}, dict.fromkeys(layers, 0.0)
@@ -84,7 +86,7 @@ def export_lora(
         if name in full:
             *factors[name], errors[name] = _nearest_lora(layer, adapter, approximate_rank)
         else:
-            factors[name] = layer.lora_factors(adapter)
+            factors[name] = merging.lora_factors(layer.adapters[adapter])
     if full:
         worst = max(errors, key=errors.get)
         warnings.warn(
@@ -121,8 +123,8 @@ def export_lora(
 @torch.no_grad()
 def _nearest_lora(layer: Linear, adapter: str, rank: int) -> tuple[Tensor, Tensor, float]:
     """(A (k x n), B (m x k), relative error) of the best LoRA of rank k = min(rank, n, m), by the exact SVD."""
-    original = layer.original_weight("the LoRA form")
-    turned = layer.rotated_weight([adapter], original)
+    original = merging.original_weight(layer, "the LoRA form")
+    turned = merging.rotated_weight(layer, [layer.adapters[adapter]], original)
     change = turned - original.to(turned.dtype)
     u, s, vh = torch.linalg.svd(change, full_matrices=False)
     squared = s.double().square()

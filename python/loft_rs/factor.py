@@ -10,40 +10,36 @@ What the `autograd.Function`s do, and keep for the backward pass:
     RotateActivations   Y = X R^T                       z = X P (N x r), and X only where P is trained
     RotateBlocks        Y = X ... F_1^T F_0^T           X (N x n), once for all factors
     ScaleOutput         Y' = Y diag(1 + s)              Y (N x m)
-    AddLowRank          Y = X W^T + b + (X L) E^T Rt^T  z alone; the adapter's term first, the base product accumulated on it; for one
-                                                        layer or for several that read the same X
 
-The rotations work before (input side) or after (output side) any base layer.
+The rotations work before (input side) or after (output side) any base layer. Where `autograd.plain` asks for it, the same formulas run
+as plain operations, whose graph keeps its inputs and can be differentiated again.
 """
 
 from __future__ import annotations
 
 import functools
-from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import kernels
-from .inspection import ORTHONORMAL
+from ._format import ORTHONORMAL
+from .autograd import first_order, no_autocast, plain
 
 __all__ = [
     "HALF",
-    "AddInputs",
-    "AddLowRank",
     "Blocks",
     "Frozen",
-    "Joined",
     "LowRank",
     "RotateActivations",
     "RotateBlocks",
     "ScaleOutput",
     "gram_root",
+    "gram_root_in_graph",
     "householder",
-    "lay_down",
-    "lay_down_gradients",
-    "no_autocast",
+    "scale_output",
+    "small_product",
 ]
 
 HALF = (torch.bfloat16, torch.float16)
@@ -63,6 +59,20 @@ def gram_root(basis: Tensor) -> Tensor | None:
     return ((vectors * values.rsqrt()) @ vectors.mT).to(torch.promote_types(basis.dtype, torch.float32))
 
 
+def gram_root_in_graph(basis: Tensor) -> Tensor:
+    """`gram_root` by plain operations that look at no number: six Newton-Schulz steps, each squaring the distance from the root.
+
+    For ||P^T P - I||_2 of at most 1/4 the last step's is below 1e-15; of a P that is orthonormal the root is I to rounding.
+    """
+    p = basis.float() if basis.device.type == "mps" else basis.double()
+    eye = torch.eye(p.shape[1], dtype=p.dtype, device=p.device)
+    gram, root = p.mT @ p, eye
+    for _ in range(6):
+        step = (3 * eye - root @ gram) / 2
+        gram, root = gram @ step, step @ root
+    return root.to(torch.promote_types(basis.dtype, torch.float32))
+
+
 class LowRank(NamedTuple):
     """R = I + P E P^T. `basis`: P (n x r). `delta`: E (r x r), already folded with the Gram root where P needs it."""
 
@@ -75,11 +85,17 @@ class LowRank(NamedTuple):
 
     def apply(self, x: Tensor) -> Tensor:
         """X R^T for rows X (..., n): what the input of W = W0 R sees. Differentiable in X, E and P."""
-        return RotateActivations.apply(x, self.delta, self.basis)
+        if plain():
+            with no_autocast(x.device.type):
+                p, e = self.basis.to(x.dtype), self.delta.to(x.dtype)
+                return x + ((x @ p) @ e.mT) @ p.mT
+        if torch.is_grad_enabled():
+            return RotateActivations.apply(x, self.delta, self.basis)
+        return _rotate_activations(x, self.delta.to(x.dtype), self.basis.to(x.dtype))[0]
 
     def adjoint(self, x: Tensor) -> Tensor:
         """X R for rows X (..., n): the transpose of `apply`; also W R for a weight W (m x n)."""
-        return RotateActivations.apply(x, self.delta.mT, self.basis)
+        return self._replace(delta=self.delta.mT).apply(x)
 
     def reduced(self, tolerance: float) -> LowRank:
         """The same R with an orthonormal basis of the directions that it turns, in float64: [P, E] -> [Q V, V^T (L E L^T) V] with P = Q L.
@@ -157,7 +173,7 @@ def householder(u: Tensor, *, reflection: bool = False) -> LowRank:
         return LowRank(torch.linalg.qr(u)[0].to(kept), -2 * eye.to(kept))
     unit = u / u.norm(dim=0)
     e = torch.linalg.solve_triangular(eye / 2 + (unit.mT @ unit).triu(1), -eye, upper=True)
-    pairs = _pairs(r, u.dtype, u.device)
+    pairs = (_pairs.__wrapped__ if plain() else _pairs)(r, u.dtype, u.device)  # a tracer's tensors must not be kept
     return LowRank((unit @ pairs).to(kept), (pairs @ e @ pairs).to(kept))
 
 
@@ -185,12 +201,12 @@ class Blocks(NamedTuple):
 
     def apply(self, x: Tensor) -> Tensor:
         """X R^T for rows X (..., n). Differentiable in X and D."""
-        return RotateBlocks.apply(x, *self._wide(x.shape[-1])[:2])
+        return _rotate_blocks(x, *self._wide(x.shape[-1])[:2])
 
     def adjoint(self, x: Tensor) -> Tensor:
         """X R for rows X (..., n): the transpose of `apply`."""
         delta, permutations, _ = self._wide(x.shape[-1])
-        return RotateBlocks.apply(x, delta.flip(0).mT, None if permutations is None else permutations.flip(0))
+        return _rotate_blocks(x, delta.flip(0).mT, None if permutations is None else permutations.flip(0))
 
     def _wide(self, n: int) -> Blocks:
         """The same R for `RotateBlocks`, which wants few large blocks: neighbouring blocks put together, up to `_LEAST_BLOCK`, and all
@@ -225,16 +241,21 @@ class Blocks(NamedTuple):
         return float(torch.linalg.matrix_norm(t.mT @ t - eye, 2).amax(-1).sum())
 
 
-def no_autocast(device_type: str) -> AbstractContextManager:
-    """Autocast switched off, at no cost where it is off already."""
-    return torch.autocast(device_type, enabled=False) if torch.is_autocast_enabled(device_type) else nullcontext()
-
-
-def _small_product(a: Tensor, b: Tensor) -> Tensor:
+def small_product(a: Tensor, b: Tensor) -> Tensor:
     """a^T b (r x r), accumulated over the tokens and kept in float32: a half-precision result would round the gradient."""
     if a.dtype in HALF and a.is_cuda:
         return torch.mm(a.mT, b, out_dtype=torch.float32)
     return a.mT @ b
+
+
+def _rotate_activations(x: Tensor, e: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
+    """(Y, z) of `RotateActivations`."""
+    with no_autocast(x.device.type):
+        z = x.reshape(-1, x.shape[-1]) @ p
+        # The output is no view of anything, here and in `add_low_rank.py`, so that what follows may change it in place.
+        y = x.clone(memory_format=torch.contiguous_format)
+        y.view(-1, y.shape[-1]).addmm_(z @ e.mT, p.mT)
+    return y, z
 
 
 class RotateActivations(torch.autograd.Function):
@@ -246,29 +267,26 @@ class RotateActivations(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x: Tensor, delta: Tensor, basis: Tensor) -> Tensor:
-        rows, p, e = x.reshape(-1, x.shape[-1]), basis.to(x.dtype), delta.to(x.dtype)
-        with no_autocast(x.device.type):
-            z = rows @ p
-            # The output is no view of anything, here and in `AddLowRank`, so that what follows may change it in place.
-            y = x.clone(memory_format=torch.contiguous_format)
-            y.view(-1, y.shape[-1]).addmm_(z @ e.mT, p.mT)
+        e = delta.to(x.dtype)
+        y, z = _rotate_activations(x, e, basis.to(x.dtype))
+        rows = x.reshape(-1, x.shape[-1])
         ctx.save_for_backward(z, e, basis, rows if ctx.needs_input_grad[2] else None)
         ctx.delta_dtype = delta.dtype
         return y
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @first_order
     def backward(ctx, g: Tensor):
         z, e, basis, x = ctx.saved_tensors
         rows, p = g.reshape(-1, g.shape[-1]), basis.to(g.dtype)
         with no_autocast(g.device.type):
             gz = rows @ p
-            d_delta = _small_product(gz, z).to(ctx.delta_dtype) if ctx.needs_input_grad[1] else None
+            d_delta = small_product(gz, z).to(ctx.delta_dtype) if ctx.needs_input_grad[1] else None
             u = gz @ e
             dx = torch.addmm(rows, u, p.mT).view(g.shape) if ctx.needs_input_grad[0] else None
             d_basis = None
             if x is not None:
-                d_basis = (_small_product(x, u) + _small_product(rows, z @ e.mT)).to(basis.dtype)
+                d_basis = (small_product(x, u) + small_product(rows, z @ e.mT)).to(basis.dtype)
         return dx, d_delta, d_basis
 
 
@@ -326,7 +344,7 @@ class RotateBlocks(torch.autograd.Function):
         return y.view(x.shape)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @first_order
     def backward(ctx, g: Tensor):
         (rows,) = ctx.saved_tensors
         m = len(ctx.blocks)
@@ -346,6 +364,19 @@ class RotateBlocks(torch.autograd.Function):
             torch.stack(d_delta).to(ctx.delta_dtype) if ctx.needs_input_grad[1] else None,
             None,
         )
+
+
+def _rotate_blocks(x: Tensor, delta: Tensor, permutations: Tensor | None) -> Tensor:
+    if not plain():
+        return RotateBlocks.apply(x, delta, permutations)
+    rows = x.reshape(-1, x.shape[-1])
+    with no_autocast(x.device.type):
+        for i in reversed(range(len(delta))):
+            order = None if permutations is None else permutations[i]
+            blocks = _by_block(rows if order is None else rows.index_select(1, order), delta.shape[-1])
+            rows = torch.baddbmm(blocks, blocks, delta[i].mT.to(x.dtype)).transpose(0, 1).reshape(rows.shape)
+            rows = rows if order is None else rows.index_select(1, order.argsort())
+    return rows.view(x.shape)
 
 
 # Entries of a product that is summed at once: what a large GPU's cache, or 16 MiB of a CPU's memory, holds in float32.
@@ -378,7 +409,7 @@ class ScaleOutput(torch.autograd.Function):
         return out
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @first_order
     def backward(ctx, g: Tensor):
         y, factor = ctx.saved_tensors
         d_scale = None
@@ -388,137 +419,6 @@ class ScaleOutput(torch.autograd.Function):
         return dy, d_scale
 
 
-class AddInputs(NamedTuple):
-    """What `AddLowRank` needs of one layer, all in the dtype of the product: W (m x n), b or None, left (n x r), right (m x r)."""
-
-    weight: Tensor
-    bias: Tensor | None
-    left: Tensor
-    right: Tensor
-
-
-class Joined(NamedTuple):
-    """Layers that read one X: their inputs, all `left` side by side (n x sum r), and each layer's columns in it.
-
-    Layers with one transform in common have the same columns.
-    """
-
-    layers: tuple[AddInputs, ...]
-    left: Tensor
-    columns: tuple[slice, ...]
-
-    @classmethod
-    def of(cls, layers: tuple[AddInputs, ...]) -> Joined:
-        lefts: list[Tensor] = []
-        columns, width = [], 0
-        for layer in layers:
-            if any(layer.left is left for left in lefts):
-                columns.append(columns[-1])
-                continue
-            lefts.append(layer.left)
-            columns.append(slice(width, width + layer.left.shape[1]))
-            width += layer.left.shape[1]
-        return cls(layers, lefts[0] if len(lefts) == 1 else torch.cat(lefts, 1), tuple(columns))
-
-
-def lay_down(
-    x: Tensor, joined: Joined, casts: list[Tensor], identities: list[bool]
-) -> tuple[tuple[Tensor, ...], Tensor]:
-    """(Y_i, z) of `AddLowRank`.
-
-    The term is laid down first and the base product accumulates on it in the matrix unit's float32: adding a small term to a Y that
-    is already rounded to bf16 loses most of it. Where E is known to be 0 (`identities`), the base layer's own product gives its own bits.
-    """
-    rows = x.reshape(-1, x.shape[-1])
-    z = rows @ joined.left
-    ys = []
-    for layer, columns, e, identity in zip(joined.layers, joined.columns, casts, identities, strict=True):
-        if identity:
-            ys.append(torch.nn.functional.linear(x, layer.weight, layer.bias))
-            continue
-        y = x.new_empty(*x.shape[:-1], layer.weight.shape[0])
-        flat = y.view(-1, y.shape[-1])
-        t = (z if len(joined.layers) == 1 else z[:, columns]) @ e.mT
-        if layer.bias is None:
-            torch.mm(t, layer.right.mT, out=flat)
-        else:
-            torch.addmm(layer.bias, t, layer.right.mT, out=flat)
-        flat.addmm_(rows, layer.weight.mT)
-        ys.append(y)
-    return tuple(ys), z
-
-
-def _small_gradients(given, z, joined, casts, needs, d_deltas) -> Tensor | None:
-    """u (N x sum r), the blocks (dY_i right_i) E_i side by side; fills in dE_i. Layers with one transform share one block and one dE."""
-    u = (torch.empty_like(z) if len(given) == len(d_deltas) else torch.zeros_like(z)) if needs[0] else None
-    blocks: list[tuple[slice, int, Tensor]] = []
-    for i, rows in given:
-        right, columns = joined.layers[i].right, joined.columns[i]
-        same = next((gr for block, _, gr in blocks if block == columns), None)
-        if same is None:
-            blocks.append((columns, i, rows @ right))
-        else:
-            same.addmm_(rows, right)
-    for columns, i, gr in blocks:
-        if needs[1 + i]:
-            d_deltas[i] = _small_product(gr, z[:, columns])
-        if u is not None:
-            torch.mm(gr, casts[i], out=u[:, columns])
-    return u
-
-
-def lay_down_gradients(
-    grads: tuple[Tensor | None, ...],
-    z: Tensor,
-    joined: Joined,
-    casts: list[Tensor],
-    needs: list[bool],
-) -> tuple[Tensor | None, list[Tensor | None]]:
-    """(dX, dE_i) of `AddLowRank` from dY_i; `needs` says whether dX and each dE_i are wanted."""
-    d_deltas: list[Tensor | None] = [None] * len(grads)
-    given = [(i, g.reshape(-1, g.shape[-1])) for i, g in enumerate(grads) if g is not None]
-    if not given:
-        return None, d_deltas
-    if len(grads) == 1:
-        gr = given[0][1] @ joined.layers[0].right
-        d_deltas[0] = _small_product(gr, z) if needs[1] else None
-        u = gr @ casts[0] if needs[0] else None
-    else:
-        u = _small_gradients(given, z, joined, casts, needs, d_deltas)
-    if u is None:
-        return None, d_deltas
-    dx = u @ joined.left.mT
-    for i, rows in given:
-        dx.addmm_(rows, joined.layers[i].weight)
-    shape = next(g for g in grads if g is not None).shape
-    return dx.view(*shape[:-1], dx.shape[1]), d_deltas
-
-
-class AddLowRank(torch.autograd.Function):
-    """Y_i = X W_i^T + b_i + z_i E_i^T right_i^T with z = X left, for the frozen W_i (m_i x n) and b_i of layers that read one X.
-
-    Input side (W = W0 R): left = P, right = W0 P. Output side (W = R W0): left = W0^T P, right = P.
-    dE_i = (dY_i right_i)^T z_i;  dX = sum_i (dY_i right_i) E_i left_i^T, and each dY_i W_i is accumulated onto it, which spares the
-    additions of one dX a layer.
-
-    casts: each E_i in X's dtype; deltas: the same with a gradient. Returns one Y, or a tuple of them.
-    """
-
-    @staticmethod
-    def forward(ctx, x: Tensor, joined: Joined, casts: list[Tensor], identities: list[bool], *deltas: Tensor):
-        ys, z = lay_down(x, joined, casts, identities)
-        # Only z is saved; what is frozen or r x r lies on ctx.
-        ctx.save_for_backward(z)
-        ctx.set_materialize_grads(False)
-        ctx.joined, ctx.casts, ctx.dtypes = joined, casts, [delta.dtype for delta in deltas]
-        return ys[0] if len(ys) == 1 else ys
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, *grads: Tensor | None):
-        (z,) = ctx.saved_tensors
-        needs = [ctx.needs_input_grad[0], *ctx.needs_input_grad[4:]]
-        with no_autocast(z.device.type):
-            dx, d_deltas = lay_down_gradients(grads, z, ctx.joined, ctx.casts, needs)
-        d_deltas = [None if d is None else d.to(dtype) for d, dtype in zip(d_deltas, ctx.dtypes, strict=True)]
-        return dx, None, None, None, *d_deltas
+def scale_output(y: Tensor, scale: Tensor) -> Tensor:
+    """Y diag(1 + s) for rows Y (..., m), in Y's dtype."""
+    return (y * (1 + scale)).to(y.dtype) if plain() else ScaleOutput.apply(y, scale)

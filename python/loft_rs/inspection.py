@@ -19,14 +19,8 @@ from pathlib import Path
 
 import numpy as np
 
+from ._format import CONFIG_FILE, FORMAT_VERSION, ORTHONORMAL, SUPPORT_GRAM, UNKNOWN_ENERGY, WEIGHTS_FILE, slots_of
 from ._io import read_safetensors
-
-FORMAT_VERSION = 1
-CONFIG_FILE = "adapter_config.json"
-WEIGHTS_FILE = "adapter_model.safetensors"
-
-_SUPPORT_GRAM = 0.05  # ||P^T P - I||_2 that a basis rounded to half precision may have; float32 ones are far below
-ORTHONORMAL = 1e-5  # ||P^T P - I||_2 up to which P counts as orthonormal, and C is left out
 
 
 @dataclass(frozen=True)
@@ -106,11 +100,14 @@ def read_config(folder: Path) -> dict:
 def _report(folder: Path, name: str, parts: dict[str, np.ndarray], config: dict) -> ModuleReport:
     what = f"{folder / WEIGHTS_FILE}: module {name!r}"
     support = config.get("support")
-    expected = {"theta"} if support in ("blocks", "trained") else {"theta", "support", "energy"}
-    expected |= {"scale"} if config.get("output_scale") else set()
-    expected |= {"output_side"} if config.get("side") == "auto" or config.get("side_pattern") else set()
-    if "support" in expected and {"frozen_basis", "frozen_delta"} & set(parts):
-        expected |= {"frozen_basis", "frozen_delta"}
+    has_support = support not in ("blocks", "trained")
+    traits = {
+        "supported": has_support,
+        "scaled": bool(config.get("output_scale")),
+        "movable": config.get("side") == "auto" or bool(config.get("side_pattern")),
+        "refreshed": has_support and bool({"frozen_basis", "frozen_delta"} & set(parts)),
+    }
+    expected = {slot.name for slot in slots_of([trait for trait, has in traits.items() if has])}
     if set(parts) != expected:
         odd = ", ".join(f"loft_{part}" for part in sorted(set(parts) ^ expected))
         raise ValueError(f"{what} has missing or unexpected tensors: {odd}")
@@ -150,11 +147,12 @@ def _of_support(what: str, parts: dict, theta: np.ndarray, config: dict) -> tupl
     rank = len(gram)
     if not basis.any():
         raise ValueError(f"{what} has no support: it was saved before loft_rs.calibrate ran")
-    if np.linalg.norm(gram - np.eye(rank), 2) > _SUPPORT_GRAM:
+    if np.linalg.norm(gram - np.eye(rank), 2) > SUPPORT_GRAM:
         raise ValueError(f"{what} has a support that is not orthonormal")
     delta = _delta(what, theta, rank, config)
     turned = _with_frozen(what, parts, basis, delta, config) if "frozen_basis" in parts else _turned(gram, delta)
-    return turned[None, None], basis.shape[0], rank, float(np.ravel(parts["energy"])[0])
+    energy = float(np.ravel(parts["energy"])[0])
+    return turned[None, None], basis.shape[0], rank, float("nan") if energy == UNKNOWN_ENERGY else energy
 
 
 def _with_frozen(what: str, parts: dict, basis: np.ndarray, delta: np.ndarray, config: dict) -> np.ndarray:
@@ -164,7 +162,7 @@ def _with_frozen(what: str, parts: dict, basis: np.ndarray, delta: np.ndarray, c
         raise ValueError(
             f"{what} has a frozen factor of shapes {pf.shape} and {ef.shape}; (n, r) and (r, r) are expected"
         )
-    if np.linalg.norm(pf.T @ pf - np.eye(len(ef)), 2) > _SUPPORT_GRAM:
+    if np.linalg.norm(pf.T @ pf - np.eye(len(ef)), 2) > SUPPORT_GRAM:
         raise ValueError(f"{what} has a frozen basis that is not orthonormal")
     e, ef = _folded(basis.T @ basis, delta), _folded(pf.T @ pf, ef)
     upper, lower = ef @ pf.T @ basis @ e, np.zeros((len(e), len(ef)))

@@ -41,14 +41,14 @@ def held_moments(
 ) -> dict[str, dict[str, Tensor]]:
     """The moments of every transform that has a state; what is no moment, such as the step count, stays as it is."""
     trained = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    missing = [name for name, layer in layers.items() if id(layer.theta(adapter)) not in trained]
+    missing = [name for name, layer in layers.items() if id(layer.adapters[adapter].theta) not in trained]
     if missing:
         raise ValueError(
             f"optimizer does not train adapter {adapter!r} in {missing[0]}; give the one that does, or None"
         )
     found = {}
     for name, layer in layers.items():
-        theta = layer.theta(adapter)
+        theta = layer.adapters[adapter].theta
         if theta not in optimizer.state:
             continue
         tensors = {

@@ -6,9 +6,13 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .layer import AdaptedLinear, custom_basis
+from .custom import custom_basis
+from .layer import AdaptedLinear, LayerAdapter
+from .layer.forward_pass import Root, watch
+from .layer.merging import merge, unmerge
+from .layer.placement import run
 from .support import SIDES
-from .transform import DeltaGroup, get_transform
+from .transform import get_transform
 
 __all__ = ["LoftLinear"]
 
@@ -39,23 +43,26 @@ class LoftLinear(AdaptedLinear):
                 f"support has {basis.shape[0]} rows, but the {side} side of this layer has {self.support_width(side)} features"
             )
         base_layer.requires_grad_(False)
-        self.add_factor(self.ADAPTER, basis.shape[1], DeltaGroup(transform), side)
-        self.set_basis(self.ADAPTER, basis, energy)
+        self.add_adapter(self.ADAPTER, basis.shape[1], get_transform(transform), side).set_basis(basis, energy)
+        watch(self, Root([self]))
+
+    def applied(self) -> list[LayerAdapter]:
+        return [] if self.original is not None else [self.adapters[self.ADAPTER]]
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., n) -> (..., m)."""
-        return self.adapted_forward(x, [] if self._original is not None else [self.ADAPTER])
+        return run(self, self.applied(), x)
 
     def merge(self) -> nn.Module:
         """Merge in place, once, and return the base layer, whose weight is now the rotated one."""
-        if self._original is None:
-            self.merge_factors([self.ADAPTER])
+        if self.original is None:
+            merge(self, [self.adapters[self.ADAPTER]])
         return self.base_layer
 
     def unmerge(self) -> None:
         """Undo `merge`, bit for bit."""
-        self.unmerge_factors()
+        unmerge(self)
 
     def extra_repr(self) -> str:
-        group = self.loft_group[self.ADAPTER]
-        return f"rank={self.rank(self.ADAPTER)}, transform={group.transform.name}, side={self.loft_side[self.ADAPTER]}"
+        adapter = self.adapters[self.ADAPTER]
+        return f"rank={adapter.rank}, transform={adapter.transform.name}, side={adapter.side}"

@@ -31,8 +31,8 @@ import torch
 from torch import Tensor
 
 from ._checks import is_int
-from .base import dense_weight
-from .factor import no_autocast
+from .autograd import no_autocast
+from .layer.base_layer import dense_weight
 from .linalg import NonFiniteError, orthonormalize
 from .products import as_it_is, inner_product, product
 from .support import Support
@@ -122,9 +122,9 @@ class Change:
     def __init__(
         self, layer: AdaptedLinear, adapter: str, rank: int | None, draw: torch.Generator | None, home: torch.device
     ):
-        self.side, self.rank = layer.loft_side[adapter], layer.rank(adapter)
-        self.layers, self.read = layer.tied(adapter), _read(layer, adapter)
-        dtype = torch.promote_types(layer.support(adapter).dtype, torch.float32)
+        self.side, self.rank = layer.adapters[adapter].side, layer.adapters[adapter].rank
+        self.layers, self.read = layer.adapters[adapter].tied_layers, _read(layer, adapter)
+        dtype = torch.promote_types(layer.adapters[adapter].support.dtype, torch.float32)
         self.learnt: list[Tensor] = []
         self.drawn: list[Tensor] = []
         for each in self.layers:
@@ -229,7 +229,7 @@ def partners(weight: Tensor, images: Tensor) -> Tensor:
 
 def _read(layer: AdaptedLinear, adapter: str) -> int:
     """How many of the v_i a support has; the rest of its rank are partners."""
-    return layer.first_half(adapter) or layer.rank(adapter)
+    return layer.adapters[adapter].first_half or layer.adapters[adapter].rank
 
 
 class PilotTap:
@@ -248,14 +248,14 @@ def changes_for(layers: Mapping[Any, AdaptedLinear], adapter: str, pilot: Pilot,
     ValueError where the pilot's rank is below the adapter's, in halves the first one's. TypeError where partners need dense weights.
     """
     most = max(_read(layer, adapter) for layer in layers.values())
-    halved = [name for name, layer in layers.items() if _read(layer, adapter) < layer.rank(adapter)]
+    halved = [name for name, layer in layers.items() if _read(layer, adapter) < layer.adapters[adapter].rank]
     if pilot.rank is not None and most > pilot.rank:
         what = "half the adapter's" if halved else "the adapter's"
         raise ValueError(
             f"pilot must have a rank of at least {what}, which is {most}, got {pilot.rank}; None takes what is needed"
         )
     for name in halved:
-        for each in layers[name].tied(adapter):
+        for each in layers[name].adapters[adapter].tied_layers:
             if dense_weight(base := each.get_base_layer()) is None:
                 raise TypeError(
                     f"halves needs dense weights, to find partners by, but that of {name}, a {type(base).__name__}, is quantised or "
@@ -264,7 +264,7 @@ def changes_for(layers: Mapping[Any, AdaptedLinear], adapter: str, pilot: Pilot,
     draw = None if seed is None else torch.Generator().manual_seed(seed)
     meta = torch.device("meta")
     return {
-        name: Change(layer, adapter, pilot.rank, draw, meta if draw is None else layer.support(adapter).device)
+        name: Change(layer, adapter, pilot.rank, draw, meta if draw is None else layer.adapters[adapter].support.device)
         for name, layer in layers.items()
     }
 

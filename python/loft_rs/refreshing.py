@@ -27,14 +27,16 @@ from torch import Tensor, nn
 from ._checks import is_int
 from .calibration import CalibrationReport, calibrate, checked_batches
 from .factor import Frozen, LowRank, gram_root
+from .layer.merging import dense_or_raise, rotated_weight
 from .linalg import NonFiniteError, skew_planes
 from .moments import check_moments, held_moments, replace_parameter, transported, warn_of_replaced
 from .pilot import Pilot, checked_pilot
 from .ranks import Ranks
+from .tuner.adapters import adapted_layers, note_frozen_ranks, owners, require_plain, set_ranks
 from .tuner.config import CALIBRATED_SUPPORTS, DATA_FREE_SUPPORTS, LoftConfig
 from .tuner.layer import Linear
-from .tuner.model import adapted_layers, note_frozen_ranks, owners, require_plain, set_ranks
 from .tuner.selection import choose_supports
+from .tuner.undo import unchanged_on_failure
 
 __all__ = ["NarrowReport", "check_rank", "narrow", "refresh", "require_choosable", "require_refreshable_kind"]
 
@@ -88,7 +90,7 @@ def refresh(
     with ranks.stage():
         adapter, adapted = adapted_layers(model, adapter_name)
         layers = owners(adapted, adapter)
-        config = next(iter(layers.values())).loft_config[adapter]
+        config = next(iter(layers.values())).adapters[adapter].config
         require_choosable(adapter, config)
         _require_refreshable(adapted, adapter, config, "refresh")
         if fold:
@@ -98,13 +100,12 @@ def refresh(
         carried = {} if optimizer is None else held_moments(optimizer, layers, adapter, moments)
         frozen = {name: _product(name, layer, adapter) for name, layer in layers.items()}
     frozen = {name: ranks.first(factor) for name, factor in frozen.items()}
-    before = _Before(adapted, adapter)
-    bases = {name: _orthonormal(layer.support(adapter)) for name, layer in layers.items()}
-    try:
+    bases = {name: _orthonormal(layer.adapters[adapter].support) for name, layer in layers.items()}
+    with unchanged_on_failure(adapted, adapter) as weights:
         with ranks.stage(), torch.no_grad():
             for name, layer in layers.items():
-                layer.set_frozen(adapter, frozen[name])
-                layer.theta(adapter).zero_()
+                layer.adapters[adapter].set_frozen(frozen[name])
+                layer.adapters[adapter].theta.zero_()
             supports = {} if config.needs_calibration else choose_supports(layers, config, adapter)
         report = CalibrationReport(config.support, "natural", 0, None, 0, time.perf_counter() - started, supports)
         if data:
@@ -115,17 +116,14 @@ def refresh(
             if moments == "transport":
                 carried = _turned(carried, layers, adapter, bases)
             if fold:
-                _fold(adapted, adapter, before)
-    except BaseException:
-        before.restore()
-        raise
+                _fold(adapted, adapter, weights)
     note_frozen_ranks(adapted, adapter)
     for name, layer in layers.items():
-        layer.theta(adapter).grad = None
+        layer.adapters[adapter].theta.grad = None
         if name in carried and moments == "restart":
-            del optimizer.state[layer.theta(adapter)]
+            del optimizer.state[layer.adapters[adapter].theta]
         for key, value in carried.get(name, {}).items() if moments == "transport" else ():
-            optimizer.state[layer.theta(adapter)][key].copy_(value)
+            optimizer.state[layer.adapters[adapter].theta][key].copy_(value)
     return report
 
 
@@ -182,41 +180,36 @@ def narrow(
     with ranks.stage():
         adapter, adapted = adapted_layers(model, adapter_name)
         layers = owners(adapted, adapter)
-        _require_refreshable(adapted, adapter, next(iter(layers.values())).loft_config[adapter], "narrow")
+        _require_refreshable(adapted, adapter, next(iter(layers.values())).adapters[adapter].config, "narrow")
         check_rank(rank, layers, adapter)
-        rank, layers = int(rank), {name: layer for name, layer in layers.items() if layer.rank(adapter) > rank}
+        rank, layers = int(rank), {name: layer for name, layer in layers.items() if layer.adapters[adapter].rank > rank}
         carried = {} if optimizer is None else held_moments(optimizer, layers, adapter, moments)
         frozen = {name: _product(name, layer, adapter) for name, layer in layers.items()}
         planes = {name: _strongest(_own(layer, adapter), rank) for name, layer in layers.items()}
     frozen = {name: ranks.first(factor) for name, factor in frozen.items()}
     planes = {name: ranks.first(found) for name, found in planes.items()}
-    before = _Before(adapted, adapter)
-    thetas = {name: layer.theta(adapter) for name, layer in layers.items()}
-    bases = {name: _orthonormal(layer.support(adapter)) for name, layer in layers.items()}
-    try:
-        with ranks.stage():
-            set_ranks(adapted, adapter, dict.fromkeys(layers, rank))
-            for name, layer in layers.items():
-                layer.set_frozen(adapter, frozen[name])
-                layer.set_basis(adapter, planes[name][0])
-            if moments == "transport":
-                carried = _turned(carried, layers, adapter, bases)
-    except BaseException:
-        before.restore()
-        raise
+    thetas = {name: layer.adapters[adapter].theta for name, layer in layers.items()}
+    bases = {name: _orthonormal(layer.adapters[adapter].support) for name, layer in layers.items()}
+    with unchanged_on_failure(adapted, adapter), ranks.stage():
+        set_ranks(adapted, adapter, dict.fromkeys(layers, rank))
+        for name, layer in layers.items():
+            layer.adapters[adapter].set_frozen(frozen[name])
+            layer.adapters[adapter].set_basis(planes[name][0])
+        if moments == "transport":
+            carried = _turned(carried, layers, adapter, bases)
     note_frozen_ranks(adapted, adapter)
     kept = carried if moments == "transport" else {}
     if optimizer is None:
         warn_of_replaced(thetas.values())
     else:
         for name, theta in thetas.items():
-            replace_parameter(optimizer, theta, layers[name].theta(adapter), kept.get(name))
+            replace_parameter(optimizer, theta, layers[name].adapters[adapter].theta, kept.get(name))
     return NarrowReport(rank, {name: kept for name, (_, kept) in planes.items()})
 
 
 def check_rank(rank: Any, layers: dict[str, Linear], adapter: str) -> None:
     """ValueError where an adapter cannot be narrowed to this rank."""
-    largest = max(layer.rank(adapter) for layer in layers.values())
+    largest = max(layer.adapters[adapter].rank for layer in layers.values())
     if not is_int(rank) or rank % 2 or not 2 <= rank < largest:
         raise ValueError(
             f"rank must be an even integer of at least 2 and less than {largest}, the largest rank of adapter {adapter!r}, got {rank!r}"
@@ -249,7 +242,7 @@ def _require_refreshable(layers: dict[str, Linear], adapter: str, config: LoftCo
         raise ValueError(
             f"{caller} needs a support, but adapter {adapter!r} has none yet in {unset[0]}: call loft_rs.calibrate first"
         )
-    sharded = [name for name, layer in layers.items() if hasattr(layer.theta(adapter), "full_tensor")]
+    sharded = [name for name, layer in layers.items() if hasattr(layer.adapters[adapter].theta, "full_tensor")]
     if sharded:
         raise ValueError(
             f"{caller} cannot turn parameters that are sharded, as in {sharded[0]}: call it before fully_shard, or in a run "
@@ -277,12 +270,12 @@ def require_choosable(adapter: str, config: LoftConfig) -> None:
 
 def _require_foldable(layers: dict[str, Linear], adapter: str) -> None:
     for name, layer in layers.items():
-        dtype = layer.dense_or_raise("fold").dtype
+        dtype = dense_or_raise(layer, "fold").dtype
         if dtype not in (torch.float32, torch.float64):
             raise ValueError(
                 f"fold needs a float32 or float64 base, since rounding would change the function, but {name} is {dtype}"
             )
-        others = [each for each in layer.loft_side if each != adapter]
+        others = [each for each in layer.adapters if each != adapter]
         if others:
             raise ValueError(f"fold would change what adapter {others[0]!r} was trained on; use fold=False")
 
@@ -315,22 +308,24 @@ def _orthonormal(basis: Tensor) -> Tensor:
 def _own(layer: Linear, adapter: str) -> LowRank:
     """R = I + (P C) D (P C)^T of the present support in float64 on the CPU, D = T - I."""
     # Anew from theta: what the forward passes use is rounded to float32.
-    theta, transform = layer.theta(adapter).detach().cpu().double(), layer.loft_group[adapter].transform
-    return LowRank(_orthonormal(layer.support(adapter)), transform.delta(theta[None], layer.rank(adapter))[0][0])
+    theta, transform = layer.adapters[adapter].theta.detach().cpu().double(), layer.adapters[adapter].transform
+    return LowRank(
+        _orthonormal(layer.adapters[adapter].support), transform.delta(theta[None], layer.adapters[adapter].rank)[0][0]
+    )
 
 
 @torch.no_grad()
 def _product(name: str, layer: Linear, adapter: str) -> LowRank | None:
     """R_f R (or R R_f) as one factor, float32 or as wide as theta, on the CPU; None where nothing is turned."""
-    own, transform = _own(layer, adapter), layer.loft_group[adapter].transform
-    held = layer.frozen_factor(adapter)
+    own, transform = _own(layer, adapter), layer.adapters[adapter].transform
+    held = layer.adapters[adapter].frozen_factor
     if held is not None:
         held = LowRank(held.basis.cpu().double(), held.delta.cpu().double())
-        both = Frozen.of(held, own.basis, layer.loft_side[adapter])
+        both = Frozen.of(held, own.basis, layer.adapters[adapter].side)
         own = LowRank(both.basis, both.times(own.delta))
     if not bool(torch.isfinite(own.delta).all()):
         raise NonFiniteError(f"the transform of layer {name} holds NaN or Inf; nothing was changed")
-    dtype = torch.promote_types(layer.theta(adapter).dtype, torch.float32)
+    dtype = torch.promote_types(layer.adapters[adapter].theta.dtype, torch.float32)
     product = own.reduced(torch.finfo(dtype).eps / 2)
     if transform.orthogonal and (error := product.orthogonality_error()) > _NOT_ORTHOGONAL:
         raise ValueError(
@@ -349,54 +344,23 @@ def _strongest(own: LowRank, rank: int) -> tuple[Tensor, float]:
     return own.basis @ v, float(((v.mT @ s @ v).norm() / s.norm()).square())
 
 
-class _Before:
-    """What a refresh changes of the layers, to be put back where it fails."""
-
-    def __init__(self, layers: dict[str, Linear], adapter: str):
-        self.adapter = adapter
-        self.weights: list[tuple[Tensor, Tensor]] = []
-        configs = [layer.loft_config[adapter] for layer in layers.values()]
-        self.patterns = [(config, config.rank_pattern) for config in configs]
-        self.layers = [
-            (layer, layer.frozen_factor(adapter), self._held(layer)) for layer in owners(layers, adapter).values()
-        ]
-
-    def _held(self, layer: Linear) -> list[tuple[Any, Tensor, Tensor]]:
-        """(where it is held, a tensor, its value): `narrow` replaces the tensors, `refresh` writes into them."""
-        held = layer.loft_theta, layer.loft_support, layer.loft_energy
-        return [(each, each[self.adapter], each[self.adapter].detach().clone()) for each in held]
-
-    @torch.no_grad()
-    def restore(self) -> None:
-        for config, pattern in self.patterns:
-            config.rank_pattern = pattern
-        for layer, frozen, tensors in self.layers:
-            for held, tensor, value in tensors:
-                held[self.adapter] = tensor
-                tensor.copy_(value)
-            layer.loft_ready[self.adapter] = True
-            layer.set_frozen(self.adapter, frozen)
-        for weight, value in self.weights:
-            weight.copy_(value)
-
-
 @torch.no_grad()
-def _fold(layers: dict[str, Linear], adapter: str, before: _Before) -> None:
+def _fold(layers: dict[str, Linear], adapter: str, weights: list[Tensor]) -> None:
     for layer in layers.values():
-        if layer.frozen_rank(adapter):
-            weight = layer.dense_or_raise("fold")
-            rotated = layer.rotated_weight([adapter], safe=True)
-            before.weights.append((weight, weight.to("cpu", copy=True)))
+        if layer.adapters[adapter].frozen_rank:
+            weight = dense_or_raise(layer, "fold")
+            rotated = rotated_weight(layer, [layer.adapters[adapter]], safe=True)
+            weights.append(weight)
             weight.copy_(rotated)
     for layer in owners(layers, adapter).values():
-        layer.set_frozen(adapter, None)
+        layer.adapters[adapter].set_frozen(None)
 
 
 def _turned(
     carried: dict[str, dict[str, Tensor]], layers: dict[str, Linear], adapter: str, bases: dict[str, Tensor]
 ) -> dict[str, dict[str, Tensor]]:
     """The moments in the present bases of `layers`, from those in `bases`."""
-    turns = {name: _orthonormal(layers[name].support(adapter)).mT @ bases[name] for name in carried}
+    turns = {name: _orthonormal(layers[name].adapters[adapter].support).mT @ bases[name] for name in carried}
     return {
         name: {key: transported(key, value, turns[name]) for key, value in state.items()}
         for name, state in carried.items()

@@ -135,7 +135,7 @@ class Runner:
         progress: bool | None,
     ):
         self.model, self.adapter, self.batches, self.train_step = model, adapter, batches, train_step
-        self.layers = {name: layer.tied(adapter) for name, layer in layers.items()}
+        self.layers = {name: layer.adapters[adapter].tied_layers for name, layer in layers.items()}
         self.ranks, self.progress = ranks, progress
         self.loss_scale = 1.0 if batches is None else LOSS_SCALE
         self.reached: set[int] = set()  # batches that some layer of the groups so far has seen

@@ -38,8 +38,8 @@ def open_places(layers: Mapping[str, Linear], adapter: str) -> list[Place]:
     """Where the support of each layer may lie: on its side, or on both where nothing has decided that."""
     places = []
     for name, layer in layers.items():
-        both = layer.loft_config[adapter].side_of(name) == "auto" and not layer.frozen_rank(adapter)
-        places += [Place(name, side) for side in (SIDES if both else [layer.loft_side[adapter]])]
+        both = layer.adapters[adapter].config.side_of(name) == "auto" and not layer.adapters[adapter].frozen_rank
+        places += [Place(name, side) for side in (SIDES if both else [layer.adapters[adapter].side])]
     return places
 
 

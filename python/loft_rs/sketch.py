@@ -89,10 +89,10 @@ def plan_for(
     loss_scale: float = 1.0,
 ) -> Plan:
     """The plan of one layer. side, rank: default the adapter's. oversampling: columns beyond it; default 16, or 192 for a single pass."""
-    side = side or layer.loft_side[adapter]
-    rank = layer.rank(adapter) if rank is None else rank
+    side = side or layer.adapters[adapter].side
+    rank = layer.adapters[adapter].rank if rank is None else rank
     width, other = layer.support_width(side), "output" if side == "input" else "input"
-    heights = tuple(each.support_width(other) for each in layer.tied(adapter))
+    heights = tuple(each.support_width(other) for each in layer.adapters[adapter].tied_layers)
     if oversampling is None:
         oversampling = SINGLE_OVERSAMPLING if single else OVERSAMPLING
     # A single gradsvd pass samples the other side's rows: a sketch as wide as the layer leaves nothing to its second pass, but not here.
@@ -112,15 +112,15 @@ def sketch_for(
 
     home: the device that holds it between batches; None: the layer's own. chosen: default the one the layer has.
     """
-    held = layer.support(adapter)
+    held = layer.adapters[adapter].support
     home, dtype = torch.device(home or held.device), torch.promote_types(held.dtype, torch.float32)
     kind = SKETCHES.get(plan.method)
     if kind is None:
-        basis, facts = held, {"energy": layer.energy(adapter)}
+        basis, facts = held, {"energy": layer.adapters[adapter].energy}
         if chosen is not None:
             basis = torch.from_numpy(chosen.basis)
             facts = {name: getattr(chosen, name) for name in ("energy", "energy_stderr", "values", "gap")}
-        return MomentSketch(plan, home, dtype, basis.to(home, dtype), facts, layer.first_half(adapter))
+        return MomentSketch(plan, home, dtype, basis.to(home, dtype), facts, layer.adapters[adapter].first_half)
     return kind(plan, home, dtype)
 
 

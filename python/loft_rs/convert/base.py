@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..inspection import CONFIG_FILE
+from .._format import CONFIG_FILE
 from .checkpoint import Checkpoint
 
 __all__ = ["Base", "base_class", "psoft_basis", "psoft_weight"]

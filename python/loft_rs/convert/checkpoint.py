@@ -20,7 +20,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from ..inspection import CONFIG_FILE, WEIGHTS_FILE, read_config, read_peft_config
+from .._format import CONFIG_FILE, WEIGHTS_FILE
+from ..inspection import read_config, read_peft_config
 
 __all__ = ["ROOT", "Checkpoint", "Converted", "Progress", "ranks_of", "read", "require_parts"]
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..inspection import FORMAT_VERSION
+from .._format import FORMAT_VERSION
 from ..transform import skew
 from ..tuner.config import LoftConfig
 from .base import Base, psoft_basis, psoft_weight

@@ -9,7 +9,7 @@ import torch
 from peft import BOFTConfig, HRAConfig, OFTConfig, PsoftConfig
 from torch import Tensor
 
-from ..kinds import Partition
+from ..layer.kinds import Partition
 from ..transform import skew
 from .base import Base, psoft_basis, psoft_weight
 from .checkpoint import Checkpoint, Converted, Progress, require_parts

@@ -12,8 +12,8 @@ from peft.config import PeftConfig
 from peft.utils import PeftType
 from peft.utils.other import get_pattern_key
 
-from ..inspection import FORMAT_VERSION
-from ..kinds import Householder, Kind, Partition, Supported
+from .._format import FORMAT_VERSION
+from ..layer.kinds import Householder, Kind, Partition, Supported
 from ..support import SIDES
 from ..transform import TRANSFORMS
 

@@ -1,4 +1,4 @@
-"""Supports for the layers of a model: chosen without data, read from a file, or given by the user."""
+"""Supports for the layers of a model: chosen without data, read from a file, matched to modules by name."""
 
 from __future__ import annotations
 
@@ -8,13 +8,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..layer import AdaptedLinear, custom_basis
+from ..layer import AdaptedLinear
+from ..layer.merging import dense_or_raise, rotated_weight
 from ..support import SIDES, Support, blind_support, load_supports, select_support
 
 if TYPE_CHECKING:
     from .config import LoftConfig
 
-__all__ = ["choose_supports", "load_named_supports", "match_supports", "set_support"]
+__all__ = ["choose_supports", "load_named_supports", "match_supports"]
 
 
 def choose_supports(layers: Mapping[str, AdaptedLinear], config: LoftConfig, adapter: str) -> dict[str, Support]:
@@ -25,36 +26,36 @@ def choose_supports(layers: Mapping[str, AdaptedLinear], config: LoftConfig, ada
     if config.support_file:
         supports = match_supports(load_named_supports(config.support_file), layers)
     elif config.support == "principal":
-        weights = {name: _stacked(layer.tied(adapter), adapter) for name, layer in layers.items()}
-        ranks = {name: layer.rank(adapter) for name, layer in layers.items()}
+        weights = {name: _stacked(layer.adapters[adapter].tied_layers, adapter) for name, layer in layers.items()}
+        ranks = {name: layer.adapters[adapter].rank for name, layer in layers.items()}
         options = {"method": "principal", "seed": config.seed}
         supports = {}
         for side in SIDES:
-            if own := {name: rank for name, rank in ranks.items() if layers[name].loft_side[adapter] == side}:
+            if own := {name: rank for name, rank in ranks.items() if layers[name].adapters[adapter].side == side}:
                 some = {name: weights[name] for name in own}
                 supports |= select_support(None, own, weights=some, side=side, **options)
     else:
         supports = {}
         for name, layer in layers.items():
-            side = layer.loft_side[adapter]
+            side = layer.adapters[adapter].side
             options = {"method": config.support, "side": side, "seed": _seed(layer, config, adapter)}
-            supports[name] = blind_support(layer.support_width(side), layer.rank(adapter), **options)
+            supports[name] = blind_support(layer.support_width(side), layer.adapters[adapter].rank, **options)
     for name, layer in layers.items():
-        layer.set_basis(adapter, supports[name].basis, supports[name].energy)
+        layer.adapters[adapter].set_basis(supports[name].basis, supports[name].energy)
     return {name: supports[name] for name in layers}
 
 
 def _seed(layer: AdaptedLinear, config: LoftConfig, adapter: str) -> int:
     """The config's seed; where there is a support already, one that depends on it, so that a resumed run draws what the run would have."""
-    held = layer.support(adapter)
-    return config.seed + (zlib.crc32(held.double().cpu().numpy().tobytes()) if layer.ready(adapter) else 0)
+    held = layer.adapters[adapter].support
+    return config.seed + (zlib.crc32(held.double().cpu().numpy().tobytes()) if layer.adapters[adapter].ready else 0)
 
 
 def _stacked(tied: list[AdaptedLinear], adapter: str) -> torch.Tensor:
     """The weight of a layer, W0 R_f; of tied ones, which read the same input, all of theirs, one above the other."""
-    weights = [layer.dense_or_raise("support='principal'").detach() for layer in tied]
-    if tied[0].frozen_rank(adapter):
-        weights = [layer.rotated_weight([adapter]) for layer in tied]
+    weights = [dense_or_raise(layer, "support='principal'").detach() for layer in tied]
+    if tied[0].adapters[adapter].frozen_rank:
+        weights = [rotated_weight(layer, [layer.adapters[adapter]]) for layer in tied]
     return weights[0] if len(weights) == 1 else torch.cat(weights)
 
 
@@ -87,38 +88,3 @@ def match_supports(supports: Mapping[str, Any], names: Mapping[str, Any] | list[
     if problems:
         raise ValueError("supports must name every adapted module once: " + "; ".join(problems[:20]))
     return matched
-
-
-def set_support(model: torch.nn.Module, supports: Mapping[str, Any], adapter_name: str | None = None) -> None:
-    """Store supports in a built model whose adapter is untrained.
-
-    supports: module name -> `Support`, or array or tensor (n, r) (custom: re-orthonormalised). Names are full module names or unique
-    suffixes. Every adapted module needs one, of the rank and the side the adapter was built with; under `side="auto"` a `Support` brings
-    its side, which is kept, to a module that has none yet. ValueError lists what is missing, ambiguous or does not fit, before anything
-    is changed.
-    """
-    from .model import adapted_layers, all_or_nothing, note_sides, owners, require_untrained
-
-    adapter, layers = adapted_layers(model, adapter_name)
-    require_untrained(layers, adapter, "set_support")
-    layers = owners(layers, adapter)
-    matched = match_supports(supports, layers)
-    bases, sides, problems = {}, {}, []
-    for name, support in matched.items():
-        bases[name], layer = custom_basis(support), layers[name]
-        side = layer.loft_side[adapter]
-        if layer.loft_config[adapter].side_of(name) == "auto" and not layer.frozen_rank(adapter):
-            side = getattr(support, "side", side)
-        sides[name], expected = side, (layer.support_width(side), layer.rank(adapter))
-        if bases[name].shape != expected:
-            problems.append(f"{name}: expected {expected}, got {bases[name].shape}")
-        elif getattr(support, "side", side) != side:
-            problems.append(f"{name}: expected one for the {side} side, got one for the {support.side} side")
-    if problems:
-        raise ValueError("supports do not fit: " + "; ".join(problems[:20]))
-    with all_or_nothing(layers, adapter):
-        for name, side in sides.items():
-            layers[name].set_side(adapter, side)
-        note_sides(layers, adapter)
-    for name, basis in bases.items():
-        layers[name].set_basis(adapter, basis, float(getattr(matched[name], "energy", float("nan"))))

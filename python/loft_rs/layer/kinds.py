@@ -6,24 +6,21 @@
 | `Partition`   | theta of every block's transform   | -         | `Blocks(D, permutations)`   | OFT, BOFT   |
 | `Householder` | U (n x r) itself                   | -         | `LowRank(U, -S^{-1})`       | HRA         |
 
-A layer holds the tensors (`AdaptedLinear`); a kind has none and is shared by all layers of an adapter.
+A layer's adapter holds the tensors (`LayerAdapter`); a kind has none, and knows no layer: it is handed what it computes with.
 """
 
 from __future__ import annotations
 
 import functools
 import math
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from . import compiled
-from .factor import Blocks, LowRank, householder, no_autocast
-
-if TYPE_CHECKING:
-    from .layer import AdaptedLinear
-    from .transform import Transform
+from ..autograd import no_autocast, plain
+from ..factor import Blocks, LowRank, householder
+from ..transform import Transform
 
 __all__ = ["Householder", "Kind", "Partition", "Supported", "butterfly"]
 
@@ -42,8 +39,11 @@ class Kind(Protocol):
     def rank(self, theta: Tensor, transform: Transform | None) -> int:
         """The rank, or the size of the blocks, of an adapter with this trained tensor."""
 
-    def factor(self, layer: AdaptedLinear, adapter: str) -> LowRank | Blocks:
-        """R at the current parameters, differentiable in them."""
+    def factor(self, theta: Tensor, basis: Tensor | None, delta: Tensor | None, width: int) -> LowRank | Blocks:
+        """R, differentiable in theta and delta, of a side `width` wide.
+
+        basis: P, of a kind that has one. delta: E, or D of all blocks, of a kind with a transform.
+        """
 
 
 def _start(shape: tuple[int, ...], rank: int, identity: bool) -> Tensor:
@@ -66,8 +66,8 @@ class Supported:
     def rank(self, theta: Tensor, transform: Transform) -> int:
         return transform.rank(theta.shape)
 
-    def factor(self, layer: AdaptedLinear, adapter: str) -> LowRank:
-        return LowRank(layer.support(adapter), _delta(layer, adapter))
+    def factor(self, theta: Tensor, basis: Tensor, delta: Tensor, width: int) -> LowRank:
+        return LowRank(basis, delta)
 
 
 class Partition:
@@ -105,13 +105,12 @@ class Partition:
     def rank(self, theta: Tensor, transform: Transform) -> int:
         return transform.rank(theta.shape)
 
-    def factor(self, layer: AdaptedLinear, adapter: str) -> Blocks:
-        delta = _delta(layer, adapter)
+    def factor(self, theta: Tensor, basis: None, delta: Tensor, width: int) -> Blocks:
         if self.factors == 1:
             return Blocks(delta)
-        width = layer.support_width(layer.loft_side[adapter])
         b = delta.shape[-1]
-        return Blocks(delta, butterfly(width, b, self.factors, delta.device), b << (self.factors - 1))
+        made = butterfly.__wrapped__ if plain() else butterfly  # a tracer's tensors must not be kept
+        return Blocks(delta, made(width, b, self.factors, delta.device), b << (self.factors - 1))
 
 
 class Householder:
@@ -137,19 +136,9 @@ class Householder:
     def rank(self, theta: Tensor, transform: None) -> int:
         return theta.shape[1]
 
-    def factor(self, layer: AdaptedLinear, adapter: str) -> LowRank:
-        u = layer.theta(adapter)
-        with no_autocast(u.device.type):
-            return householder(u, reflection=self.reflection)
-
-
-def _delta(layer: AdaptedLinear, adapter: str) -> Tensor:
-    group = layer.loft_group[adapter]
-    if torch.compiler.is_compiling():
-        kind = layer.loft_kind[adapter]
-        basis = layer.support(adapter) if kind.has_support else None
-        return compiled.delta(layer.theta(adapter), basis, group.transform.name)
-    return group.value(layer.owner(adapter), adapter, layer)
+    def factor(self, theta: Tensor, basis: None, delta: None, width: int) -> LowRank:
+        with no_autocast(theta.device.type):
+            return householder(theta, reflection=self.reflection)
 
 
 @functools.cache

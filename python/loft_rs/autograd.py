@@ -73,8 +73,8 @@ def first_order(backward: Callable) -> Callable:
 
 def no_autocast(device_type: str) -> AbstractContextManager[torch.dtype | None]:
     """Autocast switched off, at no cost where it is off already; enters with the dtype that it casts to outside, None for none."""
-    # In a graph always, since its backward pass is traced where autocast may be on again.
-    if not torch.is_autocast_enabled(device_type) and not torch.compiler.is_compiling():
+    # In a compiled graph always, since its backward pass is traced where autocast may be on again.
+    if not torch.is_autocast_enabled(device_type) and (plain() or not torch.compiler.is_compiling()):
         return _OFF
     return _switched_off(device_type)
 

@@ -74,7 +74,7 @@ class Root:
     ):
         self.layers = list(layers)
         self.whole, self.groups = whole, dict(groups or {})
-        self.apart: dict[tuple[nn.Module, nn.Module], int] = {}  # see `placement.SharedInput`
+        self.apart: dict[tuple[nn.Module, nn.Module], int] = {}  # layers that read another input: `placement._claim`
         self.traced = False  # set and taken back inside a compiled region: whether E was handed down here
         self._clear()
 
@@ -116,7 +116,7 @@ class Scope:
         self.evaluation = None if outer is None else outer.evaluation
         self.complete: Root | None = None if outer is None else outer.complete  # whose layers all have their values
         self.derived: dict[tuple, Any] = {} if outer is None else outer.derived  # of this pass alone
-        self.shared: dict[nn.Module, tuple] = {}  # see `placement.SharedInput`
+        self.shared: dict[nn.Module, tuple] = {}  # results that wait to be claimed: `placement._lead`
 
 
 _CURRENT: contextvars.ContextVar[Scope | None] = contextvars.ContextVar("loft_rs_scope", default=None)
@@ -241,33 +241,14 @@ def _of_replica(module: nn.Module) -> Root:
 # -- under torch.compile -------------------------------------------------------------------------------------------------------
 
 
-def _readable() -> bool:
-    """Whether this torch's compiler can read a context variable, which tells a graph of the pass that runs outside it."""
-    from torch._dynamo import variables
-
-    return hasattr(variables, "ContextVarVariable")
-
-
-_readable._dynamo_marked_constant = (
-    True  # what `torch.compiler.assume_constant_result` sets, which would import the compiler
-)
-
-
-def _scope_outside() -> Scope | None:
-    """The pass around a compiled region. Where it cannot be told, the region solves for its own layers."""
-    return _CURRENT.get() if _readable() else None
-
-
 def _enter_traced(root: Root) -> None:
-    """One solve for the layers below, unless a root outside has handed its values down already."""
+    """One solve for the layers below, unless a root around this one in the same graph has handed its values down already.
+
+    What a pass outside the graph has solved is not taken: blocks of one kind run one graph, which would hold one block's values.
+    """
     if plain() or len(root.layers) == 1:  # which solves for itself
         return
-    scope = _scope_outside()
-    missing = [
-        adapter
-        for adapter in root.wanted()
-        if adapter.handed is None and (scope is None or adapter not in scope.values)
-    ]
+    missing = [adapter for adapter in root.wanted() if adapter.handed is None]
     if missing:
         root.traced = True
         for together in _alike(missing).values():
@@ -351,9 +332,6 @@ def delta_of(adapter: LayerAdapter, scope: Scope | None = None) -> Tensor | None
 def _traced(owner: LayerAdapter) -> Tensor:
     if owner.handed is not None:
         return owner.handed
-    scope = _scope_outside()
-    if scope is not None and owner in scope.values:
-        return scope.values[owner].delta
     theta = owner.theta
     return attach(solve(owner.transform, theta.detach()[None], _roots([owner])), [0], [theta])[0]
 

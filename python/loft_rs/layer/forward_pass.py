@@ -248,7 +248,8 @@ def _enter_traced(root: Root) -> None:
     """
     if plain() or len(root.layers) == 1:  # which solves for itself
         return
-    missing = [adapter for adapter in root.wanted() if adapter.handed is None]
+    # A model begins anew: a pass with a graph break that Ctrl-C broke off may have left what it handed down.
+    missing = [adapter for adapter in root.wanted() if root.whole or adapter.handed is None]
     if missing:
         root.traced = True
         for together in _alike(missing).values():

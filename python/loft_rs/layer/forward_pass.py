@@ -242,14 +242,15 @@ def _of_replica(module: nn.Module) -> Root:
 
 
 def _enter_traced(root: Root) -> None:
-    """One solve for the layers below, unless a root around this one in the same graph has handed its values down already.
+    """One solve for the layers of a model that is compiled whole.
 
-    What a pass outside the graph has solved is not taken: blocks of one kind run one graph, which would hold one block's values.
+    In any other region each layer solves for itself. What a pass outside has solved is not taken, as blocks of one kind run one graph,
+    which would hold one block's values; nor is anything handed down inside a block, whose hooks torch compiles as graphs of their own.
     """
-    if plain() or len(root.layers) == 1:  # which solves for itself
+    if plain() or not root.whole or len(root.layers) == 1:
         return
-    # A model begins anew: a pass with a graph break that Ctrl-C broke off may have left what it handed down.
-    missing = [adapter for adapter in root.wanted() if root.whole or adapter.handed is None]
+    # Anew, whatever there is: a pass with a graph break that Ctrl-C broke off may have left what it handed down.
+    missing = root.wanted()
     if missing:
         root.traced = True
         for together in _alike(missing).values():

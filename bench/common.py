@@ -122,3 +122,16 @@ def machine(threads: int, packages: list[str]) -> dict[str, Any]:
         "sgemm_gflops": round(2 * 4096**3 / product / 1e9, 1),
         "copy_gb_s": round(2 * source.nbytes / copy / 1e9, 1),
     }
+
+
+def print_table(
+    section: str, rows: list[dict[str, Any]], shown: dict[str, tuple[str, str]], remarks: tuple[str, ...]
+) -> None:
+    """A Markdown table of the rows by method. shown: field -> (heading, format), left out where no row has it. remarks: fields that
+    stand behind the method's name."""
+    used = {key: each for key, each in shown.items() if any(row.get(key) is not None for row in rows)}
+    print(f"\n## {section}\n\n| method | {' | '.join(name for name, _ in used.values())} |\n|---|{'---:|' * len(used)}")
+    for row in rows:
+        cells = [form.format(row[key]) if row.get(key) is not None else "" for key, (_, form) in used.items()]
+        remark = "".join(f" ({row[key]})" for key in remarks if row.get(key))
+        print(f"| {row['method']}{remark.replace('|', '/')} | {' | '.join(cells)} |")

@@ -46,7 +46,7 @@ from typing import Any
 
 import peft
 import torch
-from common import Report, describe
+from common import Report, describe, print_table
 from gpu_workloads import BASE, PRECISION, Card, Method, loft, loras
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, CompileConfig, DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCache
@@ -345,12 +345,7 @@ def table(section: str, rows: list[dict[str, Any]]) -> None:
         "differs_from_eager": ("differs from eager", "{:.1e}"),
         "differs_from_base": ("differs from the base", "{:.1e}"),
     }
-    used = {key: each for key, each in shown.items() if any(row.get(key) is not None for row in rows)}
-    print(f"\n## {section}\n\n| method | {' | '.join(name for name, _ in used.values())} |\n|---|{'---:|' * len(used)}")
-    for row in rows:
-        cells = [form.format(row[key]) if row.get(key) is not None else "" for key, (_, form) in used.items()]
-        remark = "".join(f" ({row[key]})" for key in ("error", "no_full_graph", "why") if row.get(key))
-        print(f"| {row['method']}{remark.replace('|', '/')} | {' | '.join(cells)} |")
+    print_table(section, rows, shown, ("error", "no_full_graph", "why"))
 
 
 def main() -> None:

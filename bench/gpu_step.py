@@ -26,7 +26,7 @@ from statistics import median
 from typing import Any
 
 import torch
-from common import Report, describe
+from common import Report, describe, print_table
 from gpu_workloads import (
     BASE,
     BOFT,
@@ -215,12 +215,7 @@ def table(section: str, rows: list[dict[str, Any]]) -> None:
         "trained": ("trained", "{:,}"),
         "steps": ("steps", "{}"),
     }
-    used = {key: each for key, each in shown.items() if any(row.get(key) is not None for row in rows)}
-    print(f"\n## {section}\n\n| method | {' | '.join(name for name, _ in used.values())} |\n|---|{'---:|' * len(used)}")
-    for row in rows:
-        cells = [form.format(row[key]) if row.get(key) is not None else "" for key, (_, form) in used.items()]
-        remark = "".join(f" ({row[key]})" for key in ("error", "note", "recompile_limit", "why") if row.get(key))
-        print(f"| {row['method']}{remark.replace('|', '/')} | {' | '.join(cells)} |")
+    print_table(section, rows, shown, ("error", "note", "recompile_limit", "why"))
 
 
 def aims(sections: dict[str, Any]) -> list[str]:

@@ -96,6 +96,11 @@ def logits(model, seed=7):
         return model.eval()(**token_batches(1, seed=seed)[0]).logits.double()
 
 
+def own(layer):
+    """The layer's adapter called "default"."""
+    return layer.adapters["default"]
+
+
 def unchanged(model, before):
     """Asserts that a state holds what it held, to the bit."""
     assert model.state_dict().keys() == before.keys()

@@ -257,21 +257,12 @@ def test_two_adapters_take_turns_and_join():
         assert error(run(x), twin(x.double())) <= TOLERANCE[torch.float32]
 
 
-def test_checkpointed_blocks_of_a_compiled_model():
+@pytest.mark.parametrize("way", [the_peft_model, every_block])
+def test_checkpointed_blocks_of_a_compiled_model_and_compiled_blocks_in_checkpoints(way):
     model, x = small(blocks=2), inputs()
     twin = exact_twin(model)
     net(model).checkpointing = False
-    run = the_peft_model(model)
-    for change in (lambda m: None, theta_data):
-        change(model)
-        assert_exact(run, x, TOLERANCE[torch.float32], twin)
-
-
-def test_compiled_blocks_inside_checkpoints_of_an_eager_model():
-    model, x = small(blocks=2), inputs()
-    twin = exact_twin(model)
-    net(model).checkpointing = False
-    run = every_block(model)
+    run = way(model)
     for change in (lambda m: None, theta_data):
         change(model)
         assert_exact(run, x, TOLERANCE[torch.float32], twin)

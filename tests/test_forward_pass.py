@@ -332,6 +332,21 @@ def test_a_block_or_a_layer_called_on_its_own(placement):
     assert error(y, exact_twin(block.q)(x.double())) <= TOLERANCE[torch.float32]
 
 
+def test_a_part_with_gradients_inside_a_pass_without():
+    model, x = build(placement="add"), inputs()
+    block, seen = net(model).blocks[1], {}
+
+    def with_gradients(module, args):
+        with torch.enable_grad():
+            seen["y"] = module.q(args[0])
+
+    block.register_forward_pre_hook(with_gradients)
+    with torch.no_grad():
+        model(x)
+    (slope,) = torch.autograd.grad(seen["y"].square().sum(), [block.q.adapters["default"].theta])
+    assert bool(slope.any())
+
+
 @pytest.mark.parametrize("raised", [RuntimeError, KeyboardInterrupt])
 @pytest.mark.parametrize("grads", [False, True])
 def test_nothing_is_left_of_a_pass_that_broke_off(raised, grads):
@@ -499,6 +514,15 @@ def test_replicas_compute_what_the_model_does_and_their_gradients_reach_it(kind,
     for layer in layers_of(model):
         for adapter in layer.adapters.values():
             assert adapter.layer is layer and all(m.layer.replica_of is None for m in adapter.members)
+
+
+def test_a_replica_in_half_precision_keeps_small_rotations(replicas):
+    model, x = build(placement="add", dtype=torch.bfloat16), inputs(dtype=torch.bfloat16)
+    for p in trained(model):
+        p.data.mul_(0.02)
+    with torch.no_grad():
+        wanted = model(x)
+        assert all(torch.equal(replica(x), wanted) for replica in replicas(model))
 
 
 def test_the_identity_is_left_for_good_and_costs_training_no_look(monkeypatch):

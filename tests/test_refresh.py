@@ -12,7 +12,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from reference import adam, basis_of, exact_transform, logits, make_llama, token_batches, train
+from reference import adam, basis_of, exact_transform, logits, make_llama, own, token_batches, train
 from test_calibration import skew_of, span_energy
 
 import loft_rs
@@ -89,9 +89,7 @@ def test_a_refresh_in_groups_is_the_same(support):
         if "memory" in options:
             options = {"memory": int(0.9 * found[0][0].memory.total)}
         report = refresh(model, token_batches(2, seed=5), passes=2, oversampling=None, **options)
-        found.append(
-            (report, [layer.adapters["default"].support.clone() for layer in adapted_layers(model)[1].values()])
-        )
+        found.append((report, [own(layer).support.clone() for layer in adapted_layers(model)[1].values()]))
     assert found[2][0].memory.groups > 1 and found[1][0].memory.sketches == 0
     for _, supports in found[1:]:
         assert same(supports, found[0][1])
@@ -132,7 +130,7 @@ def test_the_function_is_unchanged_and_training_goes_on(dtype, side, support):
         # bf16: the products are summed in another order, each activation is rounded to 2^-8
         assert apart(logits(model), before) <= (5e-6 if dtype == torch.float32 else 0.05)
         assert apart(before, base) > (1e-3 if dtype == torch.float32 else 0.02)
-        assert not any(layer.adapters["default"].theta.any() for layer in adapted_layers(model)[1].values())
+        assert not any(own(layer).theta.any() for layer in adapted_layers(model)[1].values())
         assert loft_rs.orthogonality_error(model) <= 20 * EPS
         train(model, optimiser, seed=round_)
         assert apart(logits(model), before) > 1e-4
@@ -151,10 +149,7 @@ def test_in_float64_it_is_unchanged_to_float64(transform, side, fold):
         assert apart(logits(model), before) <= 1e-12
         train(model, train_again)
     _, layers = adapted_layers(model)
-    assert all(
-        layer.adapters["default"].frozen_rank == 0 if fold else layer.adapters["default"].frozen_rank > 4
-        for layer in layers.values()
-    )
+    assert all(own(layer).frozen_rank == 0 if fold else own(layer).frozen_rank > 4 for layer in layers.values())
 
 
 @given(
@@ -191,21 +186,19 @@ def test_directions_that_are_not_turned_are_dropped():
     before = logits(model)
     refresh(model)
     _, layers = adapted_layers(model)
-    assert all(layer.adapters["default"].frozen_rank == 0 for layer in layers.values()) and torch.equal(
-        logits(model), before
-    )
+    assert all(own(layer).frozen_rank == 0 for layer in layers.values()) and torch.equal(logits(model), before)
     with torch.no_grad():
         for layer in layers.values():
-            layer.adapters["default"].theta[0] = 0.3  # one plane
+            own(layer).theta[0] = 0.3  # one plane
     before = logits(model)
     refresh(model)
-    assert all(layer.adapters["default"].frozen_rank == 2 for layer in layers.values())
+    assert all(own(layer).frozen_rank == 2 for layer in layers.values())
     with torch.no_grad():
         for layer in layers.values():
-            layer.adapters["default"].set_basis(torch.nn.functional.pad(layer.loft_frozen_basis["default"], (0, 4)))
-            plane = layer.loft_frozen_basis["default"].mT @ layer.adapters["default"].support
+            own(layer).set_basis(torch.nn.functional.pad(layer.loft_frozen_basis["default"], (0, 4)))
+            plane = layer.loft_frozen_basis["default"].mT @ own(layer).support
             sign = torch.linalg.det(plane[:, :2]).sign() * (1 if layer.loft_frozen_delta["default"][1, 0] < 0 else -1)
-            layer.adapters["default"].theta[0] = -0.3 * sign  # and back
+            own(layer).theta[0] = -0.3 * sign  # and back
             layer.loft_support["default"][:, 2:] = 0
     delta = factor_of(next(iter(layers.values())).adapters["default"]).reduced(1e-6)
     assert delta.rank == 0
@@ -236,7 +229,7 @@ def test_the_support_is_that_of_the_current_weight(side, checkpointing):
         s = skew_of(weights[name], gradients[name], side)
         best = float((torch.linalg.svdvals(s)[:16] ** 2).sum())
         # a sketch as wide as the layer is the dense problem
-        assert span_energy(layer.adapters["default"].support.double(), s) >= (0.999 if len(s) <= 32 else 0.7) * best
+        assert span_energy(own(layer).support.double(), s) >= (0.999 if len(s) <= 32 else 0.7) * best
 
 
 def test_a_principal_support_is_that_of_the_current_weight_and_a_random_one_is_new():
@@ -246,15 +239,15 @@ def test_a_principal_support_is_that_of_the_current_weight_and_a_random_one_is_n
     weight = rotated_weight(layer, layer.applied())
     report = refresh(model)
     wanted = loft_rs.select_support(None, 4, weights=weight, method="principal").basis
-    np.testing.assert_allclose(np.abs(wanted.T @ layer.adapters["default"].support.numpy()), np.eye(4), atol=1e-3)
+    np.testing.assert_allclose(np.abs(wanted.T @ own(layer).support.numpy()), np.eye(4), atol=1e-3)
     assert report.passes == 0 and report.layers[name].method == "principal"
     model = build(support="random")
     layer = next(iter(adapted_layers(model)[1].values()))
-    seen = [layer.adapters["default"].support.clone()]
+    seen = [own(layer).support.clone()]
     for _ in range(2):
         refresh(model)
-        assert all(not torch.equal(layer.adapters["default"].support, old) for old in seen)
-        seen.append(layer.adapters["default"].support.clone())
+        assert all(not torch.equal(own(layer).support, old) for old in seen)
+        seen.append(own(layer).support.clone())
 
 
 # -- the optimiser ---------------------------------------------------------------------------------------------------------
@@ -290,9 +283,9 @@ def test_moments_transport_or_restart():
     theta = next(p for p in model.parameters() if p.requires_grad)
     kept = {k: v.clone() for k, v in optimiser.state[theta].items()}
     layer = next(iter(adapted_layers(model)[1].values()))
-    old = layer.adapters["default"].support.double()
+    old = own(layer).support.double()
     refresh(model, token_batches(2, seed=1), optimizer=optimiser)
-    turn = layer.adapters["default"].support.double().mT @ old
+    turn = own(layer).support.double().mT @ old
     state = optimiser.state[theta]
     assert torch.equal(state["step"], kept["step"])
     for key in ("exp_avg", "exp_avg_sq"):
@@ -357,7 +350,7 @@ def test_a_nan_transform_and_a_nan_batch_are_named():
     model = build()
     layer = adapted_layers(model)[1]["model.layers.1.mlp.up_proj"]
     with torch.no_grad():
-        layer.adapters["default"].theta[1] = float("nan")
+        own(layer).theta[1] = float("nan")
     with pytest.raises(NonFiniteError, match=r"transform of layer model\.layers\.1\.mlp\.up_proj holds NaN"):
         refresh(model, token_batches(1))
 
@@ -421,7 +414,7 @@ def test_every_way_has_the_gradient_of_the_composed_weight(side, placement):
     _, layers = adapted_layers(model)
     batch = token_batches(1, seed=5)[0]
     name, layer = next((n, each) for n, each in layers.items() if n.endswith("0.self_attn.o_proj"))
-    theta = layer.adapters["default"].theta
+    theta = own(layer).theta
     # The reference: G of the merged weight, through W = W0 R_f R(theta) or R(theta) R_f W0 from the definitions.
     twin = copy.deepcopy(model).merge_and_unload()
     merged = twin.get_submodule(name).weight.requires_grad_(True)
@@ -429,8 +422,8 @@ def test_every_way_has_the_gradient_of_the_composed_weight(side, placement):
     free = theta.detach().clone().requires_grad_()
     eye, frozen, p = (
         torch.eye(32, dtype=torch.float64),
-        layer.adapters["default"].frozen_factor,
-        layer.adapters["default"].support,
+        own(layer).frozen_factor,
+        own(layer).support,
     )
     turn = eye + p @ (exact_transform("cayley", free, 4) - torch.eye(4)) @ p.mT
     held = eye + frozen.basis @ frozen.delta @ frozen.basis.mT

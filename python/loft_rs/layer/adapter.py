@@ -150,7 +150,10 @@ class LayerAdapter:
 
     def present(self, slot: str, tensor: Tensor) -> Tensor:
         """The tensor, brought here by whoever keeps it elsewhere: accelerate's offloading brings those of a module that is called."""
-        return self.owner.layer._modules[f"loft_{slot}"](self.name) if tensor.is_meta else tensor
+        if not tensor.is_meta:
+            return tensor
+        holder = self if slot == "scale" else self.owner  # a scale is each layer's own
+        return holder.layer._modules[f"loft_{slot}"](self.name)
 
     # -- what it is ------------------------------------------------------------------------------------------------------
 

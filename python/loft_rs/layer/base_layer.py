@@ -33,6 +33,11 @@ def dense_weight(base: nn.Module) -> Tensor | None:
     return weight.mT if is_conv1d(base) else weight
 
 
+def _is_dense(weight: Tensor | None) -> bool:
+    """Whether this is torch's own tensor, or what stands for one while a model is exported; subclasses are quantised or sharded."""
+    return type(weight) in (nn.Parameter, Tensor) or type(weight).__name__ == "FakeTensor"
+
+
 def fusible_weight(base: nn.Module) -> Tensor | None:
     """The dense W where y = x W^T + b is all that `base` does, and frozen: no hooks, no replaced forward, no gradient to W or b."""
     if (
@@ -44,12 +49,9 @@ def fusible_weight(base: nn.Module) -> Tensor | None:
     if base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or base._backward_pre_hooks:
         return None
     weight, bias = base._parameters.get("weight"), base._parameters.get("bias")
-    if (
-        type(weight) is not nn.Parameter
-        or not weight.dtype.is_floating_point
-        or weight.dim() != 2
-        or "forward" in vars(base)
-    ):
+    if weight is None:  # a DataParallel replica has plain attributes
+        weight, bias = getattr(base, "weight", None), getattr(base, "bias", None)
+    if not _is_dense(weight) or not weight.dtype.is_floating_point or weight.dim() != 2 or "forward" in vars(base):
         return None
     if weight.requires_grad or (bias is not None and bias.requires_grad):
         return None

@@ -46,17 +46,18 @@ def steps() -> int:
 
 
 class Value:
-    """E of one adapter in one pass. identity: whether E is known to be exactly zero."""
+    """E of one adapter in one pass. attached: with its gradient, where the pass began with gradients. identity: whether E is known
+    to be exactly zero."""
 
-    __slots__ = ("_attached", "identity", "index", "solution")
+    __slots__ = ("attached", "identity", "index", "solution")
 
     def __init__(self, solution: Solution, index: int, attached: Tensor | None, identity: bool):
-        self.solution, self.index, self._attached, self.identity = solution, index, attached, identity
+        self.solution, self.index, self.attached, self.identity = solution, index, attached, identity
 
     @property
     def delta(self) -> Tensor:
         """E (r, r), or D of all blocks, in theta's dtype, at least float32, with its gradient where the pass has gradients."""
-        return self.solution.deltas[self.index] if self._attached is None else self._attached
+        return self.solution.deltas[self.index] if self.attached is None else self.attached
 
     def cast(self, dtype: torch.dtype) -> Tensor:
         """E in `dtype`, without a gradient."""
@@ -180,11 +181,11 @@ def _enter(module: nn.Module, args: tuple, kwargs: dict) -> None:
     outer = current()
     scope = Scope(module, root, outer, sys._getframe(1))
     if not plain():
-        begin_values(scope, kwargs)
+        _begin_values(scope, kwargs)
     _CURRENT.set(scope)
 
 
-def begin_values(scope: Scope, kwargs: Mapping[str, Any]) -> None:
+def _begin_values(scope: Scope, kwargs: Mapping[str, Any]) -> None:
     """Compute what the pass needs that an outer one has not computed already."""
     root, outer = scope.root, scope.outer
     if scope.again:
@@ -313,8 +314,10 @@ def value_of(adapter: LayerAdapter, scope: Scope | None) -> Value:
     """E of an adapter with a transform in the pass that runs now, or of the layer alone."""
     owner = adapter.members[0]
     if scope is not None and (value := scope.values.get(owner)) is not None:
-        return value
-    if in_backward() if scope is None else scope.again:
+        # A pass that began without gradients may have a part with them.
+        if value.attached is not None or not (torch.is_grad_enabled() and owner.theta.requires_grad):
+            return value
+    elif in_backward() if scope is None else scope.again:
         return _recomputed(owner)
     return solve_all([owner])[owner]
 

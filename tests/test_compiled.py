@@ -167,17 +167,18 @@ def test_tensors_that_are_no_layers_own(dtype, side):
         torch.testing.assert_close([y, x.grad, theta.grad], expected)
 
 
+@pytest.mark.parametrize("half", [None, torch.bfloat16])
 @pytest.mark.parametrize("folded", [False, True])
 @pytest.mark.parametrize("stacked", [(), (3, 2)])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
 @pytest.mark.parametrize("name", TRANSFORMS)
-def test_the_operator_is_what_it_claims(name, dtype, stacked, folded):
+def test_the_operator_is_what_it_claims(name, dtype, stacked, folded, half):
     shape = get_transform(name).parameter_shape(4)
     thetas = 0.1 * torch.randn(2, *stacked, *shape, dtype=torch.float32)
     roots = torch.randn(2, 4, 4) if folded and not stacked else None
     torch.library.opcheck(
         torch.ops.loft_rs.solve.default,
-        (thetas.to(dtype), roots, name),
+        (thetas.to(dtype), roots, name, half),
         test_utils=("test_schema", "test_faketensor"),
     )
 

@@ -516,12 +516,13 @@ def test_replicas_compute_what_the_model_does_and_their_gradients_reach_it(kind,
             assert adapter.layer is layer and all(m.layer.replica_of is None for m in adapter.members)
 
 
-def test_a_replica_in_half_precision_keeps_small_rotations(replicas):
+def test_a_replica_in_half_precision_keeps_small_rotations(replicas, monkeypatch):
     model, x = build(placement="add", dtype=torch.bfloat16), inputs(dtype=torch.bfloat16)
     for p in trained(model):
         p.data.mul_(0.02)
     with torch.no_grad():
         wanted = model(x)
+        monkeypatch.setattr("loft_rs.layer.adapter.gram_root", None)  # a replica decomposes nothing
         assert all(torch.equal(replica(x), wanted) for replica in replicas(model))
 
 

@@ -97,7 +97,7 @@ def few_rows(x: Tensor, weight: Tensor, bias: Tensor | None, factor: LowRank, si
 
     Twice the rows cost less than W0 P as long as there are fewer rows than columns of P. Without a gradient.
     """
-    rows, p, e = x.reshape(-1, x.shape[-1]), factor.basis, factor.delta.to(x.dtype)
+    rows, (p, e) = x.reshape(-1, x.shape[-1]), factor
     wide = {"out_dtype": torch.float32} if x.is_cuda and x.dtype in HALF else {}
     if side == "input":
         y, turned = torch.mm(torch.cat([rows, ((rows @ p) @ e.mT) @ p.mT]), weight.mT, **wide).chunk(2)

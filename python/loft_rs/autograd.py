@@ -14,7 +14,16 @@ from typing import Any
 
 import torch
 
-__all__ = ["LIBRARY", "first_order", "higher_derivatives", "in_backward", "no_autocast", "plain"]
+__all__ = [
+    "LIBRARY",
+    "compiles_next",
+    "first_order",
+    "higher_derivatives",
+    "in_backward",
+    "inlined_only",
+    "no_autocast",
+    "plain",
+]
 
 # Part of the process for good: an operator is known to torch by its name alone.
 LIBRARY = torch.library.Library("loft_rs", "FRAGMENT")
@@ -52,6 +61,29 @@ def plain() -> bool:
         or torch._C._get_tracing_state() is not None
         or torch._C._functorch.peek_interpreter_stack() is not None
     )
+
+
+def inlined_only(hook: Callable) -> Callable:
+    """A hook that a graph may take in with the call it belongs to, and that is no graph of its own.
+
+    torch compiles the hooks of the outermost module as graphs apart from its forward: what they hand down would wait on a module
+    between two graphs, where a second thread finds it.
+    """
+    frames = torch._C._dynamo.eval_frame
+    if hasattr(frames, "set_code_exec_strategy"):
+        action = frames._FrameAction
+        frames.set_code_exec_strategy(hook.__code__, frames._FrameExecStrategy(action.SKIP, action.DEFAULT))
+        return hook
+    if hasattr(frames, "skip_code"):  # as torch called it before 2.6
+        frames.skip_code(hook.__code__)
+        return hook
+    return torch.compiler.disable(hook)  # right as well; a compiled model breaks its graph here
+
+
+@inlined_only
+def compiles_next() -> bool:
+    """Whether this code, which runs as it is, was called where torch compiles each function that it meets."""
+    return callable(torch._C._dynamo.eval_frame.get_eval_frame_callback())
 
 
 def first_order(backward: Callable) -> Callable:

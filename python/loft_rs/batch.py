@@ -36,18 +36,30 @@ class Solution:
         """E (r, r), or a stack of them, of one member in `dtype`, no gradient; all members are cast at once."""
         # Remembered because all layers of a pass ask; it is a function of what never changes, so a race writes one value twice.
         if dtype not in self._casts:
+            if torch.compiler.is_compiling():  # a checkpointed part of a graph may write to nothing outside it
+                return self.deltas[index].to(dtype)
             self._casts[dtype] = self.deltas.to(dtype).unbind(0)
         return self._casts[dtype][index]
 
 
-def solve(transform: Transform, thetas: Tensor, roots: Tensor | None) -> Solution:
-    """E of parameters (B, ...) of one rank, with their Gram roots (B, r, r), outside autograd."""
+def solve(transform: Transform, thetas: Tensor, roots: Tensor | None, half: torch.dtype | None = None) -> Solution:
+    """E of parameters (B, ...) of one rank, with their Gram roots (B, r, r), outside autograd.
+
+    half: a dtype in which a graph needs E besides its own.
+    """
     with torch.no_grad(), no_autocast(thetas.device.type):
         if torch.compiler.is_compiling():
-            deltas, saved = torch.ops.loft_rs.solve(thetas, roots, transform.name)
-        else:
-            deltas, saved = _solve(thetas, roots, transform.name)
-    return Solution(transform, thetas, deltas, saved, roots)
+            return _solve_in_graph(transform, thetas, roots, half)
+        return Solution(transform, thetas, *_solve(thetas, roots, transform.name), roots)
+
+
+def _solve_in_graph(transform: Transform, thetas: Tensor, roots: Tensor | None, half: torch.dtype | None) -> Solution:
+    # The cast too: a compiler would cast each member where it is used, a launch a layer.
+    deltas, saved, cast = torch.ops.loft_rs.solve(thetas, roots, transform.name, half)
+    solution = Solution(transform, thetas, deltas, saved, roots)
+    if half is not None:
+        solution._casts[half] = cast.unbind(0)
+    return solution
 
 
 def _solve(thetas: Tensor, roots: Tensor | None, transform: str) -> tuple[Tensor, Tensor]:
@@ -59,19 +71,30 @@ def _solve(thetas: Tensor, roots: Tensor | None, transform: str) -> tuple[Tensor
     return deltas.contiguous(), saved.contiguous()
 
 
-def _fake_solve(thetas: Tensor, roots: Tensor | None, transform: str) -> tuple[Tensor, Tensor]:
+def _solve_and_cast(
+    thetas: Tensor, roots: Tensor | None, transform: str, half: torch.dtype | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    deltas, saved = _solve(thetas, roots, transform)
+    return deltas, saved, deltas.new_empty(0) if half is None else deltas.to(half, copy=True)
+
+
+def _fake_solve(
+    thetas: Tensor, roots: Tensor | None, transform: str, half: torch.dtype | None
+) -> tuple[Tensor, Tensor, Tensor]:
     made = get_transform(transform)
     r = made.rank(thetas.shape)
     stack = thetas.shape[: thetas.dim() - len(made.parameter_shape(r))]
     dtype = torch.promote_types(thetas.dtype, torch.float32)
     saved = thetas.new_empty(*stack, *made.saved_shape(r), dtype=dtype)
-    return thetas.new_empty(*stack, r, r, dtype=dtype), saved
+    deltas = thetas.new_empty(*stack, r, r, dtype=dtype)
+    return deltas, saved, deltas.new_empty(0) if half is None else torch.empty_like(deltas, dtype=half)
 
 
 LIBRARY.define(
-    "solve(Tensor thetas, Tensor? roots, str transform) -> (Tensor, Tensor)", tags=(torch.Tag.pt2_compliant_tag,)
+    "solve(Tensor thetas, Tensor? roots, str transform, ScalarType? half) -> (Tensor, Tensor, Tensor)",
+    tags=(torch.Tag.pt2_compliant_tag,),
 )
-LIBRARY.impl("solve", _solve, "CompositeExplicitAutograd")
+LIBRARY.impl("solve", _solve_and_cast, "CompositeExplicitAutograd")
 torch.library.register_fake("loft_rs::solve", _fake_solve, lib=LIBRARY)
 
 

@@ -66,8 +66,8 @@ class LayerAdapter:
         # is the base layer, to the bit; afterwards nothing depends on it.
         self.moved = False
         self.looked_at: int | None = None
-        # E as a compiled pass hands it down: set and taken back inside the compiled region, None everywhere else.
-        self.handed: Tensor | None = None
+        # The `Value` that a compiled pass hands down: set and taken back inside the compiled region, None everywhere else.
+        self.handed: Any = None
         self.forget()
 
     def __getstate__(self) -> dict:
@@ -294,6 +294,9 @@ class LayerAdapter:
         owner = self.members[0]
         if not owner.kind.has_support:
             return None
+        if (original := owner.layer.replica_of) is not None:  # a DataParallel replica is made anew for every pass
+            root = original.adapters[owner.name].gram_root()
+            return None if root is None else root.to(owner.support.device)
         held = owner._root
         if torch.compiler.is_compiling():  # made before, as a rule: a decomposition has no place in a graph
             return gram_root_in_graph(owner.support) if held is None else held.value

@@ -22,8 +22,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from ..autograd import in_backward, plain
+from ..autograd import compiles_next, in_backward, inlined_only, plain
 from ..batch import Solution, attach, differentiable_delta, solve
+from ..factor import HALF
 from .adapter import LayerAdapter
 
 __all__ = ["Root", "Scope", "Value", "current", "delta_of", "forget_products", "steps", "unwatch", "value_of", "watch"]
@@ -146,15 +147,18 @@ def _runs(frame: FrameType) -> bool:
 # -- the hooks of a root: they read nothing but the module that they are called with ------------------------------------------
 
 
-def watch(module: nn.Module, root: Root) -> None:
-    """Let passes begin at `module`, whose root takes the place of the one it may have."""
+def watch(module: nn.Module, root: Root, *, solves: bool = True) -> None:
+    """Let passes begin at `module`, whose root takes the place of the one it may have.
+
+    solves: whether a graph that holds a call of this module solves here for all its layers; of a whole model one module does.
+    """
     if "_loft_root" not in module.__dict__:  # a PEFT model answers for the model inside it
         handles = (
             module.register_forward_pre_hook(_enter, with_kwargs=True),
             module.register_forward_hook(_leave, always_call=True),
         )
         module._loft_hooks = tuple(handle.id for handle in handles)
-    module._loft_root = root
+    module._loft_root, module._loft_solves = root, solves and root.whole
 
 
 def unwatch(module: nn.Module) -> None:
@@ -168,13 +172,17 @@ def unwatch(module: nn.Module) -> None:
             (module._forward_hooks_always_called, after),
         ):
             hooks.pop(key, None)
-        del module._loft_root, module._loft_hooks
+        del module._loft_root, module._loft_solves, module._loft_hooks
 
 
+@inlined_only
 def _enter(module: nn.Module, args: tuple, kwargs: dict) -> None:
     root = module._loft_root
     if torch.compiler.is_compiling():
-        _enter_traced(root)
+        if module._loft_solves:
+            _enter_traced(root)
+        return
+    if compiles_next():  # the module's forward is a graph, and takes nothing from outside
         return
     if getattr(module, "_is_replica", False):
         root = _of_replica(module)
@@ -215,9 +223,11 @@ def _solved(root: Root, adapters: list[LayerAdapter]) -> dict[LayerAdapter, Valu
     return held.values
 
 
+@inlined_only
 def _leave(module: nn.Module, args: tuple, output: Any) -> None:
     if torch.compiler.is_compiling():
-        _leave_traced(module._loft_root)
+        if module._loft_solves:
+            _leave_traced(module._loft_root)
         return
     scope = _CURRENT.get()
     while scope is not None and scope.module is not module:
@@ -243,22 +253,30 @@ def _of_replica(module: nn.Module) -> Root:
 
 
 def _enter_traced(root: Root) -> None:
-    """One solve for the layers of a model that is compiled whole.
+    """One solve for the layers of a graph that holds a call of the module.
 
     In any other region each layer solves for itself. What a pass outside has solved is not taken, as blocks of one kind run one graph,
-    which would hold one block's values; nor is anything handed down inside a block, whose hooks torch compiles as graphs of their own.
+    which would hold one block's values.
     """
-    if plain() or not root.whole or len(root.layers) == 1:
+    if plain() or len(root.layers) == 1:
         return
     # Anew, whatever there is: a pass with a graph break that Ctrl-C broke off may have left what it handed down.
     missing = root.wanted()
     if missing:
         root.traced = True
         for together in _alike(missing).values():
-            thetas = [adapter.theta for adapter in together]
-            solution = solve(together[0].transform, torch.stack([t.detach() for t in thetas]), _roots(together))
-            for adapter, delta in zip(together, attach(solution, range(len(together)), thetas), strict=True):
-                adapter.handed = delta
+            for adapter, value in _values_traced(together).items():
+                adapter.handed = value
+
+
+def _values_traced(adapters: Sequence[LayerAdapter]) -> dict[LayerAdapter, Value]:
+    """E of adapters that one solve can serve."""
+    thetas = [adapter.theta for adapter in adapters]
+    stored = [adapter.support.dtype for adapter in adapters if adapter.kind.has_support]
+    half = next((dtype for dtype in stored if dtype in HALF), None)
+    solution = solve(adapters[0].transform, torch.stack([t.detach() for t in thetas]), _roots(adapters), half)
+    attached = attach(solution, range(len(thetas)), thetas)
+    return {adapter: Value(solution, i, attached[i], False) for i, adapter in enumerate(adapters)}
 
 
 def _leave_traced(root: Root) -> None:
@@ -313,6 +331,8 @@ def _starts_a_sequence(kwargs: Mapping[str, Any]) -> bool:
 def value_of(adapter: LayerAdapter, scope: Scope | None) -> Value:
     """E of an adapter with a transform in the pass that runs now, or of the layer alone."""
     owner = adapter.members[0]
+    if torch.compiler.is_compiling():
+        return _values_traced([owner])[owner] if owner.handed is None else owner.handed
     if scope is not None and (value := scope.values.get(owner)) is not None:
         # A pass that began without gradients may have a part with them.
         if value.attached is not None or not (torch.is_grad_enabled() and owner.theta.requires_grad):
@@ -329,16 +349,7 @@ def delta_of(adapter: LayerAdapter, scope: Scope | None = None) -> Tensor | None
     owner = adapter.members[0]
     if plain():
         return differentiable_delta(owner.transform, owner.present("theta", owner.theta), owner.gram_root())
-    if torch.compiler.is_compiling():
-        return _traced(owner)
     return value_of(adapter, scope).delta
-
-
-def _traced(owner: LayerAdapter) -> Tensor:
-    if owner.handed is not None:
-        return owner.handed
-    theta = owner.theta
-    return attach(solve(owner.transform, theta.detach()[None], _roots([owner])), [0], [theta])[0]
 
 
 def _recomputed(owner: LayerAdapter) -> Value:

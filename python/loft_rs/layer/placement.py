@@ -146,16 +146,23 @@ def _add_in_graph(layer: Any, adapter: LayerAdapter, x: Tensor) -> Tensor | None
         part = _part(layer, adapter, x, None, autocast)
         if part is None:
             return None
-        x, delta = x.to(part.inputs.left.dtype), delta_of(adapter)
-        if part.refreshed:
-            delta = adapter.frozen(x.dtype).times(delta)
+        x = x.to(part.inputs.left.dtype)
         if plain():
-            return laid_down_plainly(x, part.inputs, delta)
+            delta = delta_of(adapter)
+            return laid_down_plainly(x, part.inputs, _with_frozen(part, delta, x.dtype))
+        value = value_of(adapter, None)
+        delta = _with_frozen(part, value.delta, x.dtype)
+        cast = delta.detach().to(x.dtype) if part.refreshed else value.cast(x.dtype)
         if not torch.is_grad_enabled() and x.shape[:-1].numel() < delta.shape[-1]:
             # A graph keeps no product from one token to the next, and W0 P would cost more than the token.
             basis = part.inputs.left if adapter.side == "input" else part.inputs.right
-            return few_rows(x, part.inputs.weight, part.inputs.bias, LowRank(basis, delta), adapter.side)
-        return AddLowRank.apply(x, Joined.of((part.inputs,)), [delta.detach().to(x.dtype)], [False], delta)
+            return few_rows(x, part.inputs.weight, part.inputs.bias, LowRank(basis, cast), adapter.side)
+        return AddLowRank.apply(x, Joined.of((part.inputs,)), [cast], [False], delta)
+
+
+def _with_frozen(part: _Part, delta: Tensor, dtype: torch.dtype) -> Tensor:
+    """E of the adapter, or of its product with what is frozen."""
+    return part.adapter.frozen(dtype).times(delta) if part.refreshed else delta
 
 
 def _part(
@@ -219,9 +226,7 @@ def _node(x: Tensor, parts: list[_Part], scope: Scope | None, joined: Joined) ->
     if grads:
         casts, identities, deltas = [], [], []
         for value, part in zip(values, parts, strict=True):
-            delta = value.delta
-            if part.refreshed:
-                delta = part.adapter.frozen(dtype).times(delta)
+            delta = _with_frozen(part, value.delta, dtype)
             casts.append(delta.detach().to(dtype) if part.refreshed else value.cast(dtype))
             identities.append(value.identity and not part.refreshed)
             deltas.append(delta)
@@ -235,7 +240,7 @@ def _turned(value: Value, part: _Part, scope: Scope | None, dtype: torch.dtype) 
     """right E (m x r), as often as an evaluation goes on with one solve; None at the identity."""
     adapter, right = part.adapter, part.inputs.right
     if part.refreshed:
-        return right @ adapter.frozen(dtype).times(value.delta).to(dtype)
+        return right @ _with_frozen(part, value.delta, dtype).to(dtype)
     if value.identity:
         return None
     if scope is None or scope.evaluation is None:

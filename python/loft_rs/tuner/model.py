@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import warnings
 import zlib
 from contextlib import contextmanager
@@ -158,8 +159,11 @@ class LoftModel(BaseTuner):
                 own = [child for child in module.children() if isinstance(child, Linear)]
                 watch(module, Root(own, whole=False, groups=groups))
         root.groups = getattr(getattr(self.model, "_loft_root", None), "groups", {})
+        inside = _holder(self.model)
         for module in (self, self.model):
-            watch(module, root)
+            watch(module, root, solves=inside is None)
+        if inside is not None:
+            watch(inside, root)
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         """Nothing to cast: trained parameters are float32 from the start, and P keeps the base's half precision."""
@@ -217,6 +221,21 @@ class LoftModel(BaseTuner):
                 "adapter_names (mixed batches) is not supported by LOFT yet; use set_adapter and one adapter a batch"
             )
         yield
+
+
+def _holder(model: nn.Module) -> nn.Module | None:
+    """The innermost module below `model` that holds all its layers and can be called; None where that is `model` itself.
+
+    A graph solves here: it holds the hooks of every module but the one that is compiled, which is most often the model.
+    """
+    paths = [name.split(".")[:-1] for name, module in model.named_modules() if isinstance(module, Linear)]
+    shared = list(itertools.takewhile(lambda parts: len(set(parts)) == 1, zip(*paths, strict=False)))
+    for depth in range(len(shared), 0, -1):
+        module = model.get_submodule(".".join(parts[0] for parts in shared[:depth]))
+        # One with layers of one input is a root of its own.
+        if not isinstance(module, (nn.ModuleList, nn.ModuleDict)) and "_loft_root" not in module.__dict__:
+            return module
+    return None
 
 
 def _supports_in_file(config: LoftConfig) -> dict[str, Any] | None:

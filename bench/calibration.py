@@ -34,8 +34,9 @@ from common import Report, machine, seconds
 from torch import nn
 
 from loft_rs import LoftConfig, calibrate
-from loft_rs.evidence import Evidence, overlap
-from loft_rs.sketch import OVERSAMPLING, SKETCHES, Plan
+from loft_rs.sketch.base import Plan
+from loft_rs.sketch.plan import OVERSAMPLING, SKETCHES
+from loft_rs.sketch.split_half import Evidence, overlap
 
 PACKAGES = ["torch", "transformers", "peft"]
 SIZE = 8

@@ -31,10 +31,11 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 import loft_rs
-from loft_rs.footprint import Survey
-from loft_rs.runner import require_finite
-from loft_rs.sketch import OVERSAMPLING, Sketch, plan_for, sketch_for
-from loft_rs.tap import LayerTap
+from loft_rs.calibration.memory import Survey
+from loft_rs.calibration.passes import require_finite
+from loft_rs.sketch.base import Sketch
+from loft_rs.sketch.plan import OVERSAMPLING, plan_for, sketch_for
+from loft_rs.sketch.tap import LayerTap
 from loft_rs.tuner.adapters import adapted_layers
 
 RANK = 64

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from loft_rs.transform import skew
+from loft_rs.transform.skew import skew
 
 
 def exact_transform(name: str, theta: torch.Tensor, r: int) -> torch.Tensor:

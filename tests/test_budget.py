@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
 from loft_rs import Budget, Support, load_supports, save_supports, select_support
-from loft_rs.budget import PARAMETERS, Allocation, share_ranks
 from loft_rs.cli import main
-from loft_rs.support import cut_support
+from loft_rs.support.budget import PARAMETERS, Allocation, share_ranks
+from loft_rs.support.support import cut_support
 
 SPECTRAL = ("gradsvd", "skewgrad", "principal")
 
@@ -102,7 +102,7 @@ def test_a_narrow_search_still_proves_its_gap(case, width):
     if not within:
         return
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("loft_rs.budget._WIDTHS", (width,))
+        patch.setattr("loft_rs.support.budget._WIDTHS", (width,))
         shared = share_ranks(spectra, budget)
     assert 0 <= shared.gap < math.inf and shared.params <= budget.params
     assert energy_of(spectra, shared) * (1 + shared.gap) >= max(within) * (1 - 1e-10)
@@ -145,7 +145,7 @@ def test_many_layers_are_optimal_by_another_method_too(seed, params, transform):
 def test_a_search_cut_short_owns_up_to_a_gap(monkeypatch):
     spectra, params = noisy_spectra(224, 512, 0.7), 224 * 2016
     exact = share_ranks(spectra, Budget(params=params))
-    monkeypatch.setattr("loft_rs.budget._WIDTHS", (2,))
+    monkeypatch.setattr("loft_rs.support.budget._WIDTHS", (2,))
     short = share_ranks(spectra, Budget(params=params))
     assert 0 < short.gap < 1e-4 and short.params <= params
     assert energy_of(spectra, short) < energy_of(spectra, exact) <= energy_of(spectra, short) * (1 + short.gap)

@@ -14,7 +14,7 @@ from reference import basis_of, make_bert, make_llama, token_batches
 
 import loft_rs
 from loft_rs import LoftConfig, NonFiniteError, calibrate
-from loft_rs.sketch import OVERSAMPLING
+from loft_rs.sketch.plan import OVERSAMPLING
 from loft_rs.tuner.adapters import adapted_layers
 
 

@@ -15,9 +15,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import loft_rs
 from loft_rs import LoftConfig, calibrate
-from loft_rs.footprint import byte_count
-from loft_rs.sketch import PROBES, plan_for, sketch_for
-from loft_rs.tap import LayerTap
+from loft_rs.calibration.memory import byte_count
+from loft_rs.sketch.base import PROBES
+from loft_rs.sketch.plan import plan_for, sketch_for
+from loft_rs.sketch.tap import LayerTap
 from loft_rs.tuner.adapters import adapted_layers
 
 SUPPORTS = ["skewgrad", "gradsvd", "activation", "principal"]

@@ -17,7 +17,7 @@ from torch import nn
 
 import loft_rs
 from loft_rs import LoftConfig, NonFiniteError, calibrate
-from loft_rs.sketch import OVERSAMPLING
+from loft_rs.sketch.plan import OVERSAMPLING
 from loft_rs.tuner.adapters import adapted_layers
 
 SUPPORTS = ["skewgrad", "gradsvd", "activation", "principal"]

@@ -15,8 +15,8 @@ from test_calibration import build, dense_gradients, skew_of, span_energy
 
 import loft_rs
 from loft_rs import Budget, Evidence, calibrate
-from loft_rs.compressed import left_vectors, nystroem, skew_core
-from loft_rs.evidence import evidence_of, overlap
+from loft_rs.sketch.small import left_vectors, nystroem, skew_core
+from loft_rs.sketch.split_half import evidence_of, overlap
 from loft_rs.tuner.adapters import adapted_layers
 
 SUPPORTS = ("skewgrad", "gradsvd", "activation")

@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from loft_rs import LoftConfig
 from loft_rs.nn import LoftLinear
-from loft_rs.transform import Cayley, get_transform
+from loft_rs.transform.transforms import Cayley, get_transform
 
 
 @pytest.fixture(autouse=True)

@@ -35,7 +35,7 @@ from torch import nn
 
 from loft_rs.convert import convert_adapter
 from loft_rs.convert.triangles import lower, lower_from_upper, upper_from_lower
-from loft_rs.transform import skew as skew_of
+from loft_rs.transform.skew import skew as skew_of
 
 pytestmark = pytest.mark.usefixtures("extension")
 

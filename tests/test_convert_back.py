@@ -28,7 +28,7 @@ from safetensors.torch import load_file
 import loft_rs
 from loft_rs import LoftConfig
 from loft_rs.convert import convert_adapter
-from loft_rs.transform import skew as skew_of
+from loft_rs.transform.skew import skew as skew_of
 
 pytestmark = pytest.mark.usefixtures("extension")
 

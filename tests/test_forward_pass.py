@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 import loft_rs
 from loft_rs import LoftConfig
-from loft_rs.layer import forward_pass
+from loft_rs.layer import values
 from loft_rs.layer.forward_pass import current
 
 # float32 arithmetic over a few products of at most 48 terms; bf16 carries 2^-9 in each of some ten roundings in a row. A support is
@@ -40,9 +40,9 @@ def _no_pass_is_left():
 
 def solves(monkeypatch) -> list[int]:
     """How many thetas each solve takes from here on."""
-    seen, original = [], forward_pass.solve
+    seen, original = [], values.solve
     monkeypatch.setattr(
-        forward_pass, "solve", lambda t, thetas, roots: seen.append(len(thetas)) or original(t, thetas, roots)
+        values, "solve", lambda t, thetas, roots: seen.append(len(thetas)) or original(t, thetas, roots)
     )
     return seen
 

@@ -20,9 +20,9 @@ from torch import nn
 
 import loft_rs
 from loft_rs import LoftConfig, LoftNarrowCallback, LoftRefreshCallback, Pilot, calibrate
+from loft_rs.calibration.pilot import Change, changes_for, partners
 from loft_rs.inspection import inspect_adapter
 from loft_rs.layer.merging import factor_of
-from loft_rs.pilot import Change, changes_for, partners
 from loft_rs.tuner.adapters import adapted_layers, owners
 
 SHORT = Pilot(steps=3)

@@ -7,8 +7,10 @@ import sys
 import pytest
 import torch
 
-from loft_rs import kernels
-from loft_rs.transform import Cayley, skew
+from loft_rs.factor import kernels as block_kernels
+from loft_rs.transform import kernels as solve_kernels
+from loft_rs.transform.skew import skew
+from loft_rs.transform.transforms import Cayley
 
 CHECK = """
 import torch
@@ -22,7 +24,7 @@ for r in (2, 3, 16, 33):
 def errors(r: int, norm: float, device: str) -> tuple[float, float]:
     """Relative errors of D and Z."""
     theta = norm * torch.randn(3, r * (r - 1) // 2, generator=torch.Generator().manual_seed(r)).to(device)
-    delta, inverse = kernels.cayley(theta, r)
+    delta, inverse = solve_kernels.cayley(theta, r)
     a = skew(theta.double(), r)
     z = torch.linalg.inv(a + torch.eye(r, dtype=a.dtype, device=device))
     d = -2 * a @ z
@@ -43,8 +45,8 @@ def turn_errors(rows: int, n: int, b: int, permuted: bool, dtype: torch.dtype, d
     x, g = (torch.randn(rows, n, generator=generator).to(device, dtype) for _ in range(2))
     d = (0.3 * torch.randn(n // b, b, b, generator=generator)).to(device, dtype)
     order = torch.randperm(n, generator=generator).to(device) if permuted else None
-    found = [kernels.turn(x, d.mT, order), *kernels.turn_back(g, x, d, order, True)]
-    assert kernels.turn_back(g, x, d, order, False)[0] is None
+    found = [block_kernels.turn(x, d.mT, order), *block_kernels.turn_back(g, x, d, order, True)]
+    assert block_kernels.turn_back(g, x, d, order, False)[0] is None
     place = torch.arange(n, device=device) if order is None else order
     whole = torch.block_diag(*d.double()) + torch.eye(n, dtype=torch.float64, device=device)
     xp, gp = x.double()[:, place], g.double()[:, place]
@@ -80,11 +82,11 @@ def test_turns_in_the_interpreter():
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("b", kernels.TURNED_BLOCKS)
+@pytest.mark.parametrize("b", block_kernels.TURNED_BLOCKS)
 @pytest.mark.parametrize("permuted", [False, True])
 def test_turns_on_a_gpu(b, permuted, dtype):
-    assert kernels.turns(torch.zeros(2, b, device="cuda", dtype=dtype), b)
-    assert not kernels.turns(torch.zeros(0, b, device="cuda", dtype=dtype), b)
+    assert block_kernels.turns(torch.zeros(2, b, device="cuda", dtype=dtype), b)
+    assert not block_kernels.turns(torch.zeros(0, b, device="cuda", dtype=dtype), b)
     for rows, n in ((5, b), (1000, 4 * b)):
         turned, back, product = turn_errors(rows, n, b, permuted, dtype, "cuda")
         assert max(turned, back) <= torch.finfo(dtype).eps * (b**0.5 if dtype == torch.float32 else 1)
@@ -95,10 +97,10 @@ def test_turns_on_a_gpu(b, permuted, dtype):
 @pytest.mark.parametrize("r", [2, 7, 64, 100, 128])
 @pytest.mark.parametrize("norm", [1e-6, 0.1, 10.0])
 def test_cayley_on_a_gpu(r, norm):
-    assert kernels.available(torch.zeros(1, r * (r - 1) // 2, device="cuda"), r)
+    assert solve_kernels.available(torch.zeros(1, r * (r - 1) // 2, device="cuda"), r)
     assert max(errors(r, norm, "cuda")) <= torch.finfo(torch.float32).eps
 
 
 def test_what_the_kernel_does_not_serve_goes_the_torch_way():
-    assert not kernels.available(torch.zeros(1, 6), 4)
+    assert not solve_kernels.available(torch.zeros(1, 6), 4)
     assert Cayley().delta(torch.zeros(1, 6), 4)[0].shape == (1, 4, 4)

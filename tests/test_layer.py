@@ -15,12 +15,12 @@ from torch.utils.checkpoint import checkpoint
 
 import loft_rs
 from loft_rs._format import ORTHONORMAL
-from loft_rs.custom import custom_basis
-from loft_rs.factor import LowRank, gram_root
+from loft_rs.factor.low_rank import LowRank, gram_root
 from loft_rs.layer.merging import factor_of, lora_factors, merge, rotated_weight
 from loft_rs.layer.placement import choose_placement
 from loft_rs.nn import LoftLinear
-from loft_rs.transform import TRANSFORMS, get_transform
+from loft_rs.support.custom import custom_basis
+from loft_rs.transform.transforms import TRANSFORMS, get_transform
 
 SIDES, PLACEMENTS, NAMES = ["input", "output"], ["rotate", "add"], [*sorted(TRANSFORMS), "cayley+halves"]
 

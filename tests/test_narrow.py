@@ -18,8 +18,8 @@ from test_refresh import apart, build, quantise, same, snapshot
 
 import loft_rs
 from loft_rs import LoftConfig, NarrowReport, NonFiniteError, narrow, refresh
-from loft_rs import refreshing as module
 from loft_rs.layer.merging import factor_of
+from loft_rs.refreshing import narrow as module
 from loft_rs.tuner.adapters import adapted_layers
 
 EPS = torch.finfo(torch.float32).eps

@@ -18,9 +18,9 @@ from torch import nn
 
 import loft_rs
 from loft_rs import Budget, LoftConfig, NonFiniteError, Pilot, calibrate, refresh
+from loft_rs.calibration.pilot import Change, changes_for
 from loft_rs.layer import AdaptedLinear
-from loft_rs.pilot import Change, changes_for
-from loft_rs.transform import get_transform
+from loft_rs.transform.transforms import get_transform
 from loft_rs.tuner.adapters import adapted_layers
 
 SHORT = Pilot(steps=3)

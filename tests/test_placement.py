@@ -8,7 +8,8 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from loft_rs import LoftConfig, add_low_rank
+from loft_rs import LoftConfig
+from loft_rs.factor import add_low_rank
 from loft_rs.layer import placement
 from loft_rs.layer.placement import named_groups
 

@@ -9,8 +9,10 @@ from hypothesis import strategies as st
 from reference import token_batches
 from test_calibration import build
 
-from loft_rs import calibrate, products
-from loft_rs.sketch import SKETCHES, Plan
+from loft_rs import calibrate
+from loft_rs.sketch import products
+from loft_rs.sketch.base import Plan
+from loft_rs.sketch.plan import SKETCHES
 
 
 def tall_products(monkeypatch, call):

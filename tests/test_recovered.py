@@ -13,8 +13,10 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from loft_rs import factor as factors_module
-from loft_rs.factor import Blocks, RotateBlocks, ScaleOutput, householder
+from loft_rs.factor import scale as scale_module
+from loft_rs.factor.blocks import Blocks, RotateBlocks
+from loft_rs.factor.low_rank import householder
+from loft_rs.factor.scale import ScaleOutput
 from loft_rs.layer.kinds import Householder, Partition, butterfly
 from loft_rs.layer.merging import factor_of
 
@@ -348,7 +350,7 @@ def test_output_scale_against_float64(rows, m, leading, seed):
 
 
 def test_output_scale_sums_half_precision_in_float32(monkeypatch):
-    monkeypatch.setattr(factors_module, "_SUMMED", 64)  # several pieces
+    monkeypatch.setattr(scale_module, "_SUMMED", 64)  # several pieces
     y, g = (1e-4 * random(40, 8, seed=s).to(torch.float16) for s in (0, 1))  # whose products float16 takes for 0
     scale = torch.zeros(8, requires_grad=True)
     ScaleOutput.apply(y, scale).backward(g)

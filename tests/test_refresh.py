@@ -16,10 +16,11 @@ from reference import adam, basis_of, exact_transform, logits, make_llama, own, 
 from test_calibration import skew_of, span_energy
 
 import loft_rs
-from loft_rs import LoftConfig, NonFiniteError, refresh, refreshing
-from loft_rs.factor import Frozen, LowRank
+from loft_rs import LoftConfig, NonFiniteError, refresh
+from loft_rs.factor.low_rank import Frozen, LowRank
 from loft_rs.layer.merging import factor_of, original_weight, rotated_weight
-from loft_rs.moments import transported
+from loft_rs.refreshing import freeze
+from loft_rs.refreshing.optimizer_state import transported
 from loft_rs.tuner.adapters import adapted_layers
 
 EPS = torch.finfo(torch.float32).eps
@@ -331,14 +332,14 @@ def test_a_failed_refresh_changes_nothing(how, monkeypatch):
     options = {"train_step": (lambda: None) if how == "no gradient" else step}
     if how == "fold":
         layers = list(adapted_layers(model)[1].values())
-        kept = refreshing.rotated_weight
+        kept = freeze.rotated_weight
 
         def fail(layer, *args, **kwargs):
             if layer is layers[-1]:
                 raise MemoryError
             return kept(layer, *args, **kwargs)
 
-        monkeypatch.setattr(refreshing, "rotated_weight", fail)
+        monkeypatch.setattr(freeze, "rotated_weight", fail)
         options = {"dataloader": batches, "fold": True}
     with pytest.raises(errors.get(how, ValueError)):
         refresh(model, optimizer=optimiser, **options)

@@ -16,8 +16,8 @@ from safetensors.numpy import load_file, save_file
 
 import loft_rs
 from loft_rs import Support, linalg, load_supports, save_supports, select_support
-from loft_rs._io import whole_directory
-from loft_rs.support import METHODS
+from loft_rs._files import whole_directory
+from loft_rs.support.methods import METHODS
 
 EPS = float(np.finfo(np.float32).eps)
 KEY = "loft_rs.supports"

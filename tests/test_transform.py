@@ -11,12 +11,13 @@ from hypothesis import strategies as st
 from reference import basis_of, exact_transform
 from torch import nn
 
-from loft_rs.batch import attach, differentiable_delta, solve
-from loft_rs.layer import forward_pass
+from loft_rs.layer import values
 from loft_rs.layer.forward_pass import Root, watch
 from loft_rs.layer.merging import rotated_weight
 from loft_rs.nn import LoftLinear
-from loft_rs.transform import TRANSFORMS, get_transform, skew
+from loft_rs.transform.batch import attach, differentiable_delta, solve
+from loft_rs.transform.skew import skew
+from loft_rs.transform.transforms import TRANSFORMS, get_transform
 
 VARIANTS = [
     "cayley_neumann:1",
@@ -211,8 +212,8 @@ def test_without_gradients_a_solve_is_not_taken_for_another_gram_root(monkeypatc
     layers, x = chain(dtype=torch.bfloat16), torch.randn(4, 12).bfloat16()
     roots = [layer.adapters["default"].gram_root() for layer in layers]
     assert all(root is not None for root in roots)
-    solves, original = [], forward_pass.solve
-    monkeypatch.setattr(forward_pass, "solve", lambda *given: solves.append(original(*given)) or solves[-1])
+    solves, original = [], values.solve
+    monkeypatch.setattr(values, "solve", lambda *given: solves.append(original(*given)) or solves[-1])
     with torch.no_grad():
         for _ in range(2):
             layers(x)

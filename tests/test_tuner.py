@@ -93,7 +93,7 @@ def test_saving_twice_gives_the_same_bytes(tmp_path):
 
 def test_loading_never_selects_a_support_again(tmp_path, monkeypatch):
     train(build()).save_pretrained(tmp_path)
-    monkeypatch.setattr("loft_rs.tuner.selection.select_support", None)
+    monkeypatch.setattr("loft_rs.tuner.supports.select_support", None)
     peft.PeftModel.from_pretrained(make_llama(), str(tmp_path))
 
 

@@ -20,7 +20,7 @@ from typing import Any
 
 from protocol import interval, paired, read_lines
 
-from loft_rs._io import whole_file
+from loft_rs._files import whole_file
 
 AGAINST = ("LoRA r1", "LOFT principal")
 LEGEND = (

@@ -222,9 +222,10 @@ def _demo(options: argparse.Namespace) -> None:
 
 
 def _select(options: argparse.Namespace) -> None:
-    from ._io import check_writable
-    from .budget import Allocation, Budget
-    from .support import save_supports, select_support
+    from ._files import check_writable
+    from .support.budget import Allocation, Budget
+    from .support.files import save_supports
+    from .support.select import select_support
 
     check_writable(options.out)
     rank = options.rank if options.params is None else Budget(params=options.params)
@@ -261,7 +262,7 @@ def _progress(name: str, done: int, total: int) -> None:
 
 def _layers(path: Path) -> dict:
     """The 2-D tensors of a file by module name: `q_proj.weight` is the layer `q_proj`."""
-    from ._io import read_safetensors
+    from ._files import read_safetensors
 
     tensors, _ = read_safetensors(path)
     layers = {name.removesuffix(".weight"): tensor for name, tensor in tensors.items() if tensor.ndim == 2}
@@ -283,7 +284,7 @@ def _named_weights(paths: list[Path], names: list[str]) -> dict:
 
 
 def _inspect(options: argparse.Namespace) -> None:
-    from ._io import check_writable
+    from ._files import check_writable
     from .inspection import inspect_adapter, text_table
 
     if options.plot is not None:
@@ -301,7 +302,7 @@ def _inspect(options: argparse.Namespace) -> None:
 
 
 def _export_lora(options: argparse.Namespace) -> None:
-    from ._io import check_writable
+    from ._files import check_writable
     from .export import check_target, export_lora
 
     check_writable(options.out, folder=True)
@@ -323,7 +324,7 @@ def _convert(options: argparse.Namespace) -> None:
 
 
 def _merge(options: argparse.Namespace) -> None:
-    from ._io import whole_directory
+    from ._files import whole_directory
 
     base = _base_folder(options)
     with whole_directory(options.out) as folder:

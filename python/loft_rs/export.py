@@ -17,8 +17,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ._checks import is_int
+from ._files import whole_directory
 from ._format import CONFIG_FILE
-from ._io import whole_directory
 from .inspection import read_peft_config
 from .layer import merging
 from .layer.base_layer import is_conv1d

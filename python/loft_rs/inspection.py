@@ -19,8 +19,8 @@ from pathlib import Path
 
 import numpy as np
 
+from ._files import read_safetensors
 from ._format import CONFIG_FILE, FORMAT_VERSION, ORTHONORMAL, SUPPORT_GRAM, UNKNOWN_ENERGY, WEIGHTS_FILE, slots_of
-from ._io import read_safetensors
 
 
 @dataclass(frozen=True)

@@ -6,13 +6,13 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .custom import custom_basis
 from .layer import AdaptedLinear, LayerAdapter
 from .layer.forward_pass import Root, watch
 from .layer.merging import merge, unmerge
 from .layer.placement import run
-from .support import SIDES
-from .transform import get_transform
+from .support.custom import custom_basis
+from .support.methods import SIDES
+from .transform.transforms import get_transform
 
 __all__ = ["LoftLinear"]
 

@@ -6,7 +6,7 @@ import os
 
 import numpy as np
 
-from ._io import whole_file
+from ._files import whole_file
 from .inspection import ModuleReport
 
 

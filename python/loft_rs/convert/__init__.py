@@ -24,10 +24,10 @@ from pathlib import Path
 from safetensors.torch import save_file
 from torch import nn
 
+from .._files import check_writable, whole_directory
 from .._format import CONFIG_FILE, WEIGHTS_FILE
-from .._io import check_writable, whole_directory
 from ..inspection import read_peft_config
-from .base import Base, base_class
+from .base_model import Base, base_class
 from .checkpoint import ROOT, Checkpoint, Converted, Progress, read
 from .from_peft import from_boft, from_hra, from_oft, from_psoft
 from .to_peft import from_loft

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from .._format import FORMAT_VERSION
-from ..transform import skew
+from ..transform.skew import skew
 from ..tuner.config import LoftConfig
-from .base import Base, psoft_basis, psoft_weight
+from .base_model import Base, psoft_basis, psoft_weight
 from .checkpoint import Checkpoint, Converted, Progress, ranks_of, require_parts
 from .triangles import lower, lower_from_upper, size_of
 

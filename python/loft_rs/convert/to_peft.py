@@ -10,8 +10,8 @@ from peft import BOFTConfig, HRAConfig, OFTConfig, PsoftConfig
 from torch import Tensor
 
 from ..layer.kinds import Partition
-from ..transform import skew
-from .base import Base, psoft_basis, psoft_weight
+from ..transform.skew import skew
+from .base_model import Base, psoft_basis, psoft_weight
 from .checkpoint import Checkpoint, Converted, Progress, require_parts
 from .triangles import lower, size_of, upper_from_lower
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..transform import get_transform
+from ..transform.transforms import get_transform
 
 __all__ = ["lower", "lower_from_upper", "size_of", "upper_from_lower"]
 

@@ -55,7 +55,7 @@ class Method:
         layers: dict[str, Any] = {"target_modules": "all-linear", "exclude_modules": POOLER if has_pooler else None}
         if not self.is_loft:
             return get_peft_model(base, LoraConfig(r=self.rank, lora_alpha=2 * self.rank, **layers))
-        from loft_rs import LoftConfig
+        from .. import LoftConfig
 
         return get_peft_model(base, LoftConfig(r=self.rank, support=self.name, **layers))
 
@@ -63,7 +63,7 @@ class Method:
         """The report of `calibrate`, from forward passes where they suffice; None for a method that takes no data."""
         if self.name not in GRADIENT_SUPPORTS + FORWARD_SUPPORTS:
             return None
-        from loft_rs import calibrate
+        from .. import calibrate
 
         return calibrate(model, train_step=backward if self.name in GRADIENT_SUPPORTS else forward, progress=None)
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from .._io import whole_directory
+from .._files import whole_directory
 from . import data, methods, report
 from .check import Probe
 from .encoder import TokenPairs, load_encoder, load_tokenizer, model_directory
@@ -157,7 +157,7 @@ def _export(method: Method, model: nn.Module, setting: Setting) -> float | None:
     """Write the exact LoRA form; returns the orthogonality error. LoRA itself has neither."""
     if not method.is_loft:
         return None
-    from loft_rs import export_lora, orthogonality_error
+    from .. import export_lora, orthogonality_error
 
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="the LoRA has rank")  # a server's limit, and nothing is served here

@@ -15,9 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from .._format import SLOTS, UNKNOWN_ENERGY, Slot, slots_of
-from ..autograd import no_autocast
-from ..factor import Blocks, Frozen, LowRank, gram_root, gram_root_in_graph
-from ..transform import Halves, Transform
+from .._torch import no_autocast
+from ..factor.blocks import Blocks
+from ..factor.low_rank import Frozen, LowRank, gram_root, gram_root_in_graph
+from ..transform.transforms import Halves, Transform
 from .kinds import Kind, Partition
 
 __all__ = ["Kept", "LayerAdapter"]

@@ -18,9 +18,10 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from ..autograd import no_autocast, plain
-from ..factor import Blocks, LowRank, householder
-from ..transform import Transform
+from .._torch import no_autocast, plain
+from ..factor.blocks import Blocks
+from ..factor.low_rank import LowRank, householder
+from ..transform.transforms import Transform
 
 __all__ = ["Householder", "Kind", "Partition", "Supported", "butterfly"]
 

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from .._format import SLOTS, UNKNOWN_ENERGY
-from ..factor import HALF
-from ..support import SIDES
-from ..transform import Transform
+from .._torch import HALF
+from ..support.methods import SIDES
+from ..transform.transforms import Transform
 from . import placement
 from .adapter import LayerAdapter
 from .base_layer import feature_sizes

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..factor import LowRank
+from ..factor.low_rank import LowRank
 from .adapter import LayerAdapter
 from .base_layer import dense_weight
 from .forward_pass import delta_of

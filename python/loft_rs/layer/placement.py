@@ -17,12 +17,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..add_low_rank import AddInputs, AddLowRank, Joined, few_rows, laid_down_plainly, lay_down_turned
-from ..autograd import no_autocast, plain
-from ..factor import HALF, LowRank, scale_output
+from .._torch import HALF, no_autocast, plain
+from ..factor.add_low_rank import AddInputs, AddLowRank, Joined, few_rows, laid_down_plainly, lay_down_turned
+from ..factor.low_rank import LowRank
+from ..factor.scale import scale_output
 from .adapter import LayerAdapter
 from .base_layer import fusible_weight
-from .forward_pass import Scope, Value, current, delta_of, steps, value_of
+from .forward_pass import Scope, current, delta_of, value_of
+from .values import Value, steps
 
 __all__ = ["SHARED_INPUT", "apply", "choose_placement", "named_groups", "run"]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from ..factor import LowRank
+from ..factor.low_rank import LowRank
 from ..layer import AdaptedLinear
 from ..layer.merging import factor_of
 from .config import LoftConfig, full_name

@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 
-from ..custom import custom_basis
+from ..support.custom import custom_basis
 from .adapters import adapted_layers, note_sides, owners, require_untrained
-from .selection import match_supports
+from .supports import match_supports
 from .undo import unchanged_on_failure
 
 __all__ = ["set_support"]

@@ -14,8 +14,8 @@ from peft.utils.other import get_pattern_key
 
 from .._format import FORMAT_VERSION
 from ..layer.kinds import Householder, Kind, Partition, Supported
-from ..support import SIDES
-from ..transform import TRANSFORMS
+from ..support.methods import SIDES
+from ..transform.transforms import TRANSFORMS
 
 __all__ = ["LoftConfig"]
 

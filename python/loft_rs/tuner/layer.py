@@ -12,7 +12,7 @@ from .._format import SLOTS
 from ..layer import AdaptedLinear, LayerAdapter
 from ..layer.merging import merge, unmerge
 from ..layer.placement import run
-from .selection import choose_supports
+from .supports import choose_supports
 
 __all__ = ["Linear", "LoftLayer"]
 

@@ -17,12 +17,12 @@ from ..layer.base_layer import feature_sizes
 from ..layer.forward_pass import Root, unwatch, watch
 from ..layer.merging import dense_or_raise, rotated_weight
 from ..layer.placement import SHARED_INPUT, named_groups
-from ..transform import get_transform
+from ..transform.transforms import get_transform
 from .adapters import note_sides, owners, require_supports, unset_factor
 from .checkpoint import check_state
 from .config import LoftConfig
 from .layer import Linear, LoftLayer
-from .selection import choose_supports, load_named_supports, match_supports
+from .supports import choose_supports, load_named_supports, match_supports
 
 __all__ = ["LoftModel"]
 

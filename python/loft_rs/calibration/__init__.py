@@ -1,0 +1,19 @@
+"""Calibration: supports from a task's own batches.
+
+driver.py      calibrate: the order of events
+options.py     what is refused before any work
+session.py     the model while it is calibrated, and put back
+passes.py      passes over the batches, the head's warm-up, the pilot's steps
+choose.py      from sketches or a pilot to supports
+pilot.py       low-rank changes and their partners
+sides.py       which side of a module
+memory.py      known before it starts, kept under a limit
+processes.py   what the processes do together
+report.py      CalibrationReport and its table
+"""
+
+from .driver import calibrate
+from .pilot import Pilot
+from .report import CalibrationReport
+
+__all__ = ["CalibrationReport", "Pilot", "calibrate"]

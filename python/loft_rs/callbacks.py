@@ -1,0 +1,162 @@
+"""Calibration, refresh and narrowing where the user never holds the model, as in `SFTTrainer(peft_config=LoftConfig(...))`."""
+
+from __future__ import annotations
+
+import random
+from itertools import islice
+from typing import Any
+
+from torch import nn
+from transformers import TrainerCallback
+from transformers.training_args import ParallelMode
+
+from ._checks import is_int
+from .calibration.driver import calibrate
+from .calibration.report import CalibrationReport
+from .refreshing.conditions import require_choosable, require_refreshable_kind
+from .refreshing.narrow import NarrowReport, check_rank, narrow
+from .refreshing.optimizer_state import check_moments, replace_parameter
+from .refreshing.refresh import refresh
+from .tuner.adapters import adapted_layers, owners
+from .tuner.layer import Linear
+
+__all__ = ["LoftCalibrationCallback", "LoftNarrowCallback", "LoftRefreshCallback"]
+
+
+class LoftCalibrationCallback(TrainerCallback):
+    """Calibrates the active LOFT adapter at the start of training.
+
+    Left alone are the supports of a resumed run and of a trained adapter, and those from data that are set already (`calibrate`,
+    `set_support`). Keyword arguments are those of `loft_rs.calibrate`; the Trainer's own dataloader is used, of every
+    process its share. The last report is `report`.
+    """
+
+    def __init__(self, **options: Any):
+        self.options = options
+        self.report: CalibrationReport | None = None
+
+    def on_train_begin(self, args, state, control, model=None, train_dataloader=None, **kwargs):
+        adapter, held = adapted_layers(model, self.options.get("adapter_name"))
+        layers = held.values()
+        trained = any(bool(layer.adapters[adapter].theta.detach().any()) for layer in layers)
+        chosen = all(
+            layer.adapters[adapter].config.needs_calibration and layer.adapters[adapter].ready for layer in layers
+        )
+        if state.global_step == 0 and not trained and not chosen:
+            self.report = calibrate(model, train_dataloader, **self.options)
+
+
+class LoftRefreshCallback(TrainerCallback):
+    """Refreshes the active LOFT adapter's support (`loft_rs.refresh`) after every `every`-th optimiser step but the last.
+
+    batches: how many of the Trainer's batches each refresh sees, a pilot in turn. They are drawn anew from the Trainer's dataset, by its
+    seed and the step alone, so that its own order stays what it is and a resumed run sees the same. Keyword arguments are those of
+    `loft_rs.refresh`; with `dataloader` or `train_step` the Trainer's data is not used. The Trainer's optimiser is carried over.
+    `reports`: (step, report) of every refresh. ValueError where `every` or `batches` is no integer of at least 1, and at the start of
+    training for a kind of adapter that cannot be refreshed, or supports from a file.
+    """
+
+    def __init__(self, every: int, batches: int = 8, **options: Any):
+        for name, value in (("every", every), ("batches", batches)):
+            if not is_int(value) or value < 1:
+                raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
+        self.every, self.batches, self.options = every, batches, options
+        self.reports: list[tuple[int, CalibrationReport]] = []
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        adapter, layers = adapted_layers(model, self.options.get("adapter_name"))
+        config = next(iter(layers.values())).adapters[adapter].config
+        require_choosable(adapter, config)
+        require_refreshable_kind(adapter, config, "LoftRefreshCallback")
+
+    def on_step_end(self, args, state, control, model=None, train_dataloader=None, optimizer=None, **kwargs):
+        if state.global_step % self.every or state.global_step >= state.max_steps:
+            return
+        options = {"max_batches": self.batches, "optimizer": optimizer, **self.options}
+        if not {"dataloader", "train_step"} & options.keys():
+            draw = random.Random(f"{args.seed} {state.global_step} {args.process_index}")
+            options["dataloader"] = _draw(train_dataloader, args.train_batch_size, self.batches, draw)
+        self.reports.append((state.global_step, refresh(model, **options)))
+
+
+class LoftNarrowCallback(TrainerCallback):
+    """Narrows the active LOFT adapter to `rank` (`loft_rs.narrow`), once, after optimiser step `step`.
+
+    The Trainer's optimiser is carried over. A run that resumes from a checkpoint builds the adapter as it was at first: give the Trainer
+    this callback when it is made (`callbacks=[...]`), and a narrowed checkpoint makes the adapter narrow as it is loaded, one from
+    before leaves it wide; so too with `load_best_model_at_end`. (Not with the Trainer's `model_init`, whose models it never sees before
+    they are loaded: build the model yourself.) Keyword arguments: `adapter_name` and `moments` of `loft_rs.narrow`.
+    `report`: of the narrowing, once it was done here.
+
+    ValueError for a `rank` or a `step` that is none; at the start of training for a kind of adapter or a `rank` that cannot be, a `step`
+    that training does not reach or that has passed without a narrowing, and under DistributedDataParallel, which would hold the old
+    parameters.
+    """
+
+    def __init__(self, rank: int, step: int, *, adapter_name: str | None = None, moments: str = "transport"):
+        if not is_int(step) or step < 1:
+            raise ValueError(f"step must be an integer of at least 1, got {step!r}")
+        if not is_int(rank) or rank % 2 or rank < 2:
+            raise ValueError(f"rank must be an even integer of at least 2, got {rank!r}")
+        check_moments(moments)
+        self.rank, self.step, self.adapter_name, self.moments = rank, step, adapter_name, moments
+        self.report: NarrowReport | None = None
+        self._built: dict[Linear, nn.Parameter] = {}  # with the theta that an optimiser given to the Trainer has
+
+    def _layers(self, model: nn.Module) -> tuple[str, dict[str, Linear]]:
+        """(adapter, its layers that hold a support of their own), ready for a checkpoint of the rank they have, or of `rank`."""
+        adapter, layers = adapted_layers(model, self.adapter_name)
+        layers = owners(layers, adapter)
+        for layer in layers.values():
+            held = layer.adapters[adapter].rank
+            layer.adapters[adapter].loadable_ranks |= {held, min(held, self.rank)}
+        return adapter, layers
+
+    def on_init_end(self, args, state, control, model=None, **kwargs):
+        adapter, layers = self._layers(model)
+        self._built = {layer: layer.adapters[adapter].theta for layer in layers.values()}
+
+    def on_train_begin(self, args, state, control, model=None, optimizer=None, **kwargs):
+        adapter, layers = self._layers(model)
+        require_refreshable_kind(adapter, next(iter(layers.values())).adapters[adapter].config, "LoftNarrowCallback")
+        if args.parallel_mode == ParallelMode.DISTRIBUTED:
+            raise ValueError(
+                "LoftNarrowCallback cannot run under DistributedDataParallel, which would hold the old parameters: train to "
+                f"step {self.step}, call loft_rs.narrow on the model, and train on with a new Trainer"
+            )
+        wide = any(layer.adapters[adapter].rank > self.rank for layer in layers.values())
+        if state.global_step >= self.step and wide:
+            raise ValueError(
+                f"step {self.step} has passed, since the checkpoint is of step {state.global_step}, but its adapter was not narrowed "
+                f"to rank {self.rank}: give a later step, or call loft_rs.narrow before training"
+            )
+        if state.global_step < self.step:
+            if not wide:
+                raise ValueError(
+                    f"LoftNarrowCallback has nothing to narrow at step {self.step}: no layer of adapter {adapter!r} is wider than "
+                    f"{self.rank}; leave it out, or give a lower rank"
+                )
+            check_rank(self.rank, layers, adapter)
+            if self.step >= state.max_steps:
+                raise ValueError(f"step must come before the last of {state.max_steps} steps, got {self.step}")
+        for layer, theta in self._built.items() if optimizer is not None else ():
+            if theta is not layer.adapters[adapter].theta:  # a checkpoint made it narrow
+                replace_parameter(
+                    optimizer, theta, layer.adapters[adapter].theta, {} if theta in optimizer.state else None
+                )
+
+    def on_step_end(self, args, state, control, model=None, optimizer=None, **kwargs):
+        if state.global_step == self.step:
+            options = {"adapter_name": self.adapter_name, "moments": self.moments}
+            self.report = narrow(model, self.rank, optimizer=optimizer, **options)
+            self._built = {}
+
+
+def _draw(loader: Any, size: int, count: int, draw: random.Random) -> list:
+    """`count` batches of a loader's dataset at random, of an iterable one the first; not through the loader, which is in use."""
+    dataset = loader.dataset
+    if hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__"):
+        rows = [dataset[i] for i in draw.sample(range(len(dataset)), min(size * count, len(dataset)))]
+    else:
+        rows = list(islice(dataset, size * count))
+    return [loader.collate_fn(rows[start : start + size]) for start in range(0, len(rows), size)]

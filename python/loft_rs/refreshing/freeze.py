@@ -1,0 +1,81 @@
+"""R_f R as one frozen factor, and W0 R_f as a base weight."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..factor.low_rank import Frozen, LowRank, gram_root
+from ..layer.merging import dense_or_raise, rotated_weight
+from ..linalg import NonFiniteError
+from ..tuner.adapters import owners
+from ..tuner.layer import Linear
+from .optimizer_state import transported
+
+__all__ = []
+
+
+_NOT_ORTHOGONAL = 1e-4  # ||R_f^T R_f - I||_2 of a frozen factor in float32 is below 1e-6
+
+
+# -- model -----------------------------------------------------------------------------------------------------------------
+
+
+def orthonormal(basis: Tensor) -> Tensor:
+    """P C (n x r) in float64, C = (P^T P)^{-1/2}: P itself where it is orthonormal."""
+    p = basis.detach().cpu().double()
+    root = gram_root(p)
+    return p if root is None else p @ root
+
+
+@torch.no_grad()
+def own_factor(layer: Linear, adapter: str) -> LowRank:
+    """R = I + (P C) D (P C)^T of the present support in float64 on the CPU, D = T - I."""
+    # Anew from theta: what the forward passes use is rounded to float32.
+    theta, transform = layer.adapters[adapter].theta.detach().cpu().double(), layer.adapters[adapter].transform
+    return LowRank(
+        orthonormal(layer.adapters[adapter].support), transform.delta(theta[None], layer.adapters[adapter].rank)[0][0]
+    )
+
+
+@torch.no_grad()
+def frozen_product(name: str, layer: Linear, adapter: str) -> LowRank | None:
+    """R_f R (or R R_f) as one factor, float32 or as wide as theta, on the CPU; None where nothing is turned."""
+    own, transform = own_factor(layer, adapter), layer.adapters[adapter].transform
+    held = layer.adapters[adapter].frozen_factor
+    if held is not None:
+        held = LowRank(held.basis.cpu().double(), held.delta.cpu().double())
+        both = Frozen.of(held, own.basis, layer.adapters[adapter].side)
+        own = LowRank(both.basis, both.times(own.delta))
+    if not bool(torch.isfinite(own.delta).all()):
+        raise NonFiniteError(f"the transform of layer {name} holds NaN or Inf; nothing was changed")
+    dtype = torch.promote_types(layer.adapters[adapter].theta.dtype, torch.float32)
+    product = own.reduced(torch.finfo(dtype).eps / 2)
+    if transform.orthogonal and (error := product.orthogonality_error()) > _NOT_ORTHOGONAL:
+        raise ValueError(
+            f"the rotation of layer {name} is not orthogonal: ||R^T R - I||_2 = {error:.1e}; nothing was changed"
+        )
+    return LowRank(product.basis.to(dtype), product.delta.to(dtype)) if product.rank else None
+
+
+@torch.no_grad()
+def fold_into_base(layers: dict[str, Linear], adapter: str, weights: list[Tensor]) -> None:
+    for layer in layers.values():
+        if layer.adapters[adapter].frozen_rank:
+            weight = dense_or_raise(layer, "fold")
+            rotated = rotated_weight(layer, [layer.adapters[adapter]], safe=True)
+            weights.append(weight)
+            weight.copy_(rotated)
+    for layer in owners(layers, adapter).values():
+        layer.adapters[adapter].set_frozen(None)
+
+
+def change_of_basis(
+    carried: dict[str, dict[str, Tensor]], layers: dict[str, Linear], adapter: str, bases: dict[str, Tensor]
+) -> dict[str, dict[str, Tensor]]:
+    """The moments in the present bases of `layers`, from those in `bases`."""
+    turns = {name: orthonormal(layers[name].adapters[adapter].support).mT @ bases[name] for name in carried}
+    return {
+        name: {key: transported(key, value, turns[name]) for key, value in state.items()}
+        for name, state in carried.items()
+    }

@@ -19,6 +19,7 @@ from test_refresh import apart, build, quantise, same, snapshot
 import loft_rs
 from loft_rs import LoftConfig, NarrowReport, NonFiniteError, narrow, refresh
 from loft_rs.layer.merging import factor_of
+from loft_rs.refreshing import freeze
 from loft_rs.refreshing import narrow as module
 from loft_rs.tuner.adapters import adapted_layers
 
@@ -335,7 +336,7 @@ def test_a_failed_call_changes_nothing(how, tied, monkeypatch):
         "ranks": ((last, "resize"), 1),
         "frozen": ((last, "set_frozen"), 1),
         "basis": ((last, "set_basis"), 1),
-        "moments": ((module, "transported"), 5),
+        "moments": ((freeze, "transported"), 5),
     }[how]
     kept, calls = getattr(*place), itertools.count(1)
 
@@ -506,14 +507,14 @@ def narrow_on_rank(rank, folder):
     )
     model = build(make_llama(torch.float64), support="principal", r=8, target_modules=["q_proj", "o_proj"])
     optimiser = train(model)  # both alike
-    before, wanted, found, kept = snapshot(model, optimiser), logits(model), {}, module.transported
+    before, wanted, found, kept = snapshot(model, optimiser), logits(model), {}, freeze.transported
     if rank == 1:
-        module.transported = None
+        freeze.transported = None
     try:
         narrow(model, 4, optimizer=optimiser)
     except Exception as error:
         found["error"] = type(error).__name__
-    module.transported, resize = kept, module.set_ranks
+    freeze.transported, resize = kept, module.set_ranks
     if rank == 1:
         module.set_ranks = None  # fails before anything is exchanged
     try:

@@ -136,7 +136,7 @@ class Runner:
             require_finite(sketches, f"{label}, {where}")
             bar.update()
 
-    def unreached_supports(self, where: str, what: str) -> ValueError:
+    def _unreached(self, where: str, what: str) -> ValueError:
         how = "check that its loss depends on an adapted layer"
         if self.batches is None:
             how = "train_step must call backward() on a loss of this model"

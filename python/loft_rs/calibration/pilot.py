@@ -10,7 +10,7 @@ of layers that are tied of their changes B A stacked. With A^T = Q R (n x k) and
 V the right singular vectors of the k x k matrix L R^T, in float64. Nothing of the pilot is left in the model.
 
 To first order a rotation adds W0 P A P^T: it reads span(P), and what it writes is W0's image of that same span. With
-`LoftConfig(halves=True)` a half of P is there to be written to,
+`Pilot(halves=True)` a half of P is there to be written to,
 
     P = [V, Y],  V = v_1, ..., v_h,  Y orthonormal, spans what (W0^T W0 + c I)^{-1} W0^T u_i has outside V,  c = ||W0||_F^2 / (100 n)
 
@@ -23,61 +23,25 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from .._checks import is_int
 from .._torch import no_autocast
 from ..layer.base_layer import dense_weight
 from ..linalg import NonFiniteError, orthonormalize
 from ..sketch.products import as_it_is, inner_product, product
+from ..support.methods import PILOT_RANK, Pilot
 from ..support.support import Support
 
 if TYPE_CHECKING:
     from ..layer import AdaptedLinear
 
-__all__ = ["Change", "Pilot", "PilotTap", "changes_for", "checked_pilot", "partners", "some_gradient"]
+__all__ = ["Change", "PilotTap", "changes_for", "partners", "some_gradient"]
 
-RANK = 64
 DAMPING = 1e-2
-
-
-@dataclass(frozen=True)
-class Pilot:
-    """The short training that `LoftConfig(support="pilot")` takes its supports from (`loft_rs.calibrate(..., pilot=Pilot(...))`).
-
-    steps: of Adam, one batch each, at rate `lr`. rank: of the change of a layer, no more than min(m, n) there; None: 64, or the adapter's
-    rank (in halves: the first one's) where that is larger. ValueError for anything but positive numbers.
-    """
-
-    steps: int = 32
-    rank: int | None = None
-    lr: float = 1e-3
-
-    def __post_init__(self):
-        for name, value in (("steps", self.steps), ("rank", RANK if self.rank is None else self.rank)):
-            if not is_int(value) or value < 1:
-                raise ValueError(
-                    f"{name} must be {'None or ' * (name == 'rank')}an integer of at least 1, got {value!r}"
-                )
-        number = isinstance(self.lr, (int, float)) and not isinstance(self.lr, bool)
-        if not number or not 0 < self.lr < math.inf:
-            raise ValueError(f"lr must be a positive number, got {self.lr!r}")
-
-
-def checked_pilot(pilot: Any, method: str) -> Pilot | None:
-    """The pilot of a support of this method: the one that is given, or the default; None where it has none."""
-    if pilot is not None and not isinstance(pilot, Pilot):
-        raise TypeError(f"pilot must be a loft_rs.Pilot, got {type(pilot).__name__}")
-    if method != "pilot":
-        if pilot is not None:
-            raise ValueError(f"pilot needs LoftConfig(support='pilot'), but support is {method!r}")
-        return None
-    return pilot or Pilot()
 
 
 class _AddChange(torch.autograd.Function):
@@ -129,7 +93,7 @@ class Change:
         self.drawn: list[Tensor] = []
         for each in self.layers:
             own, other = (each.support_width(s) for s in (self.side, "output" if self.side == "input" else "input"))
-            k = min(max(RANK, self.read) if rank is None else rank, own, other)
+            k = min(max(PILOT_RANK, self.read) if rank is None else rank, own, other)
             drawn = torch.randn(other, k, generator=draw, device="meta" if draw is None else "cpu") / k**0.5
             self.drawn.append(drawn.to(home, dtype).requires_grad_())
             self.learnt.append(torch.zeros(own, k, dtype=dtype, device=home, requires_grad=True))
@@ -259,7 +223,7 @@ def changes_for(layers: Mapping[Any, AdaptedLinear], adapter: str, pilot: Pilot,
             if dense_weight(base := each.get_base_layer()) is None:
                 raise TypeError(
                     f"halves needs dense weights, to find partners by, but that of {name}, a {type(base).__name__}, is quantised or "
-                    "sharded; calibrate before fully_shard, or use halves=False"
+                    "sharded; calibrate before fully_shard, or use Pilot() without halves"
                 )
     draw = None if seed is None else torch.Generator().manual_seed(seed)
     meta = torch.device("meta")

@@ -1,4 +1,4 @@
-"""R_f R as one frozen factor, and W0 R_f as a base weight."""
+"""R_f R as one frozen factor, in float64."""
 
 from __future__ import annotations
 
@@ -6,9 +6,7 @@ import torch
 from torch import Tensor
 
 from ..factor.low_rank import Frozen, LowRank, gram_root
-from ..layer.merging import dense_or_raise, rotated_weight
 from ..linalg import NonFiniteError
-from ..tuner.adapters import owners
 from ..tuner.layer import Linear
 from .optimizer_state import transported
 
@@ -56,18 +54,6 @@ def frozen_product(name: str, layer: Linear, adapter: str) -> LowRank | None:
             f"the rotation of layer {name} is not orthogonal: ||R^T R - I||_2 = {error:.1e}; nothing was changed"
         )
     return LowRank(product.basis.to(dtype), product.delta.to(dtype)) if product.rank else None
-
-
-@torch.no_grad()
-def fold_into_base(layers: dict[str, Linear], adapter: str, weights: list[Tensor]) -> None:
-    for layer in layers.values():
-        if layer.adapters[adapter].frozen_rank:
-            weight = dense_or_raise(layer, "fold")
-            rotated = rotated_weight(layer, [layer.adapters[adapter]], safe=True)
-            weights.append(weight)
-            weight.copy_(rotated)
-    for layer in owners(layers, adapter).values():
-        layer.adapters[adapter].set_frozen(None)
 
 
 def change_of_basis(

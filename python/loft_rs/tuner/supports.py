@@ -29,7 +29,7 @@ def choose_supports(layers: Mapping[str, AdaptedLinear], config: LoftConfig, ada
     """
     if config.support_file:
         supports = match_supports(load_named_supports(config.support_file), layers)
-    elif config.support == "principal":
+    elif config.method == "principal":
         weights = {name: _stacked(layer.adapters[adapter].tied_layers, adapter) for name, layer in layers.items()}
         ranks = {name: layer.adapters[adapter].rank for name, layer in layers.items()}
         options = {"method": "principal", "seed": config.seed}
@@ -42,7 +42,7 @@ def choose_supports(layers: Mapping[str, AdaptedLinear], config: LoftConfig, ada
         supports = {}
         for name, layer in layers.items():
             side = layer.adapters[adapter].side
-            options = {"method": config.support, "side": side, "seed": _seed(layer, config, adapter)}
+            options = {"method": config.method, "side": side, "seed": _seed(layer, config, adapter)}
             supports[name] = blind_support(layer.support_width(side), layer.adapters[adapter].rank, **options)
     for name, layer in layers.items():
         layer.adapters[adapter].set_basis(supports[name].basis, supports[name].energy)

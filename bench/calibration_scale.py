@@ -121,13 +121,13 @@ def weights_of(model: nn.Module) -> int:
 def of_report(report: loft_rs.CalibrationReport) -> dict[str, Any]:
     held = report.memory
     return {
-        "layers": len(report.layers),
+        "layers": len(report.supports),
         "groups": held.groups,
         "known_mib": held.total / MIB,
         "sketches_mib": held.sketches / MIB,
         "activations_mib": (held.activations or 0) / MIB,
         "workspace_mib": (held.workspace or 0) / MIB,
-        "energy": sum(s.energy for s in report.layers.values()) / len(report.layers),
+        "energy": sum(s.energy for s in report.supports.values()) / len(report.supports),
     }
 
 
@@ -339,7 +339,7 @@ def big(report: Report, card: Card, tiny: bool) -> None:
                 "peak_gib": torch.cuda.max_memory_allocated() / 2**30,
             }
         )
-        alike = max(abs(found[-1].layers[n].basis - s.basis).max() for n, s in found[0].layers.items())
+        alike = max(abs(found[-1].supports[n].basis - s.basis).max() for n, s in found[0].supports.items())
         row = {"weights_gib": weights / 2**30, "tokens": tokens, "batches": 4, "frozen_step_ms": step_ms, "s": seconds}
         full = {"dense_bf16_weights_gib": 2 * entries / 2**30, "full_gradients_bf16_gib": 2 * entries / 2**30}
         full |= {"full_gradients_fp32_gib": 4 * entries / 2**30}

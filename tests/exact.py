@@ -59,7 +59,7 @@ KINDS = {
     "free": lambda **o: LoftConfig(transform="free", **SUPPORTED | o),
     "output": lambda **o: LoftConfig(side="output", **SUPPORTED | o),
     "tied": lambda **o: LoftConfig(tied=[["q", "k", "v"]], **SUPPORTED | o),
-    "magnitudes": lambda **o: LoftConfig(magnitudes=True, **SUPPORTED | o),
+    "magnitudes": lambda **o: LoftConfig(transform="cayley+magnitudes", **SUPPORTED | o),
     "ranks": lambda **o: LoftConfig(rank_pattern={"k": 2, "wide": 6}, **SUPPORTED | o),
     "oft": lambda **o: LoftConfig.oft(4, **o),
     "boft": lambda **o: LoftConfig.boft(4, 2, **o),  # with a scale of every output

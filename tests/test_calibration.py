@@ -1,4 +1,4 @@
-"""calibration.py, sketch.py, callback.py: supports against dense gradients, order, what is left untouched, refusals."""
+"""`calibrate`: supports against dense gradients, order, what is left untouched, refusals."""
 
 from __future__ import annotations
 
@@ -15,11 +15,17 @@ from reference import basis_of, make_bert, make_llama, token_batches
 import loft_rs
 from loft_rs import LoftConfig, NonFiniteError, calibrate
 from loft_rs.sketch.plan import OVERSAMPLING
+from loft_rs.support.methods import OPTIONS
 from loft_rs.tuner.adapters import adapted_layers
 
 
 def build(base=None, **options):
     return peft.get_peft_model(base or make_llama(), LoftConfig(**{"target_modules": "all-linear", "r": 6} | options))
+
+
+def with_options(support, **options):
+    """The support of that name, with `passes` and `oversampling`."""
+    return OPTIONS[support](**options)
 
 
 def dense_gradients(batches):
@@ -70,7 +76,7 @@ def test_calibrated_supports_capture_what_dense_gradients_would(side, support):
     report = calibrate(model, batches)
     weights, gradients, inputs, outputs = dense_gradients(batches)
     lost = []  # by the layers wider than the sketch, as a fraction of the tail
-    assert report.passes == 2 and report.batches == 3 and len(report.layers) == 14
+    assert report.passes == 2 and report.batches == 3 and len(report.supports) == 14
     for name, layer in adapted_layers(model)[1].items():
         p = layer.loft_support["default"].double()
         eps = torch.finfo(torch.float32).eps
@@ -90,7 +96,7 @@ def test_calibrated_supports_capture_what_dense_gradients_would(side, support):
             assert captured >= 0.9999 * head
         else:
             lost.append((head - captured) / tail)
-        reported = report.layers[name]
+        reported = report.supports[name]
         assert abs(reported.energy - captured / total) <= 1e-4 + 5 * reported.energy_stderr
     # Gu (2015): p columns more than the rank lose at most r / (p - 1) of the tail in expectation; on both sides of S, twice that.
     sides = 2 if support == "skewgrad" else 1
@@ -123,12 +129,12 @@ def test_natural_order_keeps_the_planes_together():
     model = build(support="skewgrad", order="natural")
     report = calibrate(model, token_batches(2))
     weights, gradients, *_ = dense_gradients(token_batches(2))
-    name = next(iter(report.layers))
-    p = torch.from_numpy(report.layers[name].basis).double()
+    name = next(iter(report.supports))
+    p = torch.from_numpy(report.supports[name].basis).double()
     compressed = p.mT @ skew_of(weights[name], gradients[name], "input") @ p
     planes = torch.block_diag(*[torch.ones(2, 2)] * 3)
     assert float((compressed * (1 - planes)).abs().max()) <= 0.02 * float(compressed.abs().max())
-    assert np.allclose(report.layers[name].values[::2], report.layers[name].values[1::2])
+    assert np.allclose(report.supports[name].values[::2], report.supports[name].values[1::2])
 
 
 def test_a_train_step_gives_what_a_dataloader_gives():
@@ -210,7 +216,7 @@ def test_an_unreached_layer_gets_a_random_support_and_a_warning():
 
     with pytest.warns(UserWarning, match=r"no calibration batch .* pooler\.dense: a random support"):
         report = calibrate(model, train_step=step)
-    assert report.layers["pooler.dense"].method == "random"
+    assert report.supports["pooler.dense"].method == "random"
     model.train()
     model(**batch)
 
@@ -246,13 +252,13 @@ def test_the_callback_leaves_supports_that_are_set(tmp_path):
 def test_half_precision_models_calibrate(dtype):
     model = build(make_llama(dtype), support="skewgrad")
     report = calibrate(model, token_batches(2))
-    assert all(0 < s.energy <= 1 for s in report.layers.values())
+    assert all(0 < s.energy <= 1 for s in report.supports.values())
     assert next(iter(adapted_layers(model)[1].values())).loft_support["default"].dtype == dtype
 
 
 def overlap(one, other):
     """The mean over the layers of ||P^T P'||_F^2 / r: 1 where the spans are equal."""
-    spans = [(one.layers[name].basis, other.layers[name].basis) for name in one.layers]
+    spans = [(one.supports[name].basis, other.supports[name].basis) for name in one.supports]
     return np.mean([np.linalg.norm(p.T @ q) ** 2 / p.shape[1] for p, q in spans])
 
 
@@ -291,7 +297,7 @@ def test_autocast_gives_the_supports_of_float32(support, side):
     if support == "principal":
         assert overlap(wanted, report) >= 1 - 1e-5
     if support == "activation" and side == "input":  # the first layer reads X itself, which nothing may round
-        np.testing.assert_array_equal(report.layers["a"].basis, wanted.layers["a"].basis)
+        np.testing.assert_array_equal(report.supports["a"].basis, wanted.supports["a"].basis)
     # bf16 carries 2^-9: directions of equal strength may turn into each other, the captured energy may not change more than that.
     base = Perceptron().double()
     inputs = {}
@@ -303,14 +309,14 @@ def test_autocast_gives_the_supports_of_float32(support, side):
         w, g = getattr(base, name).weight.detach(), getattr(base, name).weight.grad
         x = inputs[name][side == "output"].detach()
         matrix = {"skewgrad": skew_of(w, g, side), "gradsvd": g if side == "input" else g.mT}.get(support, x)
-        bases = [torch.from_numpy(r.layers[name].basis).double() for r in (wanted, report)]
+        bases = [torch.from_numpy(r.supports[name].basis).double() for r in (wanted, report)]
         if support == "skewgrad":
             best, captured = (span_energy(p, matrix) for p in bases)
         else:
             best, captured = (float((matrix @ p).square().sum()) for p in bases)
         assert abs(captured - best) <= 0.01 * best
         if support != "principal":
-            assert abs(report.layers[name].energy - wanted.layers[name].energy) <= 0.01
+            assert abs(report.supports[name].energy - wanted.supports[name].energy) <= 0.01
 
 
 @pytest.mark.parametrize("support", ["skewgrad", "gradsvd"])
@@ -320,8 +326,8 @@ def test_float16_gradients_do_not_vanish_and_values_know_no_loss_scale(support):
     half = perceptron(support=support, base=Perceptron(loss_factor=2e-4).half())
     report = calibrate(half, [{"x": X.half()}])
     assert overlap(wanted, report) >= 0.999
-    for name, s in report.layers.items():
-        assert np.allclose(s.values, wanted.layers[name].values, rtol=0.03)
+    for name, s in report.supports.items():
+        assert np.allclose(s.values, wanted.supports[name].values, rtol=0.03)
 
 
 @pytest.mark.parametrize("side", ["input", "output"])
@@ -331,8 +337,8 @@ def test_a_layer_whose_output_is_changed_in_place_calibrates(support, side):
     report, wanted = (
         calibrate(model, train_step=lambda m=model: m(X)["loss"].backward()) for model in (changed, plain)
     )
-    for name, s in report.layers.items():
-        np.testing.assert_array_equal(s.basis, wanted.layers[name].basis)
+    for name, s in report.supports.items():
+        np.testing.assert_array_equal(s.basis, wanted.supports[name].basis)
 
 
 def test_a_train_step_that_calls_train_changes_nothing():
@@ -356,11 +362,11 @@ def test_half_a_plane_counts_nothing(rank):
     even = calibrate(build(support="skewgrad", r=rank + 1, order="natural"), token_batches(2))
     report = calibrate(model, token_batches(2))
     weights, gradients, *_ = dense_gradients(token_batches(2))
-    for name, s in report.layers.items():
+    for name, s in report.supports.items():
         skew, p = skew_of(weights[name], gradients[name], "input"), torch.from_numpy(s.basis).double()
         captured, total = span_energy(p, skew), float(skew.square().sum())
         assert abs(s.energy - captured / total) <= 1e-4 + 5 * s.energy_stderr
-        assert s.values[-1] == 0 and np.allclose(s.values[:-1], even.layers[name].values[: rank - 1], rtol=1e-3)
+        assert s.values[-1] == 0 and np.allclose(s.values[:-1], even.supports[name].values[: rank - 1], rtol=1e-3)
         assert np.isnan(s.gap) if rank == 1 else s.gap > 0
 
 
@@ -374,16 +380,16 @@ def test_a_support_that_was_never_loaded_is_chosen_first_and_then_ordered():
     wanted = calibrate(reference, token_batches(2))
     for each in (model, again):
         report = calibrate(each, token_batches(2))
-        for name, s in report.layers.items():
+        for name, s in report.supports.items():
             assert s.method == "principal"
-            np.testing.assert_allclose(s.basis, wanted.layers[name].basis, atol=1e-5)
+            np.testing.assert_allclose(s.basis, wanted.supports[name].basis, atol=1e-5)
 
 
 def test_a_support_from_a_file_is_ordered_and_saved_again(tmp_path):
     path = str(tmp_path / "s.safetensors")
-    loft_rs.save_supports(path, calibrate(build(), token_batches(1)).layers)
+    loft_rs.save_supports(path, calibrate(build(), token_batches(1)).supports)
     report = calibrate(build(support=path), token_batches(1))
-    loft_rs.save_supports(tmp_path / "again.safetensors", report.layers)
+    loft_rs.save_supports(tmp_path / "again.safetensors", report.supports)
     assert {s.method for s in loft_rs.load_supports(tmp_path / "again.safetensors").values()} == {"custom"}
 
 
@@ -396,7 +402,7 @@ def test_an_unreached_layer_keeps_the_support_it_has(support):
     with pytest.warns(UserWarning, match="to unused: their supports are left as they were"):
         report = calibrate(model, [{"x": X}])
     assert torch.equal(adapted_layers(model)[1]["unused"].loft_support["default"], held)
-    assert report.layers["unused"].method == ("principal" if support == "principal" else "custom")
+    assert report.supports["unused"].method == ("principal" if support == "principal" else "custom")
 
 
 def test_a_failure_after_the_warm_up_restores_the_head_and_every_gradient():

@@ -1,4 +1,4 @@
-"""footprint.py: the memory of calibration, known beforehand and bounded: groups of layers, offloading, limits."""
+"""The memory of calibration, known beforehand and bounded: groups of layers, offloading, limits."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import peft
 import pytest
 import torch
 from reference import make_llama, token_batches, untouched
-from test_calibration import build
+from test_calibration import build, with_options
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -25,15 +25,15 @@ SUPPORTS = ["skewgrad", "gradsvd", "activation", "principal"]
 
 
 def bases(report):
-    return {name: support.basis for name, support in report.layers.items()}
+    return {name: support.basis for name, support in report.supports.items()}
 
 
 def assert_same(report, wanted, atol=0.0):
-    assert list(report.layers) == list(wanted.layers)
+    assert list(report.supports) == list(wanted.supports)
     for name, basis in bases(wanted).items():
-        np.testing.assert_allclose(report.layers[name].basis, basis, atol=atol, rtol=0)
+        np.testing.assert_allclose(report.supports[name].basis, basis, atol=atol, rtol=0)
         np.testing.assert_allclose(
-            report.layers[name].energy, wanted.layers[name].energy, rtol=1e-6 if atol == 0 else 1e-3
+            report.supports[name].energy, wanted.supports[name].energy, rtol=1e-6 if atol == 0 else 1e-3
         )
 
 
@@ -54,27 +54,29 @@ def test_groups_and_offloading_change_nothing(support, side):
 
 @pytest.mark.parametrize("support", SUPPORTS[:3])
 def test_groups_give_the_same_statistics_budgets_and_files(support, tmp_path):
-    batches, budget = token_batches(4), loft_rs.Budget(params=400)
+    batches = token_batches(4)
     for passes in (1, 2):
-        for options in ({}, {"budget": budget}):
-            whole = calibrate(build(support=support), batches, passes=passes, **options)
+        for options in ({}, {"r": loft_rs.Budget(params=400)}):
+            options |= {"support": with_options(support, passes=passes)}
+            whole = calibrate(build(**options), batches)
             limit = whole.memory.total * 3 // 4
-            grouped = calibrate(
-                build(support=support), batches, passes=passes, memory=limit, offload=bool(options), **options
-            )
+            grouped = calibrate(build(**options), batches, memory=limit, offload="r" in options)
+            assert grouped.memory.groups > 1 or "r" in options
             assert_same(grouped, whole)
-            assert {n: s.rank for n, s in grouped.layers.items()} == {n: s.rank for n, s in whole.layers.items()}
-            assert grouped.passes == whole.passes == passes and grouped.evidence.keys() == whole.layers.keys()
+            assert {n: s.rank for n, s in grouped.supports.items()} == {n: s.rank for n, s in whole.supports.items()}
+            assert grouped.passes == whole.passes == passes and grouped.evidence.keys() == whole.supports.keys()
             assert all(grouped.evidence[n].agreement == e.agreement for n, e in whole.evidence.items())
-    limit = calibrate(build(support=support), batches, passes=1).memory.total * 3 // 4
-    report = calibrate(
-        build(support=support), batches, passes=1, memory=limit, save_sketches=tmp_path / "s.safetensors"
-    )
+    single = with_options(support, passes=1)
+    limit = calibrate(build(support=single), batches).memory.total * 3 // 4
+    report = calibrate(build(support=single), batches, memory=limit)
     assert report.memory.groups > 1
-    for name, found in loft_rs.supports_from_sketches(tmp_path / "s.safetensors").items():
-        np.testing.assert_allclose(found.basis, report.layers[name].basis, atol=1e-6, rtol=0)
-    with pytest.raises(ValueError, match="tol needs all layers at once"):
-        calibrate(build(support=support), batches, passes=1, memory=limit, tol=0.1)
+    for offload in (False, True):
+        path = tmp_path / f"{offload}.safetensors"
+        loft_rs.save_sketches(build(support=support), batches, path, memory=limit, offload=offload)
+        supports = loft_rs.supports_from_sketches(path)
+        assert supports.keys() == report.supports.keys()
+        for name, found in supports.items():
+            np.testing.assert_allclose(found.basis, report.supports[name].basis, atol=1e-6, rtol=0)
 
 
 def test_groups_with_a_train_step_count_the_sketches_alone():

@@ -1,4 +1,4 @@
-"""calibration.py at scale: any model, base and precision, several processes, faults."""
+"""`calibrate` at scale: any model, base and precision, several processes, faults."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ SUPPORTS = ["skewgrad", "gradsvd", "activation", "principal"]
 def captured(report, weights, gradients, side="input"):
     """||P^T S P||^2 over the most that the rank allows, by layer, where the sketch is exact."""
     found = {}
-    for name, support in report.layers.items():
+    for name, support in report.supports.items():
         if (
             len(support.basis) <= support.rank + OVERSAMPLING
         ):  # the sketch is as wide as the layer: nothing is left to chance
@@ -133,7 +133,7 @@ def test_packed_sequences_count_as_sequences_apart():
     blind = calibrate(
         build(make_llama(torch.float64), support="skewgrad"), [{k: packed[k] for k in ("input_ids", "labels")}]
     )
-    assert max(np.abs(blind.layers[n].basis - b).max() for n, b in bases(apart).items()) > 0.01
+    assert max(np.abs(blind.supports[n].basis - b).max() for n, b in bases(apart).items()) > 0.01
 
 
 @pytest.mark.parametrize("side", ["input", "output"])
@@ -157,8 +157,8 @@ def test_conv1d_of_gpt2_against_dense_float64(side):
     for batch in batches:
         plain(**batch).loss.backward()
     modules = dict(plain.named_modules())
-    weights = {name: modules[name].weight.detach().mT for name in report.layers}
-    gradients = {name: modules[name].weight.grad.mT for name in report.layers}
+    weights = {name: modules[name].weight.detach().mT for name in report.supports}
+    gradients = {name: modules[name].weight.grad.mT for name in report.supports}
     found = captured(report, weights, gradients, side)
     assert len(found) == (6 if side == "input" else 4) and min(found.values()) >= 0.9999
 
@@ -247,7 +247,7 @@ def test_quantised_bases_against_the_dequantised_dense_gradient(kind, support, d
     # The 8-bit base of bitsandbytes rounds its activations to 8 bits too.
     least = 0.95 if kind == "bitsandbytes 8-bit" or dtype == torch.bfloat16 else 0.995
     for name, layer in plain.named_children():
-        p, g = torch.from_numpy(report.layers[name].basis).double(), layer.weight.grad
+        p, g = torch.from_numpy(report.supports[name].basis).double(), layer.weight.grad
         if support == "skewgrad":
             s = skew_of(weights[name], g, "input")
             share = span_energy(p, s) / float((torch.linalg.svdvals(s)[:16] ** 2).sum())

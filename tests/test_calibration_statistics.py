@@ -1,4 +1,4 @@
-"""evidence.py, saved_sketches.py and calibrate's passes, tol and budget: against float64 truth, against each other, saved and refused."""
+"""Evidence, a single pass and budgets: against float64 truth, against each other, saved and refused."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from reference import basis_of, make_bert, make_llama, token_batches
-from test_calibration import build, dense_gradients, skew_of, span_energy
+from reference import basis_of, make_bert, make_llama, token_batches, untouched
+from test_calibration import build, dense_gradients, skew_of, span_energy, with_options
 
 import loft_rs
-from loft_rs import Budget, Evidence, calibrate
+from loft_rs import Budget, Evidence, GradSVD, LoftConfig, SkewGrad, calibrate
 from loft_rs.sketch.small import left_vectors, nystroem, skew_core
 from loft_rs.sketch.split_half import evidence_of, overlap
 from loft_rs.tuner.adapters import adapted_layers
@@ -115,7 +115,7 @@ def test_one_batch_that_is_all_of_the_gradient_is_noticed():
     halves[1] *= 30
     ruled = told(halves, counts)
     assert ruled.dominance > 0.99
-    build_ = {"evidence": {"q": ruled, "k": alike}, "layers": {}}
+    build_ = {"evidence": {"q": ruled, "k": alike}, "supports": {}}
     assert "in 1 layers one half" in str(loft_rs.CalibrationReport("skewgrad", "natural", 2, 8, 0, 1.0, **build_))
 
 
@@ -132,7 +132,7 @@ def test_reproduced_squares_descend_and_never_exceed(squares, seed):
 @pytest.mark.parametrize("support", SUPPORTS)
 def test_calibrate_reports_evidence_and_one_batch_gives_nan(support):
     report = calibrate(build(support=support), token_batches(4))
-    assert report.evidence.keys() == report.layers.keys() and "agreement" in str(report)
+    assert report.evidence.keys() == report.supports.keys() and "agreement" in str(report)
     for e in report.evidence.values():
         assert e.batches == 4 and 0 <= e.halves <= e.agreement <= 1 and e.reproducible <= 1
         assert e.snr.shape == ((3,) if support == "skewgrad" else (6,)) and e.angles.shape == (6,)
@@ -206,10 +206,10 @@ def test_nystroem_is_exact_on_a_matrix_of_low_rank_and_never_above(n, rank, seed
 @pytest.mark.parametrize("support", SUPPORTS)
 def test_one_pass_is_one_pass_and_captures_what_two_would(support, side):
     batches = token_batches(3)
-    report = calibrate(build(support=support, side=side), batches, passes=1)
+    report = calibrate(build(support=with_options(support, passes=1), side=side), batches)
     weights, gradients, inputs, outputs = dense_gradients(batches)
-    assert report.passes == 1 and {s.passes for s in report.layers.values()} == {1}
-    for name, s in report.layers.items():
+    assert report.passes == 1 and {s.passes for s in report.supports.values()} == {1}
+    for name, s in report.supports.items():
         p = torch.from_numpy(s.basis).double()
         if support == "skewgrad":
             matrix = skew_of(weights[name], gradients[name], side)
@@ -237,13 +237,19 @@ def test_a_narrow_sketch_captures_nearly_as_much_and_says_how_much(support, pass
     base = {"hidden_size": 96, "intermediate_size": 160, "num_hidden_layers": 1}
     batches = token_batches(2, size=2)
     model = peft.get_peft_model(
-        make_llama(**base), loft_rs.LoftConfig(r=8, target_modules=["q_proj", "down_proj"], support=support)
+        make_llama(**base),
+        LoftConfig(
+            r=8,
+            target_modules=["q_proj", "down_proj"],
+            support=with_options(support, passes=passes, oversampling=24),
+        ),
     )
-    report = calibrate(model, batches, passes=passes, oversampling=24)
+    report = calibrate(model, batches)
+    assert report.passes == passes
     plain = make_llama(**base).double()
     for batch in batches:
         plain(**batch).loss.backward()
-    for name, s in report.layers.items():
+    for name, s in report.supports.items():
         w, g = plain.get_submodule(name).weight.detach(), plain.get_submodule(name).weight.grad
         p = torch.from_numpy(s.basis).double()
         matrix = skew_of(w, g, "input") if support == "skewgrad" else g
@@ -254,105 +260,8 @@ def test_a_narrow_sketch_captures_nearly_as_much_and_says_how_much(support, pass
 
 
 def test_half_precision_calibrates_in_one_pass():
-    report = calibrate(build(make_llama(torch.bfloat16), support="skewgrad"), token_batches(2), passes=1)
-    assert all(0 < s.energy <= 1 and np.isfinite(s.values).all() for s in report.layers.values())
-
-
-# -- early stop --------------------------------------------------------------------------------------------------------------
-
-
-def test_calibration_stops_when_a_batch_changes_nothing_and_gives_what_those_batches_give():
-    batch = token_batches(1)[0]
-    report = calibrate(build(support="skewgrad"), [batch] * 8, tol=1e-3)
-    assert report.batches == 2 and report.passes == 2
-    wanted = calibrate(build(support="skewgrad"), [batch] * 2)
-    for name, s in report.layers.items():
-        np.testing.assert_array_equal(s.basis, wanted.layers[name].basis)
-    restless = calibrate(build(support="skewgrad"), token_batches(5), tol=1e-6)
-    assert restless.batches == 5
-
-
-# -- saved sketches ----------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("options", [{}, {"tied": True}, {"side": "output"}], ids=["plain", "tied", "output"])
-@pytest.mark.parametrize("support", SUPPORTS)
-def test_saved_sketches_add_up_to_one_calibration(support, options, tmp_path):
-    batches = token_batches(4)
-    model = build(support=support, **options)
-    wanted = calibrate(model, batches, passes=1)
-    paths = [tmp_path / "one.safetensors", tmp_path / "two.safetensors"]
-    for path, some in zip(paths, (batches[:2], batches[2:]), strict=True):
-        calibrate(build(support=support, **options), some, passes=1, save_sketches=path)
-    supports = loft_rs.supports_from_sketches(*paths)
-    assert supports.keys() == wanted.layers.keys()
-    for name, s in supports.items():
-        held = wanted.layers[name]
-        assert overlap(s.basis, held.basis) >= 1 - 1e-5 and s.order == held.order
-        assert s.energy == pytest.approx(held.energy, abs=1e-4)
-        np.testing.assert_allclose(s.values, held.values, rtol=2e-3, atol=1e-3 * held.values[0])
-    # A box without the model writes the supports, and they fit the model.
-    loft_rs.save_supports(tmp_path / "supports.safetensors", supports)
-    fresh = build(support=support, **options)
-    loft_rs.set_support(fresh, loft_rs.load_supports(tmp_path / "supports.safetensors"))
-    fresh.train()(**batches[0]).loss.backward()
-    alone = loft_rs.supports_from_sketches(paths[0])
-    assert overlap(alone[name].basis, wanted.layers[name].basis) < 1
-
-
-def test_a_train_step_saves_the_sketch_that_a_dataloader_saves(tmp_path):
-    batches = token_batches(2)
-    model = build(support="skewgrad")
-    calibrate(build(support="skewgrad"), batches, passes=1, save_sketches=tmp_path / "a.safetensors")
-    calibrate(
-        model,
-        train_step=lambda: [model(**batch).loss.backward() for batch in batches],  # without a loss scale
-        passes=1,
-        save_sketches=tmp_path / "b.safetensors",
-    )
-    one, two = (loft_rs.supports_from_sketches(tmp_path / f"{name}.safetensors") for name in "ab")
-    for name in one:
-        np.testing.assert_allclose(one[name].values, two[name].values, rtol=1e-3, atol=1e-4 * one[name].values[0])
-
-
-def test_sketches_that_do_not_belong_together_are_refused(tmp_path):
-    def saved(name, **options):
-        path = tmp_path / f"{name}.safetensors"
-        calibrate(build(**{"support": "skewgrad"} | options), token_batches(1), passes=1, save_sketches=path)
-        return path
-
-    one = saved("one")
-    for name, options, message in (
-        ("seed", {"seed": 1}, r"seed\.safetensors: seed of .* is 1, but 0 in"),
-        ("rank", {"r": 4}, "rank of .* is 4, but 6 in"),
-        ("method", {"support": "gradsvd"}, "method of .* is 'gradsvd', but 'skewgrad' in"),
-        ("side", {"side": "output"}, "side of .* is 'output', but 'input' in"),
-        ("modules", {"target_modules": ["q_proj"]}, "holds other modules than"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            loft_rs.supports_from_sketches(one, saved(name, **options))
-    with pytest.raises(ValueError, match="names a file twice"):
-        loft_rs.supports_from_sketches(one, one)
-    with pytest.raises(ValueError, match="paths is empty"):
-        loft_rs.supports_from_sketches()
-    with pytest.raises(FileNotFoundError):
-        loft_rs.supports_from_sketches(tmp_path / "none.safetensors")
-    loft_rs.save_supports(tmp_path / "supports.safetensors", loft_rs.supports_from_sketches(one))
-    with pytest.raises(ValueError, match=r"not a file that calibrate\(\.\.\., save_sketches=path\) wrote"):
-        loft_rs.supports_from_sketches(tmp_path / "supports.safetensors")
-    cut = tmp_path / "cut.safetensors"
-    cut.write_bytes(one.read_bytes()[:-100])
-    with pytest.raises(ValueError, match="damaged"):
-        loft_rs.supports_from_sketches(cut)
-
-
-def test_a_sketch_that_cannot_be_written_leaves_the_model_as_it_was(tmp_path):
-    model = build(support="skewgrad")
-    before = state_of(model)
-    with pytest.raises(FileNotFoundError, match="does not exist"):
-        calibrate(model, token_batches(1), passes=1, save_sketches=tmp_path / "none" / "s.safetensors")
-    (tmp_path / "file").write_text("x")
-    assert unchanged(model, before) and [p.name for p in tmp_path.iterdir()] == ["file"]
+    report = calibrate(build(make_llama(torch.bfloat16), support=SkewGrad(passes=1)), token_batches(2))
+    assert all(0 < s.energy <= 1 and np.isfinite(s.values).all() for s in report.supports.values())
 
 
 # -- budget ------------------------------------------------------------------------------------------------------------------
@@ -363,13 +272,17 @@ def trained(model):
 
 
 @pytest.mark.parametrize("options", [{}, {"tied": True}, {"transform": "free"}, {"side": "output"}], ids=str)
-@pytest.mark.parametrize("share_by", ["energy", "reproducible"])
-def test_a_budget_is_kept_trained_saved_and_loaded(options, share_by, tmp_path):
+@pytest.mark.parametrize("support", SUPPORTS)
+def test_a_budget_is_kept_trained_saved_and_loaded(options, support, tmp_path):
     batches = token_batches(4)
-    model = build(support="skewgrad", **options)
-    budget = Budget(params=400, transform=options.get("transform", "cayley"))
-    report = calibrate(model, batches, budget=budget, share_by=share_by)
-    ranks = {name: s.rank for name, s in report.layers.items()}
+    model = build(support=support, r=Budget(params=400), **options)
+    budget = Budget(params=400, transform=options.get("transform", "cayley"))  # which the config sets
+    config = model.peft_config["default"]
+    assert config.r == budget and config.rank == 2 and not config.rank_pattern
+    assert {layer.adapters["default"].rank for layer in adapted_layers(model)[1].values()} == {2}
+    report = calibrate(model, batches)
+    assert config.r == budget
+    ranks = {name: s.rank for name, s in report.supports.items()}
     assert len(set(ranks.values())) > 1 and all(rank % 2 == 0 and rank >= 2 for rank in ranks.values())
     assert trained(model) == sum(map(budget.parameters, ranks.values())) <= 400
     assert {
@@ -383,17 +296,65 @@ def test_a_budget_is_kept_trained_saved_and_loaded(options, share_by, tmp_path):
         optimiser.zero_grad()
     model.save_pretrained(tmp_path)
     assert json.loads((tmp_path / "adapter_config.json").read_text())["rank_pattern"]
-    again = peft.PeftModel.from_pretrained(make_llama(), tmp_path).eval()
-    wanted, found = (m.eval()(**batches[1]).logits for m in (model, again))
-    torch.testing.assert_close(found, wanted, atol=0, rtol=0)
+    wanted = model.eval()(**batches[1]).logits
     assert not torch.equal(wanted, make_llama().eval()(**batches[1]).logits)
+    for trainable in (False, True):
+        again = peft.PeftModel.from_pretrained(make_llama(), tmp_path, is_trainable=trainable).eval()
+        assert same_adapter(again, model) and torch.equal(again(**batches[1]).logits, wanted)
+    again.save_pretrained(tmp_path / "again")
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        assert (tmp_path / "again" / name).read_bytes() == (tmp_path / name).read_bytes()
+    with pytest.raises(ValueError, match="calibrate needs an untrained adapter"):
+        calibrate(again, batches)
+
+
+def same_adapter(one, other):
+    configs = [model.peft_config["default"] for model in (one, other)]
+    ranks = [{n: layer.adapters["default"].rank for n, layer in adapted_layers(m)[1].items()} for m in (one, other)]
+    assert ranks[0] == ranks[1] and configs[0].rank_pattern == configs[1].rank_pattern
+    return configs[0].r == configs[1].r and configs[0].support == configs[1].support
+
+
+@pytest.mark.parametrize("support", ["skewgrad", GradSVD(passes=1, oversampling=64)], ids=["name", "object"])
+@pytest.mark.parametrize("mapped", [False, True])
+def test_a_budget_saved_before_it_is_shared_out_is_shared_out_after(support, mapped, tmp_path):
+    options = {"support": support, "target_modules": ["q_proj", "down_proj"]}
+    names, budget = adapted_layers(build(**options))[1], Budget(params=60)
+    if mapped:
+        budget = Budget(params=90, floor=dict.fromkeys(names, 4), cap=dict.fromkeys(names, 8) | {next(iter(names)): 4})
+    model = build(r=budget, **options)
+    model.save_pretrained(tmp_path)
+    again = peft.PeftModel.from_pretrained(make_llama(), tmp_path, is_trainable=True)
+    assert same_adapter(again, model) and again.peft_config["default"].r == budget
+    assert again.peft_config["default"].support == support and trained(again) == trained(model) == len(names)
+    reports = [calibrate(each, token_batches(2)) for each in (model, again)]
+    assert same_adapter(again, model) and trained(model) <= budget.params
+    for name, s in reports[0].supports.items():
+        np.testing.assert_array_equal(reports[1].supports[name].basis, s.basis)
+        assert s.rank in budget.allowed({n: 32 for n in names})[name]
+    model.save_pretrained(tmp_path / "calibrated")
+    assert same_adapter(peft.PeftModel.from_pretrained(make_llama(), tmp_path / "calibrated"), model)
+
+
+def test_a_state_of_shared_ranks_is_loaded_into_a_model_that_has_shared_none():
+    options = {"support": "skewgrad", "r": Budget(params=400)}
+    model, fresh = build(**options), build(**options)
+    calibrate(model, token_batches(2))
+    optimiser = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=0.05)
+    model.train()(**token_batches(1)[0]).loss.backward()
+    optimiser.step()
+    fresh.load_state_dict(model.state_dict())
+    assert same_adapter(fresh, model)
+    batch = token_batches(1, seed=3)[0]
+    assert torch.equal(fresh.eval()(**batch).logits, model.eval()(**batch).logits)
 
 
 def test_a_budget_captures_more_than_even_ranks_of_as_many_parameters():
     batches = token_batches(4)
-    even, shared = build(support="skewgrad", r=6), build(support="skewgrad", r=6)
+    even = build(support="skewgrad", r=6)
     calibrate(even, batches)
-    report = calibrate(shared, batches, budget=Budget(params=trained(even)))
+    shared = build(support="skewgrad", r=Budget(params=trained(even)))
+    report = calibrate(shared, batches)
     weights, gradients, *_ = dense_gradients(batches)
     captured = [
         sum(
@@ -403,7 +364,7 @@ def test_a_budget_captures_more_than_even_ranks_of_as_many_parameters():
         for model in (even, shared)
     ]
     assert captured[1] > 1.02 * captured[0] and trained(shared) <= trained(even)
-    assert max(s.rank for s in report.layers.values()) <= 12  # twice the even share
+    assert max(s.rank for s in report.supports.values()) <= 12  # twice the even share
 
 
 def test_a_budget_names_modules_whose_names_end_alike(tmp_path):
@@ -411,10 +372,14 @@ def test_a_budget_names_modules_whose_names_end_alike(tmp_path):
         torch.nn.Sequential(
             torch.nn.Linear(8, 12), torch.nn.Sequential(torch.nn.Linear(12, 10), torch.nn.Linear(10, 8))
         ),
-        loft_rs.LoftConfig(r=4, target_modules=["0", "1.0", "1.1"], support="activation"),
+        LoftConfig(
+            r=Budget(params=22, cap={"0": 2, "1.0": 6, "1.1": 4}),
+            target_modules=["0", "1.0", "1.1"],
+            support="activation",
+        ),
     )
     x = torch.randn(30, 8, generator=torch.Generator().manual_seed(0))
-    calibrate(model, [(x,)], budget=Budget(params=22, cap={"0": 2, "1.0": 6, "1.1": 4}))
+    calibrate(model, [(x,)])
     ranks = {name: layer.adapters["default"].rank for name, layer in adapted_layers(model)[1].items()}
     assert ranks["0"] == 2 and ranks["1.0"] > 2
     model.save_pretrained(tmp_path)
@@ -425,51 +390,86 @@ def test_a_budget_names_modules_whose_names_end_alike(tmp_path):
     assert {name: layer.adapters["default"].rank for name, layer in adapted_layers(again)[1].items()} == ranks
 
 
+@pytest.mark.parametrize("kind", SUPPORTS)
 @pytest.mark.parametrize(
-    ("options", "arguments", "error", "message"),
+    ("options", "message"),
     [
-        ({}, {"passes": 3}, ValueError, "passes must be 1 or 2, got 3"),
-        ({}, {"passes": True}, ValueError, "passes must be 1 or 2"),
-        ({}, {"oversampling": 3}, ValueError, "oversampling must be None or an even number of at least 2, got 3"),
-        ({}, {"tol": 2}, ValueError, "tol must be None or a number between 0 and 1, got 2"),
-        ({}, {"share_by": "luck"}, ValueError, "share_by must be one of"),
-        ({}, {"share_by": "reproducible"}, ValueError, "needs a budget"),
-        ({}, {"budget": 400}, TypeError, "budget must be a loft_rs.Budget, got int"),
-        ({}, {"budget": Budget(params=400, transform="free")}, ValueError, "the adapter's transform is cayley"),
-        ({}, {"budget": Budget(params=400, floor=0)}, ValueError, "a floor of at least 2"),
-        ({}, {"budget": Budget(params=10)}, ValueError, "the floors alone take 14"),
-        ({}, {"save_sketches": "s.safetensors"}, ValueError, "save_sketches needs passes=1"),
-        (
-            {"support": "principal"},
-            {"budget": Budget(params=400)},
-            ValueError,
-            "budget needs a support that data chooses",
-        ),
-        ({"support": "principal"}, {"tol": 0.1}, ValueError, "tol needs a support that data chooses"),
-        ({}, {"budget": Budget(params=400), "share_by": "reproducible"}, ValueError, "two batches or more"),
+        ({"passes": 3}, "passes must be 1 or 2, got 3"),
+        ({"passes": 0}, "passes must be 1 or 2, got 0"),
+        ({"passes": True}, "passes must be 1 or 2, got True"),
+        ({"oversampling": 3}, "oversampling must be None or an even number of at least 2, got 3"),
+        ({"oversampling": 0}, "oversampling must be None or an even number of at least 2, got 0"),
+        ({"oversampling": 2.0}, "oversampling must be None or an even number of at least 2, got 2.0"),
     ],
 )
-def test_what_does_not_fit_together_is_named_and_changes_nothing(options, arguments, error, message):
-    model = build(**{"support": "skewgrad"} | options)
-    before, pattern = state_of(model), dict(model.peft_config["default"].rank_pattern)
+def test_bad_options_of_a_sketch_are_named_when_it_is_made(kind, options, message):
+    with pytest.raises(ValueError, match=message):
+        with_options(kind, **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"r": Budget(params=400, floor=0)}, "a floor of at least 2"),
+        ({"r": Budget(params=400, floor={"a": 2, "b": 0})}, "a floor of at least 2"),
+        ({"support": "principal"}, "it needs support='skewgrad', 'gradsvd' or 'activation', got 'principal'"),
+        ({"support": "random"}, "it needs support='skewgrad', .* got 'random'"),
+        ({"support": "pilot"}, "it needs support='skewgrad', .* got 'pilot'"),
+        ({"support": loft_rs.Pilot(halves=True)}, "it needs support='skewgrad', .* got 'pilot'"),
+        ({"support": loft_rs.Blocks()}, "it needs support='skewgrad', .* got 'blocks'"),
+        ({"support": loft_rs.Reflections()}, "it needs support='skewgrad', .* got 'reflections'"),
+        ({"support": "some.safetensors"}, "it needs support='skewgrad', .* got 'some.safetensors'"),
+        ({"transform": "cayley+magnitudes"}, "cannot count the parameters of the transform 'cayley.magnitudes'"),
+        ({"transform": "cayley_neumann:5"}, "cannot count the parameters of the transform 'cayley_neumann:5'"),
+        ({"r": Budget(params=1), "transform": "free"}, "params is 1, but the smallest rank, 2, takes 4 with 'free'"),
+    ],
+)
+def test_a_budget_that_cannot_be_is_named_by_the_config(options, message):
+    with pytest.raises(ValueError, match=message):
+        LoftConfig(**{"r": Budget(params=400), "support": "skewgrad"} | options)
+
+
+def test_the_config_sets_what_a_budget_counts():
+    for transform, other in (("cayley", "free"), ("free", "cayley"), ("exp", "cayley")):
+        budget = Budget(params=400, transform=other)
+        config = LoftConfig(r=budget, support="skewgrad", transform=transform)
+        assert config.r == Budget(params=400, transform=transform) and budget.transform == other
+
+
+@pytest.mark.parametrize(
+    ("budget", "error", "message"),
+    [
+        (Budget(params=10), ValueError, "the floors alone take 14"),
+        (Budget(params=400, floor=40), ValueError, "floor.* is 40, but its rank can be 32 at most|floor .* is 40"),
+        (Budget(params=400, floor={"q_proj": 2}), ValueError, "floor must have the names of .*; it lacks"),
+        (Budget(params=400, cap={"q_proj": 2}), ValueError, "cap must have the names of .*; it lacks"),
+        (Budget(params=400, floor=4, cap=2), ValueError, "floor.* is 4, above its cap of 2"),
+    ],
+)
+def test_a_budget_that_does_not_fit_the_model_is_named_and_changes_nothing(budget, error, message):
+    model = build(support="skewgrad", r=budget)
+    before, fields = state_of(model), model.peft_config["default"].to_dict()
     with pytest.raises(error, match=message):
-        calibrate(model, token_batches(1), **arguments)
-    assert unchanged(model, before) and model.peft_config["default"].rank_pattern == pattern
+        calibrate(model, train_step=pytest.fail)
+    untouched(model, before)
+    assert model.peft_config["default"].to_dict() == fields
 
 
-def test_a_budget_that_no_batch_reaches_leaves_the_ranks_as_they_were():
-    model = build(make_bert().bert, support="skewgrad", target_modules=["query", "dense"])
-    batch = {k: v for k, v in token_batches(1)[0].items() if k != "labels"}
+def test_a_module_too_narrow_for_an_even_rank_has_no_place_in_a_budget():
+    base = torch.nn.Sequential(torch.nn.Linear(8, 6), torch.nn.Linear(6, 1))
+    with pytest.warns(UserWarning, match="1"):
+        config = LoftConfig(r=Budget(params=40), target_modules=["0", "1"], support="activation")
+        model = peft.get_peft_model(base, config)
     before = state_of(model)
-    with pytest.raises(ValueError, match=r"budget: no calibration batch reached pooler\.dense; exclude"):
-        calibrate(
-            model,
-            train_step=lambda: model(**batch).last_hidden_state.square().mean().backward(),
-            budget=Budget(params=400),
-        )
+    with pytest.raises(ValueError, match="gives even ranks, which these modules are too narrow for: 1"):
+        calibrate(model, train_step=pytest.fail)
     assert unchanged(model, before)
 
 
-def test_tol_needs_a_dataloader():
-    with pytest.raises(ValueError, match="tol needs a dataloader"):
-        calibrate(build(support="skewgrad"), train_step=lambda: None, tol=0.1)
+def test_a_budget_that_no_batch_reaches_leaves_the_ranks_as_they_were():
+    model = build(make_bert().bert, support="skewgrad", target_modules=["query", "dense"], r=Budget(params=400))
+    batch = {k: v for k, v in token_batches(1)[0].items() if k != "labels"}
+    before = state_of(model)
+    with pytest.raises(ValueError, match=r"r=Budget\(\.\.\.\): no calibration batch reached pooler\.dense; exclude"):
+        calibrate(model, train_step=lambda: model(**batch).last_hidden_state.square().mean().backward())
+    assert unchanged(model, before)

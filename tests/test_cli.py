@@ -138,7 +138,7 @@ def test_select_failures_are_one_sentence_and_write_nothing(gradients, capsys):
     assert not out.exists() and not [each for each in folder.iterdir() if each.name.startswith(".")]
 
 
-def adapter_folder(folder, transform="cayley", scale=0.1, dtype=np.float32, rank=6):
+def adapter_folder(folder, transform="cayley", scale=0.1, dtype=np.float32, rank=6, version=2):
     """An adapter as `save_pretrained` writes it, made by hand."""
     chance = np.random.default_rng(1)
     tensors = {}
@@ -150,15 +150,16 @@ def adapter_folder(folder, transform="cayley", scale=0.1, dtype=np.float32, rank
         tensors[f"{name}.loft_energy"] = np.array(0.5, np.float32)
     folder.mkdir(exist_ok=True)
     save_file(tensors, folder / "adapter_model.safetensors")
-    config = {"peft_type": "LOFT", "transform": transform, "side": "input", "r": rank, "loft_format_version": 1}
+    config = {"peft_type": "LOFT", "transform": transform, "side": "input", "r": rank, "loft_format_version": version}
     (folder / "adapter_config.json").write_text(json.dumps(config), encoding="utf-8")
     return folder
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float16])
 @pytest.mark.parametrize("transform", ["cayley", "exp"])
-def test_inspect_measures_orthogonality_and_angles(tmp_path, transform, dtype):
-    reports = inspect_adapter(adapter_folder(tmp_path / "a", transform, dtype=dtype))
+@pytest.mark.parametrize("version", [1, 2])
+def test_inspect_measures_orthogonality_and_angles(tmp_path, transform, dtype, version):
+    reports = inspect_adapter(adapter_folder(tmp_path / "a", transform, dtype=dtype, version=version))
     assert [each.name.rsplit(".", 1)[-1] for each in reports] == ["k", "q"]
     tensors = load_file(tmp_path / "a" / "adapter_model.safetensors")
     for each in reports:

@@ -26,7 +26,7 @@ from reference import make_llama
 from safetensors.torch import load_file
 
 import loft_rs
-from loft_rs import LoftConfig
+from loft_rs import Blocks, LoftConfig
 from loft_rs.convert import convert_adapter
 from loft_rs.transform.skew import skew as skew_of
 
@@ -72,13 +72,20 @@ KEPT_BACK = {
     "exp blocks": (lambda: LoftConfig.oft(8, transform="exp", **SHARED), "neither OFT nor BOFT has transform 'exp'"),
     "one term": (
         lambda: LoftConfig.oft(8, neumann_terms=1, **SHARED),
-        "OFT has no transform 'cayley_neumann' with neumann_terms=1",
+        "OFT has no transform 'cayley_neumann:1'",
     ),
     "scaled series": (
-        lambda: LoftConfig.oft(8, neumann_terms=2, output_scale=True, **SHARED),
-        "BOFT has no transform 'cayley_neumann'",
+        lambda: LoftConfig(r=8, support=Blocks(output_scale=True), transform="cayley_neumann:2", **SHARED),
+        "BOFT has no transform 'cayley_neumann:2'",
     ),
-    "shared butterfly": (lambda: LoftConfig.boft(4, 2, share=True, **SHARED), "BOFT has no shared blocks"),
+    "shared butterfly": (
+        lambda: LoftConfig(r=4, support=Blocks(factors=2, share=True, output_scale=True), **SHARED),
+        "BOFT has no shared blocks",
+    ),
+    "shared butterfly without a scale": (
+        lambda: LoftConfig(r=4, support=Blocks(factors=2, share=True), **SHARED),
+        "BOFT has no shared blocks",
+    ),
     "ranks": (
         lambda: LoftConfig.hra(4, rank_pattern={"up": 6}, **SHARED),
         r"HRA has one rank for all modules, not \[4, 6\]",

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 import loft_rs
-from loft_rs._format import UNKNOWN_ENERGY
+from loft_rs._format import FORMAT_VERSION, RETIRED_FIELDS, UNKNOWN_ENERGY
 from loft_rs.inspection import inspect_adapter
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -24,6 +24,16 @@ FULL_RANK = ["boft", "oft"]
 # Two results of float32 arithmetic, a few products of 16 terms each. In bfloat16 each of some ten roundings in a row moves the
 # output by up to 2^-9 of its size.
 TOLERANCE = {torch.float32: 4e-6, torch.bfloat16: 2e-2}
+# Their configs are of version 1. What version 2 says otherwise, as (support, transform); its other fields are the same.
+BLOCKS = {"name": "blocks", "factors": 1, "share": False, "output_scale": False}
+MOVED = {
+    "boft": (BLOCKS | {"factors": 2, "output_scale": True}, "cayley"),
+    "halves": ({"name": "pilot", "steps": 32, "rank": None, "lr": 1e-3, "halves": True}, "cayley"),
+    "hra": ({"name": "reflections", "gram_schmidt": False}, "cayley"),
+    "magnitudes": ("principal", "cayley+magnitudes"),
+    "oft": (BLOCKS, "cayley"),
+    "psoft": ("principal", "cayley+magnitudes"),
+}
 
 
 class Attention(nn.Module):
@@ -90,16 +100,27 @@ def test_it_loads_to_the_bit_and_computes_what_it_did(name, trainable):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_saved_again_it_is_the_same_file(name, tmp_path):
+def test_saved_again_it_is_the_same_file_and_a_config_of_this_version(name, tmp_path):
     model, x = loaded(name)
     model.save_pretrained(tmp_path)
     assert_bits(file_of(tmp_path), file_of(GOLDEN / name))
     configs = [json.loads((folder / "adapter_config.json").read_text()) for folder in (tmp_path, GOLDEN / name)]
-    own = {key for key in configs[1] if key not in ("auto_mapping", "base_model_name_or_path", "peft_version")}
-    assert {key: configs[0][key] for key in own} == {key: configs[1][key] for key in own}
+    old = configs[1].keys() & RETIRED_FIELDS.keys()
+    assert old == RETIRED_FIELDS.keys() and not old & configs[0].keys()
+    own = {
+        key: value
+        for key, value in configs[1].items()
+        if key not in old and key not in ("auto_mapping", "base_model_name_or_path", "peft_version")
+    }
+    support, transform = MOVED.get(name, (own["support"], own["transform"]))
+    own |= {"support": support, "transform": transform, "loft_format_version": FORMAT_VERSION}
+    assert {key: configs[0][key] for key in own} == own
     again = peft.PeftModel.from_pretrained(base(name)[0], tmp_path)
     with torch.no_grad():
         assert torch.equal(again(x), model(x))
+    again.save_pretrained(tmp_path / "twice")
+    texts = [(folder / "adapter_config.json").read_bytes() for folder in (tmp_path, tmp_path / "twice")]
+    assert texts[0] == texts[1]
 
 
 @pytest.mark.parametrize("name", NAMES)

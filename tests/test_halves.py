@@ -1,8 +1,9 @@
-"""`LoftConfig(halves=True)`: partners against dense float64, the order inside each half, what is trained, saved and refused."""
+"""`Pilot(halves=True)`: partners against dense float64, the order inside each half, what is trained, saved and refused."""
 
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -25,18 +26,18 @@ from loft_rs.inspection import inspect_adapter
 from loft_rs.layer.merging import factor_of
 from loft_rs.tuner.adapters import adapted_layers, owners
 
-SHORT = Pilot(steps=3)
+HALVES, SHORT = Pilot(halves=True), Pilot(steps=3, halves=True)
 OUTPUT = {"gate_proj": "output", "up_proj": "output"}
 
 
 def build(base=None, **options):
-    options = {"target_modules": "all-linear", "r": 6, "support": "pilot", "halves": True} | options
+    options = {"target_modules": "all-linear", "r": 6, "support": SHORT} | options
     return peft.get_peft_model(base or make_llama(), LoftConfig(**options))
 
 
 def calibrated(base=None, **options):
     model = build(base, **options)
-    return model, calibrate(model, token_batches(2), pilot=SHORT)
+    return model, calibrate(model, token_batches(2))
 
 
 def dense_partners(weight, images):
@@ -129,12 +130,12 @@ def test_a_rank_one_change_and_a_zero_weight_still_give_an_orthonormal_support()
 def test_each_half_has_its_own_order_and_what_lies_between_is_trained(options):
     batches, start = token_batches(2), logits(make_llama())
     model = build(**options)
-    ordered = calibrate(model, batches, pilot=SHORT)
-    natural = calibrate(build(**options, order="natural"), batches, pilot=SHORT)
+    ordered = calibrate(model, batches)
+    natural = calibrate(build(**options, order="natural"), batches)
     assert (ordered.order, natural.order) == ("input_pca", "natural")
     r = options.get("r", 6)
-    for name, support in ordered.layers.items():
-        other = natural.layers[name]
+    for name, support in ordered.supports.items():
+        other = natural.supports[name]
         for part in (slice(r - r // 2), slice(r - r // 2, None)):
             one, two = (each.basis[:, part].astype(np.float64) for each in (support, other))
             assert np.linalg.norm(one.T @ two) ** 2 >= one.shape[1] - 1e-5
@@ -182,15 +183,15 @@ def test_saved_loaded_merged_and_exported(tmp_path, options):
     loft_rs.export_lora(model, tmp_path / "lora")
     lora = peft.PeftModel.from_pretrained(make_llama(), tmp_path / "lora")
     torch.testing.assert_close(logits(lora), wanted, rtol=1e-4, atol=1e-5)
-    loft_rs.save_supports(tmp_path / "supports.safetensors", report.layers)
+    loft_rs.save_supports(tmp_path / "supports.safetensors", report.supports)
     again = build(support=str(tmp_path / "supports.safetensors"), **options)
     for name, layer in owners(adapted_layers(again)[1], "default").items():
-        np.testing.assert_allclose(layer.adapters["default"].support.numpy(), report.layers[name].basis, atol=1e-6)
+        np.testing.assert_allclose(layer.adapters["default"].support.numpy(), report.supports[name].basis, atol=1e-6)
     # Its order alone: from data, and inside each half too.
     calibrate(again, token_batches(2))
     for name, layer in owners(adapted_layers(again)[1], "default").items():
         found = layer.adapters["default"].support.numpy()
-        np.testing.assert_allclose(np.abs(np.sum(found * report.layers[name].basis, 0)), 1.0, atol=1e-3)
+        np.testing.assert_allclose(np.abs(np.sum(found * report.supports[name].basis, 0)), 1.0, atol=1e-3)
     torch.testing.assert_close(logits(model.merge_and_unload()), wanted, rtol=1e-4, atol=1e-5)
 
 
@@ -211,13 +212,13 @@ def test_a_support_set_by_hand_is_read_in_halves():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_gives_nearly_the_same_halves(dtype, side):
     # As of a plain pilot, which has the same bound.
-    wanted = calibrate(perceptron(Perceptron(loss_factor=2e-4), side=side, halves=True), [{"x": X}])
-    model = perceptron(Perceptron(loss_factor=2e-4).to(dtype), side=side, halves=True)
+    wanted = calibrate(perceptron(Perceptron(loss_factor=2e-4), side=side, support=HALVES), [{"x": X}])
+    model = perceptron(Perceptron(loss_factor=2e-4).to(dtype), side=side, support=HALVES)
     report = calibrate(model, [{"x": X.to(dtype)}])
     for part in (slice(2), slice(2, None)):
         shares = [
-            np.linalg.norm(s.basis[:, part].T @ report.layers[name].basis[:, part]) ** 2 / 2
-            for name, s in wanted.layers.items()
+            np.linalg.norm(s.basis[:, part].T @ report.supports[name].basis[:, part]) ** 2 / 2
+            for name, s in wanted.supports.items()
         ]
         assert np.mean(shares) >= 0.98
     assert all(p.dtype == torch.float32 for p in model.parameters() if p.requires_grad)
@@ -234,14 +235,15 @@ def test_a_pilot_of_half_the_rank_is_enough():
 @pytest.mark.parametrize(("size", "length"), [(8, 32), (1, 4)])
 def test_the_memory_known_beforehand_is_enough(size, length, options):
     sizes = {"hidden_size": 128, "intermediate_size": 640, "num_attention_heads": 4, "num_key_value_heads": 2}
-    batch, pilot = token_batches(1, size=size, length=length)[0], Pilot(steps=3, rank=8)
+    batch = token_batches(1, size=size, length=length)[0]
 
     def made():
-        return build(make_llama(**sizes), r=8, target_modules=["gate_proj", "up_proj", "down_proj"], **options)
+        config = {"r": 8, "support": Pilot(steps=3, rank=8, halves=True), **options}
+        return build(make_llama(**sizes), target_modules=["gate_proj", "up_proj", "down_proj"], **config)
 
-    wanted, base, model = calibrate(made(), [batch], pilot=pilot).memory, frozen_peak(made(), batch), made()
+    wanted, base, model = calibrate(made(), [batch]).memory, frozen_peak(made(), batch), made()
     with LiveBytes(model) as live:
-        calibrate(model, [batch], pilot=pilot)
+        calibrate(model, [batch])
     assert live.peak - base <= wanted.total
 
 
@@ -251,7 +253,7 @@ def test_a_float64_base_is_calibrated_and_trains():
     torch.testing.assert_close(logits(model), start, rtol=0, atol=0)
     train(model)
     assert all(p.dtype == torch.float64 for p in model.parameters() if p.requires_grad)
-    assert loft_rs.orthogonality_error(model) <= 1e-5 and all(s.method == "pilot" for s in report.layers.values())
+    assert loft_rs.orthogonality_error(model) <= 1e-5 and all(s.method == "pilot" for s in report.supports.values())
 
 
 def test_adapters_with_and_without_halves_beside_one_another():
@@ -287,7 +289,7 @@ class Narrow(nn.Module):
 def test_layers_one_wide_and_layers_that_no_batch_reaches():
     model = build(Narrow(), target_modules=["a", "b", "c", "unused"], r=4)
     with pytest.warns(UserWarning, match="unused: a random support was put there"):
-        report = calibrate(model, [{"x": torch.randn(12, 8)}], pilot=SHORT)
+        report = calibrate(model, [{"x": torch.randn(12, 8)}])
     layers = adapted_layers(model)[1]
     assert {name: tuple(layer.adapters["default"].theta.shape) for name, layer in layers.items()} == {
         "a": (2, 2),
@@ -295,7 +297,7 @@ def test_layers_one_wide_and_layers_that_no_batch_reaches():
         "c": (0, 1),
         "unused": (2, 2),
     }
-    assert report.layers["unused"].method == "random" and report.layers["b"].method == "pilot"
+    assert report.supports["unused"].method == "random" and report.supports["b"].method == "pilot"
     model(x=torch.randn(12, 8)).loss.backward()
     assert layers["a"].adapters["default"].theta.grad.any()
 
@@ -306,18 +308,25 @@ def test_layers_one_wide_and_layers_that_no_batch_reaches():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"support": "principal"}, "halves needs support='pilot'.* got 'principal'"),
-        ({"support": "blocks"}, "halves needs support='pilot'"),
-        ({"transform": "free"}, "halves needs the transform 'cayley' or 'exp' without magnitudes, got free"),
-        ({"magnitudes": True}, "halves needs .* got cayley with magnitudes"),
-        ({"transform": "cayley_neumann", "neumann_terms": 2}, "halves needs .* got cayley_neumann"),
-        ({"halves": None}, "halves must be True or False, got None"),
-        ({"halves": 2}, "halves must be True or False, got 2"),
+        (
+            {"support": "principal", "transform": "cayley+halves"},
+            r"halves needs support=Pilot\(halves=True\).* got 'principal'",
+        ),
+        ({"support": "blocks", "transform": "cayley+halves"}, r"halves needs support=Pilot\(halves=True\)"),
+        ({"transform": "free"}, "halves needs the transform 'cayley' or 'exp' without magnitudes, got 'free'"),
+        ({"transform": "cayley+magnitudes"}, r"halves needs .* got 'cayley\+magnitudes'"),
+        ({"transform": "cayley_neumann:2"}, "halves needs .* got 'cayley_neumann:2'"),
     ],
 )
 def test_what_has_no_halves_is_refused(options, message):
     with pytest.raises(ValueError, match=message):
-        LoftConfig(**{"support": "pilot", "halves": True} | options)
+        LoftConfig(**{"support": HALVES} | options)
+
+
+@pytest.mark.parametrize("value", [None, 2])
+def test_halves_are_a_flag(value):
+    with pytest.raises(ValueError, match=f"halves must be True or False, got {value}"):
+        Pilot(halves=value)
 
 
 def test_a_quantised_base_is_refused_before_anything_runs():
@@ -325,15 +334,39 @@ def test_a_quantised_base_is_refused_before_anything_runs():
     layer = next(iter(adapted_layers(model)[1].values()))
     layer.base_layer.weight = nn.Parameter(torch.zeros(16, 32, dtype=torch.int8), requires_grad=False)
     with pytest.raises(TypeError, match=r"halves needs dense weights.*k_proj, a Linear, is quantised or sharded"):
-        calibrate(model, token_batches(1), pilot=SHORT)
+        calibrate(model, token_batches(1))
 
 
 def test_a_file_of_other_supports_is_refused(tmp_path):
     model = peft.get_peft_model(make_llama(), LoftConfig(target_modules=["q_proj"], r=6, support="gradsvd"))
     report = calibrate(model, token_batches(1))
-    loft_rs.save_supports(tmp_path / "supports.safetensors", report.layers)
+    loft_rs.save_supports(tmp_path / "supports.safetensors", report.supports)
     with pytest.raises(ValueError, match=r"halves needs supports of a pilot in halves, but .* holds gradsvd ones"):
-        build(target_modules=["q_proj"], support=str(tmp_path / "supports.safetensors"))
+        build(target_modules=["q_proj"], support=str(tmp_path / "supports.safetensors"), transform="cayley+halves")
+
+
+def test_a_file_of_halves_says_so_itself_and_an_older_one_is_told(tmp_path):
+    report = calibrated(target_modules=["q_proj"])[1]
+    assert all(support.halves for support in report.supports.values())
+    mixed = {name: replace(support, halves=i > 0) for i, (name, support) in enumerate(report.supports.items())}
+    older = {name: replace(support, halves=False) for name, support in report.supports.items()}
+    for name, supports in (("new", report.supports), ("mixed", mixed), ("older", older)):
+        loft_rs.save_supports(tmp_path / f"{name}.safetensors", supports)
+
+    def read(name, **options):
+        return build(target_modules=["q_proj"], support=str(tmp_path / f"{name}.safetensors"), **options)
+
+    for held in (read("new"), read("new", transform="cayley+halves"), read("older", transform="cayley+halves")):
+        assert held.peft_config["default"].transform_name == "cayley+halves"
+        for name, layer in adapted_layers(held)[1].items():
+            assert layer.adapters["default"].first_half == 3
+            np.testing.assert_array_equal(layer.adapters["default"].support.numpy(), report.supports[name].basis)
+    assert read("older").peft_config["default"].transform_name == "cayley"
+    assert read("new", transform="exp").peft_config["default"].transform_name == "exp+halves"
+    with pytest.raises(ValueError, match="halves needs the transform 'cayley' or 'exp'"):
+        read("new", transform="free")
+    with pytest.raises(ValueError, match=r"holds supports in halves and others, such as that of .*q_proj"):
+        read("mixed")
 
 
 @pytest.mark.parametrize("made", [lambda: LoftNarrowCallback(2, step=2), lambda: LoftRefreshCallback(2)])
@@ -345,7 +378,20 @@ def test_callbacks_refuse_them_before_the_first_step(tmp_path, made):
     assert run.state.global_step == 0
 
 
-@pytest.mark.parametrize("change", [{"magnitudes": True}, {"transform": "free"}, {"halves": False}])
+OLD = {"loft_format_version": 1, "support": "pilot", "halves": True}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"transform": "cayley+magnitudes"},
+        {"transform": "free"},
+        {"support": {"name": "pilot", "halves": False}},
+        OLD | {"magnitudes": True},
+        OLD | {"transform": "free"},
+        OLD | {"halves": False},
+    ],
+)
 def test_a_config_that_contradicts_its_tensors_is_named(tmp_path, change):
     calibrated()[0].save_pretrained(tmp_path)
     path = tmp_path / "adapter_config.json"

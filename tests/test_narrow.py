@@ -263,8 +263,7 @@ def test_moments_are_those_of_the_ambient_matrix(kind, transform):
         torch.testing.assert_close(state[key].flatten(), wanted, atol=1e-13, rtol=1e-10)
 
 
-@pytest.mark.parametrize("moments", ["transport", "restart"])
-def test_the_optimiser_goes_on_as_one_made_for_the_new_parameters(moments):
+def test_the_optimiser_goes_on_as_one_made_for_the_new_parameters():
     model = build(r=8)
     names = [name for name, p in model.named_parameters() if p.requires_grad]
     optimiser = torch.optim.AdamW(
@@ -274,8 +273,8 @@ def test_the_optimiser_goes_on_as_one_made_for_the_new_parameters(moments):
         ]
     )
     train(model, optimiser)
-    narrow(model, 4, optimizer=optimiser, moments=moments)
-    assert len(optimiser.state) == (14 if moments == "transport" else 0)
+    narrow(model, 4, optimizer=optimiser)
+    assert len(optimiser.state) == 14
     twin = copy.deepcopy(model)
     found = dict(twin.named_parameters())
     fresh = torch.optim.AdamW([{"params": [found[n] for n in part], "lr": 1.0} for part in (names[:5], names[5:])])
@@ -285,7 +284,7 @@ def test_the_optimiser_goes_on_as_one_made_for_the_new_parameters(moments):
     assert [group["lr"] for group in fresh.param_groups] == [0.05, 0.02]
     assert all(torch.equal(p, dict(model.named_parameters())[n]) for n, p in found.items())
     steps = {float(state["step"]) for state in optimiser.state.values()}
-    assert steps == {6.0 if moments == "transport" else 3.0}
+    assert steps == {6.0}
 
 
 def test_an_optimiser_that_has_not_stepped_trains_the_new_parameters():
@@ -366,21 +365,21 @@ def test_what_cannot_be_narrowed_is_said():
         )
         with pytest.raises(ValueError, match=wanted):
             narrow(model, rank, optimizer=optimiser)
-    with pytest.raises(ValueError, match="moments must be one of"):
-        narrow(model, 4, moments="keep")
+    with pytest.raises(TypeError, match=r"narrow\(\) no longer takes moments: use "):
+        narrow(model, 4, moments="restart")
     with pytest.raises(ValueError, match="optimizer does not train adapter 'default'"):
         narrow(model, 4, optimizer=adam(build(r=8)))
     rprop = torch.optim.Rprop([p for p in model.parameters() if p.requires_grad], lr=1e-12)
     for layer in layers_of(model).values():
         rprop.state[layer.adapters["default"].theta]["prev"] = torch.zeros_like(layer.adapters["default"].theta)
-    with pytest.raises(ValueError, match="Rprop has 'prev'; use moments='restart'"):
+    with pytest.raises(ValueError, match="Rprop has 'prev'; give None, and make the optimiser anew"):
         narrow(model, 4, optimizer=rprop)
     with pytest.raises(ValueError, match="narrow needs an eager model"):
         narrow(torch.compile(model, backend="eager"), 4)
     with pytest.raises(ValueError, match="narrow needs a support.* has none yet in .*call loft_rs.calibrate first"):
         narrow(build(calibrated=False, r=8), 4)
     with pytest.raises(ValueError, match="narrow does not support magnitudes"):
-        narrow(build(support="principal", magnitudes=True), 2)
+        narrow(build(support="principal", transform="cayley+magnitudes"), 2)
     with pytest.raises(ValueError, match="narrow needs a support.* of a kind that has none"):
         narrow(peft.get_peft_model(make_llama(), LoftConfig.hra(4, target_modules=["q_proj"])), 2)
     model.merge_adapter()
@@ -427,7 +426,7 @@ def test_save_and_load_are_exact(tmp_path, options, dtype):
 def test_supports_from_a_file_are_narrowed(tmp_path):
     model = build(r=8)
     report = loft_rs.calibrate(model, token_batches(2))
-    loft_rs.save_supports(tmp_path / "supports.safetensors", report.layers)
+    loft_rs.save_supports(tmp_path / "supports.safetensors", report.supports)
     config = LoftConfig(target_modules="all-linear", support=str(tmp_path / "supports.safetensors"))
     model = peft.get_peft_model(make_llama(), config)
     optimiser = train(model)

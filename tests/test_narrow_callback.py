@@ -108,8 +108,10 @@ def test_the_callback_refuses_what_cannot_be(straight, tmp_path, monkeypatch):
     ):
         with pytest.raises(ValueError, match=message):
             loft_rs.LoftNarrowCallback(rank, step)
-    with pytest.raises(ValueError, match="moments must be one of"):
-        loft_rs.LoftNarrowCallback(4, 5, moments="keep")
+    with pytest.raises(TypeError, match="unexpected keyword argument 'moments'"):
+        loft_rs.LoftNarrowCallback(4, 5, moments="restart")
+    with pytest.raises(TypeError, match="positional arguments"):
+        loft_rs.LoftNarrowCallback(4, 5, "default")
     folder = straight[0]
     for number, (rank, step, resumed, message) in enumerate(
         (

@@ -27,7 +27,7 @@ SHORT = Pilot(steps=3)
 
 
 def build(base=None, **options):
-    options = {"target_modules": "all-linear", "r": 6, "support": "pilot"} | options
+    options = {"target_modules": "all-linear", "r": 6, "support": SHORT} | options
     return peft.get_peft_model(base or make_llama(), LoftConfig(**options))
 
 
@@ -102,8 +102,7 @@ def test_the_support_is_that_of_a_dense_svd_of_the_change(n, heights, rank, side
 
 
 def test_an_untrained_change_has_no_support_and_starts_alike_on_every_call():
-    model = build()
-    layers = adapted_layers(model)[1]
+    layers = adapted_layers(build())[1]
     one, other = (changes_for(layers, "default", Pilot(), 3) for _ in range(2))
     assert all(change.support(3) is None for change in one.values())
     for name, change in one.items():
@@ -180,7 +179,7 @@ def test_the_support_is_where_the_task_changes_the_weight(side):
     for support in ("random", "pilot"):
         held = build(Regression(n, m, r), target_modules=["inner"], r=r, side=side, support=support)
         report = calibrate(held, batches, max_batches=32)
-        basis = torch.from_numpy(report.layers["inner"].basis)
+        basis = torch.from_numpy(report.supports["inner"].basis)
         captured[support] = float((change @ basis).square().sum() / change.square().sum())
     assert captured["pilot"] >= 0.95
     assert captured["random"] <= 4 * r / len(basis)
@@ -221,10 +220,10 @@ def reference(base, batches, steps, seed, r, side="input", ties=()):
 
 
 def assert_spans(report, wanted, least):
-    assert report.layers.keys() == wanted.keys()
+    assert report.supports.keys() == wanted.keys()
     for name, (basis, energy) in wanted.items():
-        assert np.linalg.norm(basis.T @ report.layers[name].basis) ** 2 / basis.shape[1] >= least, name
-        assert abs(report.layers[name].energy - energy) <= 1 - least
+        assert np.linalg.norm(basis.T @ report.supports[name].basis) ** 2 / basis.shape[1] >= least, name
+        assert abs(report.supports[name].energy - energy) <= 1 - least
 
 
 TIES = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
@@ -235,8 +234,8 @@ TIES = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 def test_a_pilot_is_the_plain_training_of_low_rank_changes(dtype, side, tied):
     batches, steps = token_batches(3), 5  # some are used twice
     wanted = reference(make_llama(torch.float64), batches, steps, 4, 6, side, TIES if tied else ())
-    model = build(make_llama(dtype), side=side, tied=tied, seed=4)
-    report = calibrate(model, batches, pilot=Pilot(steps=steps))
+    model = build(make_llama(dtype), side=side, tied=tied, seed=4, support=Pilot(steps=steps))
+    report = calibrate(model, batches)
     # P is stored in float32. Where a gradient is as small as float32's rounding, Adam's first steps are of its sign.
     assert_spans(report, wanted, 1 - 1e-6 if dtype == torch.float64 else 0.99)
     assert report.pilot == Pilot(steps=5) and report.batches == 3 and report.passes == 1 and not report.evidence
@@ -250,29 +249,29 @@ def test_calibration_leaves_the_function_and_everything_else_as_it_was_and_repea
     for seed in (0, 0, 1):
         model = build(seed=seed).train()
         names = list(state(model))
-        report = calibrate(model, batches, pilot=SHORT)
+        report = calibrate(model, batches)
         assert model.training and list(state(model)) == names
         assert all(p.grad is None for p in model.parameters())
         assert torch.equal(model.eval()(**batches[0]).logits, wanted)
         layers = adapted_layers(model)[1]
         assert not any(layer.adapters["default"].theta.any() or layer.tap for layer in layers.values())
         for name, layer in layers.items():
-            assert torch.equal(layer.adapters["default"].support, torch.from_numpy(report.layers[name].basis))
-            assert layer.adapters["default"].energy == pytest.approx(report.layers[name].energy, rel=1e-6)
+            assert torch.equal(layer.adapters["default"].support, torch.from_numpy(report.supports[name].basis))
+            assert layer.adapters["default"].energy == pytest.approx(report.supports[name].energy, rel=1e-6)
         found.append(report)
-    for name, support in found[0].layers.items():
-        assert np.array_equal(support.basis, found[1].layers[name].basis)
-        assert not np.array_equal(support.basis, found[2].layers[name].basis)
+    for name, support in found[0].supports.items():
+        assert np.array_equal(support.basis, found[1].supports[name].basis)
+        assert not np.array_equal(support.basis, found[2].supports[name].basis)
 
 
 def test_the_order_is_another_basis_of_the_same_span():
     batches = token_batches(2)
-    ordered, natural = (calibrate(build(order=order), batches, pilot=SHORT) for order in ("auto", "natural"))
+    ordered, natural = (calibrate(build(order=order), batches) for order in ("auto", "natural"))
     assert (ordered.order, natural.order, natural.passes) == ("input_pca", "natural", 0)
     assert overlap(ordered, natural) >= 1 - 1e-6
-    for name, support in natural.layers.items():
-        assert np.array_equal(support.values, ordered.layers[name].values)
-        assert support.energy == ordered.layers[name].energy and support.gap == ordered.layers[name].gap
+    for name, support in natural.supports.items():
+        assert np.array_equal(support.values, ordered.supports[name].values)
+        assert support.energy == ordered.supports[name].energy and support.gap == ordered.supports[name].gap
         assert (np.diff(support.values) <= 0).all() and support.values[-1] > 0
 
 
@@ -285,26 +284,27 @@ def test_gradient_checkpointing_changes_nothing(reentrant):
     plain, model = build(), build()
     model.enable_input_require_grads()
     model.gradient_checkpointing_enable({"use_reentrant": reentrant})
-    wanted, report = calibrate(plain, batches, pilot=SHORT), calibrate(model, batches, pilot=SHORT)
-    for name, support in wanted.layers.items():
-        assert np.array_equal(support.basis, report.layers[name].basis)
+    wanted, report = calibrate(plain, batches), calibrate(model, batches)
+    for name, support in wanted.supports.items():
+        assert np.array_equal(support.basis, report.supports[name].basis)
 
 
 @pytest.mark.parametrize("side", ["input", "output"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_gives_nearly_the_same_supports(dtype, side):
     # Of float16 the gradients would vanish without the loss scale.
-    wanted = calibrate(perceptron(Perceptron(loss_factor=2e-4), side=side), [{"x": X}])
-    report = calibrate(perceptron(Perceptron(loss_factor=2e-4).to(dtype), side=side), [{"x": X.to(dtype)}])
+    wanted = calibrate(perceptron(Perceptron(loss_factor=2e-4), side=side, support="pilot"), [{"x": X}])
+    model = perceptron(Perceptron(loss_factor=2e-4).to(dtype), side=side, support="pilot")
+    report = calibrate(model, [{"x": X.to(dtype)}])
     assert overlap(wanted, report) >= 0.98
 
 
 def test_a_layer_whose_output_is_changed_in_place_and_autocast():
-    wanted = calibrate(perceptron(), [{"x": X}])
-    changed = calibrate(perceptron(Perceptron(inplace=True)), [{"x": X}])
-    for name, support in wanted.layers.items():
-        assert np.array_equal(support.basis, changed.layers[name].basis)
-    mixed = perceptron()
+    wanted = calibrate(perceptron(support="pilot"), [{"x": X}])
+    changed = calibrate(perceptron(Perceptron(inplace=True), support="pilot"), [{"x": X}])
+    for name, support in wanted.supports.items():
+        assert np.array_equal(support.basis, changed.supports[name].basis)
+    mixed = perceptron(support="pilot")
 
     def step():
         with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -320,10 +320,10 @@ def test_a_train_step_is_one_step_a_call_and_gives_what_a_dataloader_gives():
         calls.append(torch.is_grad_enabled())
         model(X)["loss"].backward()
 
-    report = calibrate(model, train_step=step, pilot=SHORT)
+    report = calibrate(model, train_step=step)
     assert calls == [True] * 4  # and one for the order
     # The loss scale is in Adam's epsilon alone.
-    assert overlap(calibrate(perceptron(), [{"x": X}], pilot=SHORT), report) >= 0.9999
+    assert overlap(calibrate(perceptron(), [{"x": X}]), report) >= 0.9999
 
 
 def test_as_many_batches_as_steps_unless_it_is_said():
@@ -335,8 +335,8 @@ def test_as_many_batches_as_steps_unless_it_is_said():
             yield batch
 
     for support, options, count in (
-        ("pilot", {"pilot": Pilot(steps=10)}, 10),
-        ("pilot", {"pilot": Pilot(steps=2), "max_batches": 1}, 1),
+        (Pilot(steps=10), {}, 10),
+        (Pilot(steps=2), {"max_batches": 1}, 1),
         ("principal", {}, 8),
     ):
         taken.clear()
@@ -346,7 +346,7 @@ def test_as_many_batches_as_steps_unless_it_is_said():
 def test_a_fresh_head_is_warmed_up_first():
     model = build(make_bert(), target_modules=["query", "value"], modules_to_save=["classifier"])
     head = {n: p.detach().clone() for n, p in model.named_parameters() if "classifier.modules_to_save" in n}
-    report = calibrate(model, token_batches(2, classes=True), pilot=SHORT)
+    report = calibrate(model, token_batches(2, classes=True))
     assert report.head_steps == 20
     assert all(not torch.equal(p, head[n]) for n, p in model.named_parameters() if n in head)
 
@@ -354,16 +354,18 @@ def test_a_fresh_head_is_warmed_up_first():
 def test_an_unreached_layer_gets_a_random_support_and_a_warning():
     model = perceptron(target_modules=["a", "b", "unused"])
     with pytest.warns(UserWarning, match="no calibration batch .* unused: a random support was put there"):
-        report = calibrate(model, [{"x": X}], pilot=SHORT)
-    assert report.layers["unused"].method == "random" and report.layers["a"].method == "pilot"
+        report = calibrate(model, [{"x": X}])
+    assert report.supports["unused"].method == "random" and report.supports["a"].method == "pilot"
 
 
 def test_saved_loaded_merged_and_exported(tmp_path):
     model = build(tied=True)
-    report = calibrate(model, token_batches(2), pilot=SHORT)
-    loft_rs.save_supports(tmp_path / "supports.safetensors", report.layers)
+    report = calibrate(model, token_batches(2))
+    loft_rs.save_supports(tmp_path / "supports.safetensors", report.supports)
     again = loft_rs.load_supports(tmp_path / "supports.safetensors")
-    assert all(np.array_equal(s.basis, again[n].basis) and again[n].method == "pilot" for n, s in report.layers.items())
+    assert all(
+        np.array_equal(s.basis, again[n].basis) and again[n].method == "pilot" for n, s in report.supports.items()
+    )
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.requires_grad:
@@ -384,13 +386,13 @@ def test_saved_loaded_merged_and_exported(tmp_path):
 def test_a_refresh_is_a_new_pilot_at_the_current_weight(side):
     batches = token_batches(3)
     model = build(make_llama(torch.float64), side=side)
-    calibrate(model, batches, pilot=SHORT)
+    calibrate(model, batches)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.normal_(std=0.1, generator=torch.Generator().manual_seed(0))
     before = model.eval()(**batches[0]).logits
-    report = refresh(model, batches, pilot=SHORT)
+    report = refresh(model, batches)
     torch.testing.assert_close(model.eval()(**batches[0]).logits, before, rtol=1e-10, atol=1e-10)
     assert report.pilot == SHORT
     current = make_llama(torch.float64)
@@ -414,17 +416,17 @@ def test_a_batch_that_gives_nan_is_named_and_nothing_changed():
     model = perceptron(Poisoned())
     before = state(model)
     with pytest.raises(NonFiniteError, match="layer [ab] saw NaN or Inf in pilot, batch 1 .*nothing was changed"):
-        calibrate(model, [{"x": X}, {"x": 0 * X}], pilot=SHORT)
+        calibrate(model, [{"x": X}, {"x": 0 * X}])
     assert_untouched(model, before)
     with pytest.raises(NonFiniteError, match="batch 1 of the dataloader has a loss that is nan; nothing was changed"):
-        calibrate(model, [{"x": X}, {"x": X * float("nan")}], pilot=SHORT)
+        calibrate(model, [{"x": X}, {"x": X * float("nan")}])
     assert_untouched(model, before)
-    calibrate(model, [{"x": X}], pilot=SHORT)  # and it still can be
+    calibrate(model, [{"x": X}])  # and it still can be
 
 
 @pytest.mark.parametrize("error", [OSError, KeyboardInterrupt])
 def test_an_exception_in_the_middle_leaves_the_model_as_it_was(error):
-    model, calls = build().train(), []
+    model, calls = build(support="pilot").train(), []
     before, batch = state(model), token_batches(1)[0]
 
     def step():
@@ -441,7 +443,7 @@ def test_an_exception_in_the_middle_leaves_the_model_as_it_was(error):
 
 def test_a_failed_refresh_puts_the_support_back():
     model = build()
-    calibrate(model, token_batches(2), pilot=SHORT)
+    calibrate(model, token_batches(2))
     before = state(model)
     with pytest.raises(ValueError, match="gave no loss"):
         refresh(model, [{"input_ids": token_batches(1)[0]["input_ids"]}])
@@ -453,25 +455,23 @@ def test_a_failed_refresh_puts_the_support_back():
 @pytest.mark.parametrize(
     ("config", "arguments", "error", "message"),
     [
-        ({}, {"passes": 1}, ValueError, "passes is for supports from sketches"),
-        ({}, {"tol": 0.1}, ValueError, "tol is for supports from sketches"),
-        ({}, {"oversampling": 8}, ValueError, "oversampling is for supports from sketches"),
-        ({}, {"budget": Budget(params=1000)}, ValueError, "budget is for supports from sketches"),
-        ({}, {"share_by": "reproducible"}, ValueError, "share_by is for supports from sketches"),
-        ({}, {"save_sketches": "s.safetensors"}, ValueError, "save_sketches is for supports from sketches"),
+        ({}, {"passes": 1}, TypeError, r"no longer takes passes: use LoftConfig\(support=loft_rs.SkewGrad"),
+        ({}, {"tol": 0.1}, TypeError, "no longer takes tol: use max_batches"),
+        ({}, {"oversampling": 8}, TypeError, r"no longer takes oversampling: use LoftConfig\(support=loft_rs.SkewGrad"),
+        ({}, {"budget": Budget(params=1000)}, TypeError, r"no longer takes budget: use LoftConfig\(r=loft_rs.Budget"),
+        ({}, {"share_by": "reproducible"}, TypeError, "no longer takes share_by: use nothing"),
+        ({}, {"save_sketches": "s.safetensors"}, TypeError, "no longer takes save_sketches: use loft_rs.save_sketches"),
+        ({}, {"pilot": SHORT}, TypeError, r"no longer takes pilot: use LoftConfig\(support=loft_rs.Pilot"),
         ({}, {"offload": True}, ValueError, "offload is for supports from sketches"),
-        ({}, {"pilot": 32}, TypeError, "pilot must be a loft_rs.Pilot, got int"),
         (
+            {"support": Pilot(rank=4)},
             {},
-            {"pilot": Pilot(rank=4)},
             ValueError,
             "pilot must have a rank of at least the adapter's, which is 6, got 4",
         ),
         ({}, {"memory": 10_000}, ValueError, "too little for a pilot, which trains all layers at once"),
         ({}, {"dataloader": [{"input_ids": torch.zeros(1, 3, dtype=torch.long)}]}, ValueError, "gave no loss"),
         ({}, {"dataloader": None, "train_step": lambda: None}, ValueError, r"train_step must call backward\(\)"),
-        ({"support": "skewgrad"}, {"pilot": Pilot()}, ValueError, r"pilot needs LoftConfig\(support='pilot'\)"),
-        ({"support": "principal"}, {"pilot": Pilot()}, ValueError, r"pilot needs LoftConfig\(support='pilot'\)"),
     ],
 )
 def test_what_makes_no_sense_is_refused_before_anything_runs(config, arguments, error, message):
@@ -482,11 +482,24 @@ def test_what_makes_no_sense_is_refused_before_anything_runs(config, arguments, 
     assert_untouched(model, before)
 
 
+def test_a_pilot_has_no_sketches_to_save(tmp_path):
+    model = build()
+    before = state(model)
+    with pytest.raises(ValueError, match="save_sketches needs support='skewgrad', .* but support is 'pilot'"):
+        loft_rs.save_sketches(model, token_batches(1), tmp_path / "s.safetensors")
+    assert_untouched(model, before)
+    assert not any(tmp_path.iterdir())
+
+
 def test_wrong_configs_and_pilots_are_refused():
     with pytest.raises(ValueError, match="side='auto' is decided by what the gradient shows"):
         LoftConfig(support="pilot", side="auto")
+    with pytest.raises(ValueError, match=r"r=Budget\(...\) is shared out by what sketches show.* got 'pilot'"):
+        LoftConfig(support=SHORT, r=Budget(params=1000))
+    with pytest.raises(ValueError, match="support must be one of .*, got 32"):
+        LoftConfig(support=32)
     with pytest.raises(ValueError, match="of a kind that has none"):
-        calibrate(peft.get_peft_model(make_llama(), LoftConfig.oft(8)), token_batches(1), pilot=Pilot())
+        calibrate(peft.get_peft_model(make_llama(), LoftConfig.oft(8)), token_batches(1))
     for options, message in (
         ({"steps": 0}, "steps must be an integer of at least 1, got 0"),
         ({"steps": 1.5}, "steps must be an integer of at least 1, got 1.5"),
@@ -514,16 +527,16 @@ def test_the_memory_known_beforehand_is_what_it_takes(side, dtype, checkpointing
             model.gradient_checkpointing_enable({"use_reentrant": checkpointing})
         return model.train()
 
-    wanted = calibrate(made(), [batch], pilot=SHORT).memory
+    wanted = calibrate(made(), [batch]).memory
     base = frozen_peak(made(), batch)
     model = made()
     with LiveBytes(model) as live:
-        calibrate(model, [batch], pilot=SHORT)
+        calibrate(model, [batch])
     extra = live.peak - base
     assert 0.4 * wanted.total <= extra <= wanted.total, (extra / wanted.total, wanted)
-    calibrate(made(), [batch], pilot=SHORT, memory=wanted.total)
+    calibrate(made(), [batch], memory=wanted.total)
     with pytest.raises(ValueError, match=f"too little for a pilot.*give {wanted.total} bytes or more"):
-        calibrate(made(), [batch], pilot=SHORT, memory=wanted.total - 1)
+        calibrate(made(), [batch], memory=wanted.total - 1)
 
 
 # -- processes -------------------------------------------------------------------------------------------------------------
@@ -542,10 +555,10 @@ def calibrate_on_rank(rank, size, folder):
         fully_shard(block)
     fully_shard(sharded)
     for kind, model in (("plain", build(make_llama(torch.float64), tied=True)), ("fsdp2", sharded)):
-        report = calibrate(model, share, pilot=SHORT)
-        found[kind] = {name: (s.basis, s.energy) for name, s in report.layers.items()}
+        report = calibrate(model, share)
+        found[kind] = {name: (s.basis, s.energy) for name, s in report.supports.items()}
     try:
-        calibrate(build(), share if rank else [{"input_ids": share[0]["input_ids"]}], pilot=SHORT)
+        calibrate(build(), share if rank else [{"input_ids": share[0]["input_ids"]}])
     except Exception as error:
         found["failing"] = f"{type(error).__name__}: {error}"
     torch.save(found, f"{folder}/{rank}.pt")
@@ -562,13 +575,13 @@ def test_two_processes_are_one_with_their_batches_together(tmp_path):
         {key: torch.cat([one[key], other[key]]) for key in one}
         for one, other in zip(four[::2], four[1::2], strict=True)
     ]
-    report = calibrate(build(make_llama(torch.float64), tied=True), both, pilot=SHORT)
+    report = calibrate(build(make_llama(torch.float64), tied=True), both)
     for kind in ("plain", "fsdp2"):
-        assert ranks[0][kind].keys() == report.layers.keys()
+        assert ranks[0][kind].keys() == report.supports.keys()
         for name, (basis, energy) in ranks[0][kind].items():
             assert np.array_equal(basis, ranks[1][kind][name][0])
             # float64 sums in another order, stored in float32
-            np.testing.assert_allclose(basis, report.layers[name].basis, atol=1e-6, rtol=0)
-            assert energy == pytest.approx(report.layers[name].energy, rel=1e-9)
+            np.testing.assert_allclose(basis, report.supports[name].basis, atol=1e-6, rtol=0)
+            assert energy == pytest.approx(report.supports[name].energy, rel=1e-9)
     assert ranks[0]["failing"].startswith("ValueError: dataloader batches gave no loss")
     assert ranks[1]["failing"].startswith("RuntimeError: rank 0 failed")

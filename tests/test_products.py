@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from reference import token_batches
 from test_calibration import build
 
-from loft_rs import calibrate
+from loft_rs import SkewGrad, calibrate
 from loft_rs.sketch import products
 from loft_rs.sketch.base import Plan
 from loft_rs.sketch.plan import SKETCHES
@@ -28,12 +28,12 @@ def tall_products(monkeypatch, call):
 def test_a_pass_reads_a_shared_input_as_rarely_as_it_can(monkeypatch, checkpointing):
     (batch,) = token_batches(1)
 
-    def count(**options):
-        model = build(support="skewgrad")
+    def count(passes):
+        model = build(support=SkewGrad(passes=passes))
         if checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
             model.enable_input_require_grads()
-        return len(tall_products(monkeypatch, lambda: calibrate(model, [batch], **options)))
+        return len(tall_products(monkeypatch, lambda: calibrate(model, [batch])))
 
     # Two blocks of 7 linears, four products each: q, k and v, and gate and up, have X Omega together. The moments are in one of X^T.
     assert count(passes=1) == 2 * (7 * 4 - 3)

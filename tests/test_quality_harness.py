@@ -168,6 +168,8 @@ def test_matched_methods_train_no_more_than_lora_of_rank_one(methods):
         "LoRA-XS",
         "LoRA-XS pilot r32",
         "LOFT halves",
+        "LOFT pilot 64 r46",
+        "LOFT skewgrad budget r46",
         "LoRA r1",
     ],
 )
@@ -180,7 +182,7 @@ def test_a_method_trains_what_its_size_says_and_starts_at_the_base(methods, name
     assert names == ["0", "2"]
     shapes = methods.shapes_of(model, names)
     method = methods.METHODS.get(name) or methods.Method(name, methods._loft("coordinate"), 0.06, methods._planes)
-    rank = 8 if name == "LoRA-XS pilot r32" else method.rank_at(shapes)
+    rank = 8 if name.endswith((" r32", " r46")) else method.rank_at(shapes)
     x = torch.randn(5, 24)
     with torch.no_grad():
         before = model(x)
@@ -205,7 +207,8 @@ def test_a_method_trains_what_its_size_says_and_starts_at_the_base(methods, name
         "LoRA r1": sum(n + m for n, m in shapes),
         "LoRA-XS pilot r32": 2 * rank**2,
     }
-    assert trained == (expected[name] if name in expected else method.size(rank, shapes))
+    size = expected[name] if name in expected else method.size(rank, shapes)
+    assert size / 2 < trained <= size if "budget" in name else trained == size
     with torch.no_grad():
         after = adapted(x=x)["logits"]
     torch.testing.assert_close(after, before, rtol=1e-5, atol=1e-5)

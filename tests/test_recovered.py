@@ -147,7 +147,8 @@ def test_blocks_that_do_not_divide_take_the_nearest_size_that_does(wanted, width
 
 
 peft = pytest.importorskip("peft")
-from loft_rs import LoftConfig, calibrate, export_lora, lora_factors, orthogonality_error  # noqa: E402
+from loft_rs import Blocks as Turned  # noqa: E402
+from loft_rs import LoftConfig, Reflections, calibrate, export_lora, lora_factors, orthogonality_error  # noqa: E402
 from loft_rs.inspection import inspect_adapter, text_table  # noqa: E402
 
 
@@ -476,20 +477,60 @@ def test_what_chooses_supports_refuses_adapters_without_one(name):
     "options, message",
     [
         ({"support": "blocks", "side": "output"}, "side='input'"),
-        ({"support": "trained"}, "transform must be one of"),
-        ({"support": "blocks", "transform": "householder"}, "transform must be one of"),
-        ({"factors": 2}, "factors needs support='blocks'"),
-        ({"support": "blocks", "factors": 0}, "factors must be a positive integer"),
-        ({"transform": "cayley_neumann"}, "neumann_terms belongs to"),
-        ({"neumann_terms": 3}, "neumann_terms belongs to"),
-        ({"transform": "cayley_neumann", "neumann_terms": 0}, "neumann_terms must be a positive integer"),
-        ({"magnitudes": True, "transform": "free"}, "magnitudes needs"),
-        ({"support": "blocks", "magnitudes": True}, "magnitudes needs"),
+        ({"support": Reflections(), "side_pattern": {"up": "output"}}, "support='reflections' needs side='input'"),
+        ({"support": "trained"}, r"are support=loft_rs.Reflections\(\)"),
+        ({"transform": "householder"}, r"are support=loft_rs.Reflections\(\)"),
+        ({"transform": "reflection"}, r"are support=loft_rs.Reflections\(\)"),
+        ({"support": "blocks", "transform": "householder"}, r"are support=loft_rs.Reflections\(\)"),
+        ({"transform": "cayley_neumann"}, "'cayley_neumann' needs its number of terms"),
+        ({"transform": "cayley:3"}, "no other has one; got 'cayley:3'"),
+        ({"transform": "cayley_neumann:0"}, "transform must be as in .*, got 'cayley_neumann:0'"),
+        ({"transform": "cayley_neumann:"}, "transform must be as in .*, got 'cayley_neumann:'"),
+        ({"transform": "free+magnitudes"}, "magnitudes needs"),
+        ({"support": "blocks", "transform": "cayley+magnitudes"}, "magnitudes needs"),
     ],
 )
 def test_options_that_do_not_go_together_are_named(options, message):
     with pytest.raises(ValueError, match=message):
         LoftConfig(r=4, **options)
+
+
+@pytest.mark.parametrize(
+    "make, message",
+    [
+        (lambda: Turned(factors=0), "factors must be a positive integer, got 0"),
+        (lambda: Turned(factors=True), "factors must be a positive integer, got True"),
+        (lambda: Turned(share=1), "share must be True or False, got 1"),
+        (lambda: Turned(output_scale=None), "output_scale must be True or False, got None"),
+        (lambda: Reflections(gram_schmidt="yes"), "gram_schmidt must be True or False, got 'yes'"),
+    ],
+)
+def test_options_of_a_kind_are_checked_when_it_is_made(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+def test_what_the_methods_set_and_the_names_say_is_one_thing():
+    for name, made, written in (
+        ("oft", LoftConfig.oft(8), LoftConfig(r=8, support="blocks")),
+        ("oft shared", LoftConfig.oft(8, share=True), LoftConfig(r=8, support=Turned(share=True))),
+        (
+            "oft neumann",
+            LoftConfig.oft(4, neumann_terms=3),
+            LoftConfig(r=4, support="blocks", transform="cayley_neumann:3"),
+        ),
+        ("boft", LoftConfig.boft(4, 2), LoftConfig(r=4, support=Turned(factors=2, output_scale=True))),
+        ("hra", LoftConfig.hra(6), LoftConfig(r=6, support="reflections")),
+        ("psoft", LoftConfig.psoft(8), LoftConfig(r=8, transform="cayley+magnitudes", order="natural")),
+        (
+            "psoft neumann",
+            LoftConfig.psoft(8, neumann_terms=2),
+            LoftConfig(r=8, transform="cayley_neumann:2+magnitudes", order="natural"),
+        ),
+    ):
+        for what in ("r", "options", "method", "transform_name", "output_scale", "order"):
+            assert getattr(made, what) == getattr(written, what), (name, what)
+        assert type(made.kind) is type(written.kind) and vars(made.kind) == vars(written.kind), name
 
 
 def test_outputs_are_turned_and_scaled_in_the_order_of_merging():
@@ -521,6 +562,13 @@ def test_vectors_that_do_not_start_at_the_base_model_warn(make, what, recwarn):
     recwarn.clear()
     LoftConfig.hra(4)
     assert not recwarn
+
+
+@pytest.mark.parametrize("fields", [{"r": 7}, {"r": 5, "support": Reflections()}])
+def test_a_warning_is_of_the_line_that_makes_the_config(fields):
+    with pytest.warns(UserWarning, match="is odd") as told:
+        LoftConfig(**fields)
+    assert [each.filename for each in told] == [__file__]
 
 
 def test_fields_that_a_method_sets_are_named():

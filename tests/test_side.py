@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 from datetime import timedelta
@@ -12,7 +13,7 @@ import pytest
 import torch
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from reference import basis_of, logits, make_llama, token_batches, train, unchanged
-from test_calibration import dense_gradients, skew_of, span_energy
+from test_calibration import dense_gradients, skew_of, span_energy, with_options
 from torch import nn
 
 import loft_rs
@@ -92,7 +93,7 @@ def test_an_open_side_is_the_identity_and_waits_for_calibration(dtype, tmp_path)
         model.train()(**token_batches(1)[0])
     report = calibrate(model, token_batches(2))
     assert torch.equal(logits(model), wanted) and set(sides(model).values()) == set(SIDES)
-    assert {name: s.side for name, s in report.layers.items()} == sides(model)
+    assert {name: s.side for name, s in report.supports.items()} == sides(model)
     train(model, steps=1)
     assert not torch.equal(logits(model), wanted)
 
@@ -109,13 +110,18 @@ def test_a_model_saved_before_the_decision_is_still_open(tmp_path):
 
 
 @pytest.mark.parametrize("options", [{}, {"support": "gradsvd"}, {"r": 3}, {"transform": "exp", "order": "natural"}])
-@pytest.mark.parametrize("arguments", [{}, {"passes": 1}, {"offload": True, "memory": "40KiB"}])
+@pytest.mark.parametrize(
+    ("arguments", "passes"),
+    [({}, 2), ({}, 1), ({"offload": True, "memory": "40KiB"}, 2)],
+    ids=["", "one pass", "memory"],
+)
 @pytest.mark.parametrize("sizes", [None, {"a": (10, 10), "b": (9, 9)}])
 @pytest.mark.filterwarnings("ignore:r = 3 is odd")
-def test_a_gradient_on_one_side_decides_for_it(options, arguments, sizes):
-    model = one_sided(sizes, **options)
-    if arguments.get("passes") == 1 and options.get("support") == "gradsvd":
-        with pytest.raises(ValueError, match="needs passes=2"):
+def test_a_gradient_on_one_side_decides_for_it(options, arguments, passes, sizes):
+    method = options.get("support", "skewgrad")
+    model = one_sided(sizes, **options | {"support": with_options(method, passes=passes)})
+    if passes == 1 and method == "gradsvd":
+        with pytest.raises(ValueError, match=r"needs two passes, not GradSVD\(passes=1\)"):
             calibrate(model, BATCHES, **arguments)
         return
     report = calibrate(model, BATCHES, **arguments)
@@ -140,8 +146,9 @@ def layer_gradient(model, name):
 @pytest.mark.parametrize(("support", "passes"), [("skewgrad", 1), ("skewgrad", 2), ("gradsvd", 2)])
 def test_the_side_is_that_of_dense_gradients_in_float64(support, passes):
     batches, rank = token_batches(3), 16
-    model = build(make_llama(torch.float64), support=support, r=rank)
-    report = calibrate(model, batches, passes=passes)
+    model = build(make_llama(torch.float64), support=with_options(support, passes=passes), r=rank)
+    report = calibrate(model, batches)
+    assert report.passes == passes
     weights, gradients, *_ = dense_gradients(batches)
     decided = 0
     for name, chosen in sides(model).items():
@@ -164,25 +171,32 @@ def test_the_side_is_that_of_dense_gradients_in_float64(support, passes):
     assert decided >= 4
 
 
-@pytest.mark.parametrize("support", ["skewgrad", "gradsvd"])
-@pytest.mark.parametrize("arguments", [{}, {"memory": "150KiB"}, {"offload": True}, {"tol": 0.9}, {"passes": 1}])
-def test_both_sides_are_sketched_as_if_alone(support, arguments):
-    if support == "gradsvd" and "passes" in arguments:
-        arguments = {"oversampling": 4}
-    reports = {side: calibrate(build(support=support, side=side), token_batches(3), **arguments) for side in SIDES}
-    model = build(support=support)
+@pytest.mark.parametrize(
+    ("support", "arguments", "options"),
+    [
+        *itertools.product(["skewgrad", "gradsvd"], [{}, {"memory": "150KiB"}, {"offload": True}], [{}]),
+        ("skewgrad", {}, {"passes": 1}),  # which "gradsvd" is refused with
+        ("skewgrad", {}, {"oversampling": 4}),
+        ("gradsvd", {}, {"oversampling": 4}),
+    ],
+    ids=str,
+)
+def test_both_sides_are_sketched_as_if_alone(support, arguments, options):
+    made = with_options(support, **options)
+    reports = {side: calibrate(build(support=made, side=side), token_batches(3), **arguments) for side in SIDES}
+    model = build(support=made)
     report = calibrate(model, token_batches(3), **arguments)
     assert set(sides(model).values()) == set(SIDES) and report.passes == reports["input"].passes
     if "memory" in arguments:
         assert report.memory.groups > reports["input"].memory.groups
-    elif "tol" not in arguments and "offload" not in arguments:
+    elif "offload" not in arguments:
         alone = [each.memory.sketches for each in reports.values()]
         assert max(alone) < report.memory.sketches <= sum(alone)
     for name, side in sides(model).items():
-        wanted = reports[side].layers[name]
-        np.testing.assert_array_equal(report.layers[name].basis, wanted.basis)
+        wanted = reports[side].supports[name]
+        np.testing.assert_array_equal(report.supports[name].basis, wanted.basis)
         assert (
-            report.layers[name].energy == wanted.energy
+            report.supports[name].energy == wanted.energy
             and report.evidence[name].halves == reports[side].evidence[name].halves
         )
         if support == "skewgrad":
@@ -205,11 +219,10 @@ def test_a_train_step_and_checkpointing_decide_alike(checkpointing):
 
 
 @pytest.mark.parametrize("support", ["skewgrad", "gradsvd"])
-@pytest.mark.parametrize("share_by", ["energy", "reproducible"])
-def test_ranks_of_a_budget_are_those_of_the_chosen_sides(support, share_by, tmp_path):
+def test_ranks_of_a_budget_are_those_of_the_chosen_sides(support, tmp_path):
     budget = Budget(params=14 * 15)
-    model = build(support=support)
-    report = calibrate(model, token_batches(4), budget=budget, share_by=share_by)
+    model = build(support=support, r=budget)
+    report = calibrate(model, token_batches(4))
     ranks = {name: layer.adapters["default"].rank for name, layer in adapted_layers(model)[1].items()}
     assert len(set(ranks.values())) > 1 and set(sides(model).values()) == set(SIDES)
     assert sum(budget.parameters(rank) for rank in ranks.values()) <= budget.params
@@ -231,8 +244,8 @@ def test_ranks_of_a_budget_are_those_of_the_chosen_sides(support, share_by, tmp_
 def test_open_sides_let_a_budget_capture_more():
     totals = {}
     for side in ("auto", *SIDES):
-        report = calibrate(build(side=side), token_batches(4), budget=Budget(params=14 * 15))
-        totals[side] = sum(float(np.sum(s.values**2)) for s in report.layers.values())
+        report = calibrate(build(side=side, r=Budget(params=14 * 15)), token_batches(4))
+        totals[side] = sum(float(np.sum(s.values**2)) for s in report.supports.values())
     assert totals["auto"] >= max(totals["input"], totals["output"])
 
 
@@ -412,8 +425,8 @@ def test_a_state_from_before_the_decision_opens_the_sides_again():
     model.load_state_dict(other.state_dict())
     assert model.peft_config["default"].side_pattern == {} and set(sides(model).values()) == {"input"}
     report, wanted = (calibrate(each, token_batches(2)) for each in (model, other))
-    assert len(report.sides) == len(report.layers) and sides(model) == sides(other)
-    assert {name: s.side for name, s in wanted.layers.items()} == sides(model)
+    assert len(report.sides) == len(report.supports) and sides(model) == sides(other)
+    assert {name: s.side for name, s in wanted.supports.items()} == sides(model)
 
 
 # -- sides and supports by hand --------------------------------------------------------------------------------------------
@@ -431,9 +444,9 @@ def test_a_side_pattern_by_hand(support, tmp_path):
         for name, side in wanted.items():
             whole = build(support=support, side=side)
             reference = (
-                calibrate(whole, token_batches(2)).layers[name] if name.endswith("q_proj") else report.layers[name]
+                calibrate(whole, token_batches(2)).supports[name] if name.endswith("q_proj") else report.supports[name]
             )
-            np.testing.assert_array_equal(report.layers[name].basis, reference.basis)
+            np.testing.assert_array_equal(report.supports[name].basis, reference.basis)
     wanted_logits = logits(trained_from(model))
     model.save_pretrained(tmp_path)
     loaded = peft.PeftModel.from_pretrained(make_llama(), tmp_path)
@@ -447,8 +460,8 @@ def test_a_full_name_comes_before_the_end_of_one():
 
 
 def test_a_side_by_hand_is_not_asked_again():
-    model = one_sided(side_pattern={"a": "input"})
-    report = calibrate(model, BATCHES, budget=Budget(params=12))
+    model = one_sided(side_pattern={"a": "input"}, r=Budget(params=12))
+    report = calibrate(model, BATCHES)
     assert sides(model) == {"a": "input", "b": "input"} and list(report.sides) == ["b"]
     assert " nan" in str(report)
 
@@ -457,10 +470,10 @@ def test_supports_bring_their_sides(tmp_path):
     first = build(r=6)
     report = calibrate(first, token_batches(2))
     file = tmp_path / "supports.safetensors"
-    loft_rs.save_supports(file, report.layers)
+    loft_rs.save_supports(file, report.supports)
     second = build(support=str(file))
     third = build(r=6)
-    loft_rs.set_support(third, report.layers)
+    loft_rs.set_support(third, report.supports)
     for model in (second, third):
         assert sides(model) == sides(first)
         assert model.peft_config["default"].side_pattern == first.peft_config["default"].side_pattern
@@ -476,12 +489,12 @@ def test_supports_bring_their_sides(tmp_path):
         build(support=str(file), side="input")
     fixed = build(r=6, side="input")
     with pytest.raises(ValueError, match="expected one for the input side|expected"):
-        loft_rs.set_support(fixed, report.layers)
-    turned = next(name for name, s in report.layers.items() if s.side == "output")
+        loft_rs.set_support(fixed, report.supports)
+    turned = next(name for name, s in report.supports.items() if s.side == "output")
     by_hand = build(r=6, side_pattern={turned.rpartition(".")[2]: "input"})
     before = saved(by_hand)
     with pytest.raises(ValueError, match=f"{turned}: expected"):
-        loft_rs.set_support(by_hand, report.layers)
+        loft_rs.set_support(by_hand, report.supports)
     unchanged(by_hand, before)
     arrays = {name: basis_of(layer.in_features, 4) for name, layer in adapted_layers(fixed)[1].items()}
     model = build()

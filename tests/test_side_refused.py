@@ -5,11 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 from reference import logits, make_llama, token_batches, train, unchanged
+from test_calibration import with_options
 from test_side import BATCHES, SIDES, OneSided, build, one_sided, saved, sides, trained_from
 from torch import nn
 
 import loft_rs
-from loft_rs import Budget, LoftConfig, NonFiniteError, calibrate
+from loft_rs import Budget, LoftConfig, NonFiniteError, Pilot, Reflections, calibrate
 from loft_rs.layer import LayerAdapter
 from loft_rs.layer.base_layer import dense_weight
 from loft_rs.tuner.adapters import adapted_layers
@@ -21,10 +22,8 @@ from loft_rs.tuner.adapters import adapted_layers
         ({"support": "principal"}, "side='auto' is decided by what the gradient shows.* got 'principal'"),
         ({"support": "activation"}, "side='auto' is decided by what the gradient shows.* got 'activation'"),
         ({"support": "blocks", "r": 4}, "needs side='input', no side_pattern and tied=False"),
-        (
-            {"support": "trained", "transform": "householder", "side": "input", "side_pattern": {"q": "output"}},
-            "no side_pat",
-        ),
+        ({"support": Reflections(), "side": "input", "side_pattern": {"q": "output"}}, "no side_pat"),
+        ({"support": Pilot()}, "side='auto' is decided by what the gradient shows.* got 'pilot'"),
         ({"tied": True}, "tied needs side='input'"),
         ({"side": "left"}, r"side must be one of \['auto', 'input', 'output'\], got 'left'"),
         (
@@ -57,14 +56,16 @@ def test_tied_modules_are_on_the_input_side():
 
 
 def test_what_cannot_be_decided_is_refused_and_changes_nothing(tmp_path):
-    for support, arguments, error, message in (
-        ("skewgrad", {"passes": 1, "save_sketches": tmp_path / "s"}, ValueError, "save_sketches needs the side"),
-        ("gradsvd", {"passes": 1}, ValueError, "needs passes=2"),
+    path = tmp_path / "s"
+    for support, call, message in (
+        ("skewgrad", lambda m: loft_rs.save_sketches(m, token_batches(2), path), "save_sketches needs the side"),
+        ("gradsvd", lambda m: loft_rs.save_sketches(m, token_batches(2), path), "save_sketches needs the side"),
+        ("gradsvd", lambda m: calibrate(m, token_batches(2)), "needs two passes"),
     ):
-        model = build(support=support)
+        model = build(support=with_options(support, passes=1))
         before = saved(model)
-        with pytest.raises(error, match=message):
-            calibrate(model, token_batches(2), **arguments)
+        with pytest.raises(ValueError, match=message):
+            call(model)
         unchanged(model, before)
     assert not (tmp_path / "s").exists()
 
@@ -103,9 +104,11 @@ def test_weights_that_are_not_dense():
         calibrate(opaque(support="gradsvd"), BATCHES)
 
 
-@pytest.mark.parametrize("arguments", [{}, {"budget": Budget(params=14 * 15)}, {"memory": "150KiB"}])
-def test_a_batch_that_fails_leaves_the_model_as_it_was(arguments):
-    model, batches = build(), token_batches(3)
+@pytest.mark.parametrize(
+    ("options", "arguments"), [({}, {}), ({"r": Budget(params=14 * 15)}, {}), ({}, {"memory": "150KiB"})], ids=str
+)
+def test_a_batch_that_fails_leaves_the_model_as_it_was(options, arguments):
+    model, batches = build(**options), token_batches(3)
     before, pattern = saved(model), dict(model.peft_config["default"].side_pattern)
     calls = []
 
@@ -138,8 +141,9 @@ def test_a_batch_that_fails_leaves_the_model_as_it_was(arguments):
 
 @pytest.mark.parametrize("call", ["calibrate", "budget", "set_support"])
 def test_no_memory_for_the_other_side_leaves_the_model_as_it_was(call, monkeypatch):
-    report = calibrate(build(), token_batches(2))
-    model = build()
+    options = {"r": Budget(params=14 * 15)} if call == "budget" else {}
+    report = calibrate(build(**options), token_batches(2))
+    model = build(**options)
     before, config = saved(model), dict(model.peft_config["default"].to_dict())
     thetas = [layer.adapters["default"].theta for layer in adapted_layers(model)[1].values()]
     moves, move = [], LayerAdapter.set_side
@@ -153,14 +157,14 @@ def test_no_memory_for_the_other_side_leaves_the_model_as_it_was(call, monkeypat
     monkeypatch.setattr(LayerAdapter, "set_side", fail)
     with pytest.raises(MemoryError, match="full"):
         if call == "set_support":
-            loft_rs.set_support(model, report.layers)
+            loft_rs.set_support(model, report.supports)
         else:
-            calibrate(model, token_batches(2), budget=Budget(params=14 * 15) if call == "budget" else None)
+            calibrate(model, token_batches(2))
     unchanged(model, before)
     assert set(sides(model).values()) == {"input"} and model.peft_config["default"].to_dict() == config
     layers = adapted_layers(model)[1].values()
     assert all(layer.adapters["default"].theta is theta for layer, theta in zip(layers, thetas, strict=True))
     monkeypatch.undo()
     calibrate(model, token_batches(2))
-    assert sides(model) == {name: support.side for name, support in report.layers.items()}
+    assert sides(model) == {name: support.side for name, support in report.supports.items()}
     train(model, steps=1)

@@ -78,7 +78,7 @@ def test_calibration_chooses_the_best_support_of_the_sum(support):
     report = loft_rs.calibrate(model, train_step=step)
     for handle in handles:
         handle.remove()
-    assert list(report.layers) == ["blocks.0.q", "blocks.0.o", "blocks.1.q", "blocks.1.o"]
+    assert list(report.supports) == ["blocks.0.q", "blocks.0.o", "blocks.1.q", "blocks.1.o"]
     block = blocks(model)[0]
     p = block.q.adapters["default"].support
     gradients = {n: sum(g.T @ x for x, g in pairs) / 2 for n, pairs in seen.items()}  # two passes
@@ -129,7 +129,7 @@ def test_supports_from_a_file_serve_tied_layers(tmp_path):
     model = build(support="gradsvd", init_weights=True)
     x = torch.randn(40, 24, dtype=torch.float64)
     report = loft_rs.calibrate(model, train_step=lambda: (model(x) ** 2).sum().backward())
-    loft_rs.save_supports(tmp_path / "supports.safetensors", report.layers)
+    loft_rs.save_supports(tmp_path / "supports.safetensors", report.supports)
     again = build(support=str(tmp_path / "supports.safetensors"))
     assert blocks(again)[1].k.adapters["default"].ready
     torch.testing.assert_close(
@@ -139,7 +139,7 @@ def test_supports_from_a_file_serve_tied_layers(tmp_path):
         rtol=0,
     )
     fresh = build(support="gradsvd", init_weights=True)
-    loft_rs.set_support(fresh, report.layers)
+    loft_rs.set_support(fresh, report.supports)
     assert blocks(fresh)[0].v.adapters["default"].ready
 
 

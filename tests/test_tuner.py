@@ -87,7 +87,7 @@ def test_saving_twice_gives_the_same_bytes(tmp_path):
     config = json.loads((tmp_path / "a" / "adapter_config.json").read_text())
     assert (
         config["target_modules"] == ["down_proj", "gate_proj", "q_proj", "v_proj"]
-        and config["loft_format_version"] == 1
+        and config["loft_format_version"] == 2
     )
 
 
@@ -430,7 +430,8 @@ def tampered(tmp_path, change):
     ("change", "message"),
     [
         (lambda t, k: t.pop(k), "loft_support.default is missing"),
-        (lambda t, k: t.update({k: t[k][:, :2].contiguous()}), r"has shape \(32, 2\), expected \(32, 4\)"),
+        (lambda t, k: t.update({k: t[k][:, :2].contiguous()}), r"loft_theta.default has shape \(6,\), expected \(1,\)"),
+        (lambda t, k: t.update({k: t[k][:30].contiguous()}), r"has shape \(30, 4\), expected \(32, 4\)"),
         (lambda t, k: t.update({k: t[k] * float("nan")}), "holds NaN or Inf"),
         (lambda t, k: t.update({k: t[k] * 1.01}), r"is not orthonormal: \|\|P\^T P - I\|\|_2"),
         (lambda t, k: t.update({k.replace("q_proj", "k_proj"): t[k].clone()}), "belongs to no adapted module"),
@@ -453,7 +454,7 @@ def test_a_truncated_adapter_and_a_newer_format_are_refused(tmp_path):
     file.write_bytes(whole)
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     (tmp_path / "adapter_config.json").write_text(json.dumps(config | {"loft_format_version": 99}))
-    with pytest.raises(ValueError, match="loft_format_version is 99, but this loft_rs reads version 1"):
+    with pytest.raises(ValueError, match="loft_format_version is 99, but this loft_rs reads version 2;"):
         peft.PeftModel.from_pretrained(make_llama(), str(tmp_path))
 
 

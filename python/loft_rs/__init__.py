@@ -43,6 +43,7 @@ _HOME = {
     "save_supports": "support.files",
     "select_support": "support.select",
     "set_support": "tuner.assign",
+    "suggest_lr": "advice",
     "supports_from_sketches": "sketch.files",
 }
 _MODULES = ("linalg", "nn", "transform", "factor", "layer", "calibration", "export", "tuner", "cli", "support")

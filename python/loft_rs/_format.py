@@ -97,7 +97,7 @@ def of_this_version(config: Mapping[str, Any]) -> dict[str, Any]:
     if support == "blocks":
         kept = {name: old[name] for name in ("factors", "share", "output_scale") if name in old}
         fields["support"] = {"name": "blocks", **kept}
-    elif support == "trained":
+    if support == "trained":
         fields["support"] = {"name": "reflections", "gram_schmidt": transform == "reflection"}
         fields["transform"] = "cayley"
     elif isinstance(transform, str) and old:
@@ -106,8 +106,6 @@ def of_this_version(config: Mapping[str, Any]) -> dict[str, Any]:
             fields["support"], halves = {"name": "pilot", "halves": True}, False
         name = TransformName(transform, old.get("neumann_terms"), bool(old.get("magnitudes")), halves)
         fields["transform"] = str(name)
-    if fields.get("transform") == "cayley_neumann" and old.get("neumann_terms"):
-        fields["transform"] = f"cayley_neumann:{old['neumann_terms']}"
     return fields
 
 

@@ -63,11 +63,25 @@ class LoftCalibrationCallback(TrainerCallback):
         self.options = {"max_batches": max_batches, "head_steps": head_steps, "memory": memory}
         self.options |= {"offload": offload, "progress": progress}
         self.report: CalibrationReport | None = None
+        self._built: dict[Linear, nn.Parameter] = {}  # with the theta that an optimiser given to the Trainer has
+
+    def on_init_end(self, args, state, control, model=None, **kwargs):
+        adapter, adapted = adapted_layers(model, self.adapter_name)
+        self._built = {layer: layer.adapters[adapter].theta for layer in owners(adapted, adapter).values()}
 
     def on_train_begin(self, args, state, control, model=None, train_dataloader=None, optimizer=None, **kwargs):
         adapter, adapted = adapted_layers(model, self.adapter_name)
         layers = owners(adapted, adapter).values()
-        config = next(iter(layers)).adapters[adapter].config
+        before = {layer: self._built.get(layer, layer.adapters[adapter].theta) for layer in layers}
+        self._built = {}
+        self._calibrate(args, state, adapter, list(layers), model, train_dataloader)
+        for layer, theta in before.items() if optimizer is not None else ():
+            if (new := layer.adapters[adapter].theta) is not theta:  # shared ranks, found here or in a checkpoint
+                resumed = state.global_step > 0 and theta in optimizer.state
+                replace_parameter(optimizer, theta, new, {} if resumed else None)
+
+    def _calibrate(self, args, state, adapter: str, layers: list[Linear], model, train_dataloader) -> None:
+        config = layers[0].adapters[adapter].config
         trained = any(bool(layer.adapters[adapter].theta.detach().any()) for layer in layers)
         chosen = all(config.needs_calibration and layer.adapters[adapter].ready for layer in layers)
         if state.global_step > 0 or trained or chosen:
@@ -77,11 +91,7 @@ class LoftCalibrationCallback(TrainerCallback):
                 "r=Budget(...) cannot be shared out under DistributedDataParallel, which would hold the old parameters: call "
                 "loft_rs.calibrate on the model before the Trainer is made"
             )
-        before = [(layer, layer.adapters[adapter].theta) for layer in layers]
         self.report = calibrate(model, train_dataloader, adapter_name=self.adapter_name, **self.options)
-        for layer, theta in before if optimizer is not None else ():
-            if (new := layer.adapters[adapter].theta) is not theta:
-                replace_parameter(optimizer, theta, new, None)
 
 
 class LoftRefreshCallback(TrainerCallback):

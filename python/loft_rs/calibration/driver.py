@@ -35,6 +35,7 @@ from ..support.methods import SIDES
 from .choose import choose, groups_of, plans_of, run_groups
 from .options import checked_job
 from .passes import Runner
+from .processes import Processes
 from .report import CalibrationReport
 from .session import calibrating
 from .sides import Place
@@ -159,7 +160,8 @@ def save_sketches(
     >>> loft_rs.save_sketches(model, monday, "monday.safetensors")          # doctest: +SKIP
     >>> loft_rs.supports_from_sketches("monday.safetensors", "tuesday.safetensors")     # doctest: +SKIP
     """
-    check_writable(path)
+    with Processes(next(model.parameters()).device).stage():
+        check_writable(path)
     job = checked_job(
         model,
         dataloader,

@@ -102,63 +102,48 @@ def checked_job(
     require_plain(model, caller)
     limit = byte_count(memory)
     processes = Processes(next(model.parameters()).device)
-    saving = caller == "save_sketches"
     with processes.stage():
         adapter, adapted = adapted_layers(model, adapter_name)
         require_untrained(adapted, adapter, caller)
         layers = owners(adapted, adapter)
         config = next(iter(layers.values())).adapters[adapter].config
-        pilot, sketched = config.method == "pilot", config.method in CALIBRATED_SUPPORTS and config.method != "pilot"
-        if pilot and offload:
-            raise ValueError("offload is for supports from sketches, but support is 'pilot', which a training chooses")
-        passes = getattr(config.options, "passes", 2)
+        single = caller == "save_sketches" or getattr(config.options, "passes", 2) == 1
         places = open_places(layers, adapter)
         undecided = [name for name, each in by_module(places).items() if len(each) > 1]
-        if saving:
+        if caller == "save_sketches":
             require_sketched(config, undecided)
-            passes = 1
-        require_decidable({name: layers[name] for name in undecided}, config.method, passes)
-        if config.method not in CALIBRATED_SUPPORTS and config.order == "natural":
-            raise ValueError(
-                f"support={config.method!r} with order='natural' takes nothing from data; there is nothing to calibrate"
-            )
-        if pilot:
-            changes_for({place: layers[place.module] for place in places}, adapter, config.options, None)
+        require_decidable({name: layers[name] for name in undecided}, config.method, single)
+        _check_config(config, {place: layers[place.module] for place in places}, adapter, offload)
         trial = trial_ranks(config.r, layers, adapter) if isinstance(config.r, Budget) else {}
-        batches = checked_batches(dataloader, train_step, max_batches, config.options if pilot else None)
+        pilot = config.options if config.method == "pilot" else None
+        batches = checked_batches(dataloader, train_step, max_batches, pilot)
         head = head_parameters(model)
-        head_steps = checked_head_steps(head_steps, head, config.method in GRADIENT_SUPPORTS or pilot)
+        steps = checked_head_steps(head_steps, head, config.method in (*GRADIENT_SUPPORTS, "pilot"))
         sharded = any("FSDPModule" in {kind.__name__ for kind in type(m).__mro__} for m in model.modules())
-        if sharded and head_steps:
+        if sharded and steps:
             raise ValueError(
                 "head_steps cannot warm up a head that FSDP2 has sharded: calibrate before fully_shard, or give 0"
             )
-        if config.method not in CALIBRATED_SUPPORTS and not all(
-            layer.adapters[adapter].ready for layer in layers.values()
-        ):
+        unset = [layer for layer in layers.values() if not layer.adapters[adapter].ready]
+        if unset and config.method not in CALIBRATED_SUPPORTS:
             choose_supports(layers, config, adapter)  # built to be loaded, and never was
     if sharded and batches is not None:
         _require_equally_many(batches, processes)
-    return Job(
-        model,
-        adapter,
-        config,
-        adapted,
-        layers,
-        places,
-        undecided,
-        batches,
-        train_step,
-        head if head_steps else [],
-        head_steps,
-        trial,
-        passes == 1 and sketched,
-        getattr(config.options, "oversampling", None),
-        limit,
-        offload,
-        processes,
-        progress,
-    )
+    head, wide = head if steps else [], getattr(config.options, "oversampling", None)
+    found = (model, adapter, config, adapted, layers, places, undecided, batches, train_step, head, steps, trial)
+    return Job(*found, single, wide, limit, offload, processes, progress)
+
+
+def _check_config(config: LoftConfig, homes: Mapping[Place, Linear], adapter: str, offload: bool) -> None:
+    """Refuse an adapter that has nothing to be calibrated, or not in this way."""
+    if config.method == "pilot":
+        if offload:
+            raise ValueError("offload is for supports from sketches, but support is 'pilot', which a training chooses")
+        changes_for(homes, adapter, config.options, None)
+    if config.method not in CALIBRATED_SUPPORTS and config.order == "natural":
+        raise ValueError(
+            f"support={config.method!r} with order='natural' takes nothing from data; there is nothing to calibrate"
+        )
 
 
 def _require_equally_many(batches: list, processes: Processes) -> None:
@@ -228,11 +213,11 @@ def require_sketched(config: LoftConfig, undecided: list[str]) -> None:
         )
 
 
-def require_decidable(undecided: Mapping[str, Linear], method: str, passes: int) -> None:
+def require_decidable(undecided: Mapping[str, Linear], method: str, single: bool) -> None:
     """Refuse what cannot tell the sides of these modules."""
     if method != "gradsvd":
         return
-    if undecided and passes == 1:
+    if undecided and single:
         raise ValueError(
             "side='auto' with support='gradsvd' needs two passes, not GradSVD(passes=1), or support='skewgrad'"
         )

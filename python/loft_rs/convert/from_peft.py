@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from .._format import FORMAT_VERSION
-from ..transform.skew import skew
 from ..support.methods import Blocks
+from ..transform.skew import skew
 from ..tuner.config import LoftConfig
 from .base_model import Base, psoft_basis, psoft_weight
 from .checkpoint import Checkpoint, Converted, Progress, ranks_of, require_parts

@@ -83,7 +83,7 @@ def _check_ranks(config: LoftConfig) -> None:
         if rank == 1 and base != "free" and not config.supports_from_checkpoint:
             raise ValueError(f"{name} must be at least 2: a {base} transform of rank 1 has nothing to train")
         if rank % 2 and base != "free" and config.has_support:
-            warnings.warn(f"{name} = {rank} is odd: a skew transform gains nothing over rank {rank - 1}", stacklevel=5)
+            warnings.warn(f"{name} = {rank} is odd: a skew transform gains nothing over rank {rank - 1}", stacklevel=6)
 
 
 def _check_budget(config: LoftConfig) -> None:
@@ -165,9 +165,9 @@ def _warn_of_the_start(config: LoftConfig, name: str, rank: int) -> None:
     if config.supports_from_checkpoint or not config.init_weights:
         return
     if config.options.gram_schmidt and name == "r":
-        warnings.warn("gram_schmidt starts at a reflection: the model begins away from the base model", stacklevel=6)
+        warnings.warn("gram_schmidt starts at a reflection: the model begins away from the base model", stacklevel=7)
     elif not config.options.gram_schmidt and rank % 2:
         warnings.warn(
             f"{name} = {rank} is odd: an odd number of reflections is none the base model starts from; give {rank + 1}",
-            stacklevel=6,
+            stacklevel=7,
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import os
 import re
+import warnings
 from copy import copy
 from dataclasses import dataclass, field
 from typing import Any
@@ -166,8 +167,10 @@ class LoftConfig(PeftConfig):
     @property
     def options(self) -> Any:
         """The support's options, an object of `support.methods.OPTIONS`; None where it has none."""
+        if name_of(self.support) is not None:
+            return self.support
         kind = OPTIONS.get(self.method)
-        return self.support if kind is None or not isinstance(self.support, str) else kind()
+        return None if kind is None else kind()
 
     @property
     def rank(self) -> int:
@@ -256,6 +259,10 @@ def _init(self: LoftConfig, *args: Any, **fields: Any) -> None:
     retired = [name for name in fields if name in RETIRED_FIELDS]
     if fields.get("loft_format_version") is not None:
         fields = of_this_version(fields)
+        # A newer PEFT's fields: of what PEFT, by the signature, takes for unknown, it would leave version 1's out as well.
+        if retired and (unknown := sorted(fields.keys() - self.__dataclass_fields__.keys())):
+            warnings.warn(f"fields that this PEFT does not know are left out: {', '.join(unknown)}", stacklevel=3)
+            fields = {name: value for name, value in fields.items() if name not in unknown}
     elif retired:
         raise TypeError(f"LoftConfig no longer takes {retired[0]}: say {RETIRED_FIELDS[retired[0]]}")
     elif fields.get("support") == "trained" or fields.get("transform") in ("householder", "reflection"):

@@ -42,7 +42,9 @@ def suggest_lr(config: LoftConfig) -> float:
             "rates from .001 to .1 divided by r"
         )
     if name.base not in _TRANSFORMS:
-        raise ValueError(f"suggest_lr knows the transforms cayley and exp; no run says anything of {config.transform!r}")
+        raise ValueError(
+            f"suggest_lr knows the transforms cayley and exp; no run says anything of {config.transform!r}"
+        )
     if not isinstance(config.r, int):
         raise ValueError("suggest_lr needs an integer r: under a Budget the ranks of the layers differ")
     return float(f"{RATES[config.method] * _TRANSFORMS[name.base] / config.r:.2g}")

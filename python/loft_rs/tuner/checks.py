@@ -1,4 +1,4 @@
-"""What a `LoftConfig` refuses: each rule with its message."""
+"""What a `LoftConfig` refuses: each rule with its message. `config.py` imports this; a config is handed in."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import re
 import warnings
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import Any
 
 from .._format import READABLE_VERSIONS, TransformName
 from ..support.budget import PARAMETERS, Budget
@@ -20,16 +20,13 @@ from ..support.methods import (
 )
 from ..transform.transforms import TRANSFORMS
 
-if TYPE_CHECKING:
-    from .config import LoftConfig
-
 __all__ = ["check"]
 
 ORDERS = ("auto", "natural", "input_pca")
 _TRANSFORMS = (*TRANSFORMS, "cayley_neumann")
 
 
-def check(config: LoftConfig) -> None:
+def check(config: Any) -> None:
     if config.loft_format_version not in (None, *READABLE_VERSIONS):
         raise ValueError(
             f"loft_format_version is {config.loft_format_version!r}, but this loft_rs reads version {READABLE_VERSIONS[-1]}; "
@@ -41,7 +38,7 @@ def check(config: LoftConfig) -> None:
     _check_together(config)
 
 
-def _check_choices(config: LoftConfig) -> None:
+def _check_choices(config: Any) -> None:
     methods = (*DATA_FREE_SUPPORTS, *CALIBRATED_SUPPORTS, *WITHOUT_SUPPORT)
     if name_of(config.support) is None and config.support not in methods and not config.support_file:
         raise ValueError(
@@ -67,7 +64,7 @@ def _check_choices(config: LoftConfig) -> None:
         raise ValueError(f"seed must be an integer >= 0, got {config.seed!r}")
 
 
-def _check_ranks(config: LoftConfig) -> None:
+def _check_ranks(config: Any) -> None:
     if isinstance(config.r, dict):
         config.r = Budget(**{key: value for key, value in config.r.items() if key != "name"})
     if isinstance(config.r, Budget):
@@ -86,7 +83,7 @@ def _check_ranks(config: LoftConfig) -> None:
             warnings.warn(f"{name} = {rank} is odd: a skew transform gains nothing over rank {rank - 1}", stacklevel=6)
 
 
-def _check_budget(config: LoftConfig) -> None:
+def _check_budget(config: Any) -> None:
     transform = config.named_transform
     if config.method not in (*GRADIENT_SUPPORTS, "activation"):
         raise ValueError(
@@ -95,13 +92,17 @@ def _check_budget(config: LoftConfig) -> None:
         )
     if transform.magnitudes or transform.base not in PARAMETERS:
         raise ValueError(f"r=Budget(...) cannot count the parameters of the transform {config.transform!r}")
+    if config.rank_pattern and not config.supports_from_checkpoint:
+        raise ValueError(
+            "r=Budget(...) gives every layer its rank: leave rank_pattern out, or bound ranks by its floor and cap"
+        )
     floors = config.r.floor.values() if isinstance(config.r.floor, Mapping) else [config.r.floor]
     if any(floor < 2 for floor in floors):
         raise ValueError("r=Budget(...) must have a floor of at least 2: leave a module out by exclude_modules")
     config.r = replace(config.r, transform=transform.base)
 
 
-def _check_tied(config: LoftConfig) -> None:
+def _check_tied(config: Any) -> None:
     if config.tied and config.side != "input":
         raise ValueError("tied needs side='input': what layers of one input have in common is their input")
     names = config.tied if isinstance(config.tied, (list, tuple)) else []
@@ -116,7 +117,7 @@ def _check_tied(config: LoftConfig) -> None:
         )
 
 
-def _check_together(config: LoftConfig) -> None:
+def _check_together(config: Any) -> None:
     transform, waits = config.named_transform, config.method in GRADIENT_SUPPORTS or bool(config.support_file)
     halved = config.method == "pilot" or bool(config.support_file)
     rules = (
@@ -160,7 +161,7 @@ def _check_together(config: LoftConfig) -> None:
             raise ValueError(message)
 
 
-def _warn_of_the_start(config: LoftConfig, name: str, rank: int) -> None:
+def _warn_of_the_start(config: Any, name: str, rank: int) -> None:
     """Householder vectors that cannot be paired reflect: the adapted model is not the base model before it is trained."""
     if config.supports_from_checkpoint or not config.init_weights:
         return

@@ -36,7 +36,7 @@ from torch import nn
 from loft_rs import GradSVD, LoftConfig, SkewGrad, calibrate
 from loft_rs.sketch.base import Plan
 from loft_rs.sketch.plan import OVERSAMPLING, SKETCHES
-from loft_rs.sketch.split_half import Evidence, overlap
+from loft_rs.sketch.split_half import SplitHalf, overlap
 
 PACKAGES = ["torch", "transformers", "peft"]
 SIZE = 8
@@ -208,7 +208,7 @@ def best_basis(matrix: np.ndarray, rank: int) -> np.ndarray:
     return np.linalg.eigh(matrix.T @ matrix)[1][:, : -rank - 1 : -1]
 
 
-def from_gradients(gradients: list[np.ndarray], w: np.ndarray, support: str, rank: int) -> tuple[np.ndarray, Evidence]:
+def from_gradients(gradients: list[np.ndarray], w: np.ndarray, support: str, rank: int) -> tuple[np.ndarray, SplitHalf]:
     """(P, evidence) as `calibrate` has them of batches whose dense gradients (m x n) are these: S and G are made of W0 and I in place of
     the tokens' rows."""
     m, n = w.shape

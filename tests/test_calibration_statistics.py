@@ -1,4 +1,4 @@
-"""Evidence, a single pass and budgets: against float64 truth, against each other, saved and refused."""
+"""SplitHalf, a single pass and budgets: against float64 truth, against each other, saved and refused."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from reference import basis_of, make_bert, make_llama, token_batches, untouched
 from test_calibration import build, dense_gradients, skew_of, span_energy, with_options
 
 import loft_rs
-from loft_rs import Budget, Evidence, GradSVD, LoftConfig, SkewGrad, calibrate
+from loft_rs import Budget, GradSVD, LoftConfig, SkewGrad, SplitHalf, calibrate
 from loft_rs.sketch.small import left_vectors, nystroem, skew_core
-from loft_rs.sketch.split_half import evidence_of, overlap
+from loft_rs.sketch.split_half import overlap, split_half_of
 from loft_rs.tuner.adapters import adapted_layers
 
 SUPPORTS = ("skewgrad", "gradsvd", "activation")
@@ -47,7 +47,7 @@ def noisy_sketches(batches, *, noise, n=60, r=6, k=30, seed=0, draws=0):
 
 
 def told(halves, counts, r=6):
-    return evidence_of(halves, counts, r, lambda y: left_vectors(y, r), pairs=False)
+    return split_half_of(halves, counts, r, lambda y: left_vectors(y, r), pairs=False)
 
 
 def test_halves_without_noise_agree_and_halves_of_noise_do_not():
@@ -123,7 +123,7 @@ def test_one_batch_that_is_all_of_the_gradient_is_noticed():
 def test_reproduced_squares_descend_and_never_exceed(squares, seed):
     squares = np.sort(squares)[::-1]
     snr = np.random.default_rng(seed).exponential(1, len(squares))
-    e = Evidence(0.5, 0.5, np.zeros(1), 0.5, snr, 4, 0.1, 0.5)
+    e = SplitHalf(0.5, 0.5, np.zeros(1), 0.5, snr, 4, 0.1, 0.5)
     kept = e.reproduced(squares)
     assert kept.shape == squares.shape and (np.diff(kept) <= 1e-9 * squares[0]).all() and (kept >= 0).all()
     assert kept.sum() == pytest.approx(np.sum(squares * snr / (1 + snr)), rel=1e-9, abs=1e-12)

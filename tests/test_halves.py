@@ -21,7 +21,7 @@ from torch import nn
 
 import loft_rs
 from loft_rs import LoftConfig, LoftNarrowCallback, LoftRefreshCallback, Pilot, calibrate
-from loft_rs.calibration.pilot import Change, changes_for, partners
+from loft_rs.calibration.pilot import LowRankChange, changes_for, partners
 from loft_rs.inspection import inspect_adapter
 from loft_rs.layer.merging import factor_of
 from loft_rs.tuner.adapters import adapted_layers, owners
@@ -106,7 +106,7 @@ def test_a_half_turn_makes_the_change_to_first_order():
     rest = dense @ v - weight @ y @ (y.mT @ weight.mT @ dense @ v)
     inside = weight @ v @ (v.mT @ weight.mT @ rest)
     assert float((rest - inside).norm()) <= 1e-5 * float(dense.norm())
-    one = Change(layer, "default", 4, torch.Generator().manual_seed(1), torch.device("cpu"))
+    one = LowRankChange(layer, "default", 4, torch.Generator().manual_seed(1), torch.device("cpu"))
     assert one.support(0) is None  # nothing learnt
 
 
@@ -115,7 +115,7 @@ def test_a_rank_one_change_and_a_zero_weight_still_give_an_orthonormal_support()
         layer = linear(10, 12, 6, transform="cayley+halves")
         with torch.no_grad():
             layer.base_layer.weight.mul_(0.0 if zero else 1.0)
-        change = Change(layer, "default", None, torch.Generator().manual_seed(0), torch.device("cpu"))
+        change = LowRankChange(layer, "default", None, torch.Generator().manual_seed(0), torch.device("cpu"))
         with torch.no_grad():
             change.learnt[0][:, 0] = 1e-3
         basis = change.support(0).basis.astype(np.float64)

@@ -40,13 +40,13 @@ for rows, n, b, permuted in ((5, 32, 16, False), (70, 64, 16, True), (130, 64, 3
 
 
 def turn_errors(rows: int, n: int, b: int, permuted: bool, dtype: torch.dtype, device: str) -> list[float]:
-    """Errors of `turn`, and of both results of `turn_back`, relative to the norms, against float64."""
+    """Errors of `rotate_blocks`, and of both results of `rotate_blocks_backward`, relative to the norms, against float64."""
     generator = torch.Generator().manual_seed(rows)
     x, g = (torch.randn(rows, n, generator=generator).to(device, dtype) for _ in range(2))
     d = (0.3 * torch.randn(n // b, b, b, generator=generator)).to(device, dtype)
     order = torch.randperm(n, generator=generator).to(device) if permuted else None
-    found = [block_kernels.turn(x, d.mT, order), *block_kernels.turn_back(g, x, d, order, True)]
-    assert block_kernels.turn_back(g, x, d, order, False)[0] is None
+    found = [block_kernels.rotate_blocks(x, d.mT, order), *block_kernels.rotate_blocks_backward(g, x, d, order, True)]
+    assert block_kernels.rotate_blocks_backward(g, x, d, order, False)[0] is None
     place = torch.arange(n, device=device) if order is None else order
     whole = torch.block_diag(*d.double()) + torch.eye(n, dtype=torch.float64, device=device)
     xp, gp = x.double()[:, place], g.double()[:, place]
@@ -82,11 +82,11 @@ def test_turns_in_the_interpreter():
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("b", block_kernels.TURNED_BLOCKS)
+@pytest.mark.parametrize("b", block_kernels.BLOCK_SIZES)
 @pytest.mark.parametrize("permuted", [False, True])
 def test_turns_on_a_gpu(b, permuted, dtype):
-    assert block_kernels.turns(torch.zeros(2, b, device="cuda", dtype=dtype), b)
-    assert not block_kernels.turns(torch.zeros(0, b, device="cuda", dtype=dtype), b)
+    assert block_kernels.rotates(torch.zeros(2, b, device="cuda", dtype=dtype), b)
+    assert not block_kernels.rotates(torch.zeros(0, b, device="cuda", dtype=dtype), b)
     for rows, n in ((5, b), (1000, 4 * b)):
         turned, back, product = turn_errors(rows, n, b, permuted, dtype, "cuda")
         assert max(turned, back) <= torch.finfo(dtype).eps * (b**0.5 if dtype == torch.float32 else 1)

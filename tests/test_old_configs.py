@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 import loft_rs
 from loft_rs import Activation, Blocks, GradSVD, LoftConfig, Pilot, Reflections, SkewGrad
 from loft_rs.inspection import inspect_adapter
-from loft_rs.layer.kinds import Householder, Kind, Partition, Supported
+from loft_rs.layer.kinds import BlocksKind, Kind, ReflectionsKind, SubspaceKind
 
 # All that version 1 wrote, as it wrote what nobody had set.
 VERSION_1 = {
@@ -79,8 +79,8 @@ def facts(kind: Kind) -> tuple:
 
 def old_kind(old: dict) -> Kind:
     if old["support"] == "blocks":
-        return Partition(old["factors"], old["share"])
-    return Householder(old["transform"] == "reflection") if old["support"] == "trained" else Supported()
+        return BlocksKind(old["factors"], old["share"])
+    return ReflectionsKind(old["transform"] == "reflection") if old["support"] == "trained" else SubspaceKind()
 
 
 def old_transform_name(old: dict) -> str | None:

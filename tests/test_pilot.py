@@ -18,7 +18,7 @@ from torch import nn
 
 import loft_rs
 from loft_rs import Budget, LoftConfig, NonFiniteError, Pilot, calibrate, refresh
-from loft_rs.calibration.pilot import Change, changes_for
+from loft_rs.calibration.pilot import LowRankChange, changes_for
 from loft_rs.layer import AdaptedLinear
 from loft_rs.transform.transforms import get_transform
 from loft_rs.tuner.adapters import adapted_layers
@@ -63,7 +63,7 @@ def learnt_change(n, heights, rank, side="input", seed=0, transform="free"):
     if len(layers) > 1:
         layers[0].adapters["default"].tie([layer.adapters["default"] for layer in layers[1:]])
     draw = torch.Generator().manual_seed(seed)
-    change = Change(layers[0], "default", rank, draw, torch.device("cpu"))
+    change = LowRankChange(layers[0], "default", rank, draw, torch.device("cpu"))
     with torch.no_grad():
         for learnt in change.learnt:
             learnt.normal_(std=1e-3, generator=draw)
@@ -120,7 +120,7 @@ def test_an_untrained_change_has_no_support_and_starts_alike_on_every_call():
 def test_a_change_adds_its_product_and_has_its_gradients(side, dtype):
     layer = linear(12, 20, 4, side, dtype)
     draw = torch.Generator().manual_seed(0)
-    change = Change(layer, "default", 5, draw, torch.device("cpu"))
+    change = LowRankChange(layer, "default", 5, draw, torch.device("cpu"))
     (learnt,), (drawn,) = change.learnt, change.drawn
     assert learnt.dtype == drawn.dtype == torch.promote_types(dtype, torch.float32)
     with torch.no_grad():

@@ -80,7 +80,10 @@ def runs(monkeypatch):
     def watched(original):
         return lambda x, joined, *rest: seen.append(len(joined.layers)) or original(x, joined, *rest)
 
-    for module, name in ((add_low_rank, "lay_down"), (placement, "lay_down_turned")):  # with gradients, and without
+    for module, name in (
+        (add_low_rank, "add_low_rank_forward"),
+        (placement, "add_low_rank_evaluated"),
+    ):  # with gradients, and without
         monkeypatch.setattr(module, name, watched(getattr(module, name)))
     return seen
 

@@ -64,7 +64,7 @@ def test_the_sums_of_siblings_are_those_of_each_alone(method, single, seed, rows
             )
             for key, value in found.items():
                 sums[key] = sums.get(key, 0) + value
-            sketch.collect(sketch.keep(x, None), b, 0)
+            sketch.on_backward(sketch.on_forward(x, None), b, 0)
             if changed:
                 x.mul_(1.5)  # in place: the same storage, other numbers
 

@@ -17,7 +17,7 @@ from loft_rs.factor import scale as scale_module
 from loft_rs.factor.blocks import Blocks, RotateBlocks
 from loft_rs.factor.low_rank import householder
 from loft_rs.factor.scale import ScaleOutput
-from loft_rs.layer.kinds import Householder, Partition, butterfly
+from loft_rs.layer.kinds import BlocksKind, ReflectionsKind, butterfly
 from loft_rs.layer.merging import factor_of
 
 EPS = torch.finfo(torch.float64).eps
@@ -99,7 +99,7 @@ def test_householder_against_the_product_of_reflections(r, n, reflection, seed):
 @given(st.integers(1, 8), st.integers(1, 40), st.integers(0, 99))
 def test_paired_vectors_are_the_identity_and_keep_small_rotations_in_bf16(pairs, extra, seed):
     n = 2 * pairs + extra
-    u = Householder().theta(None, n, 2 * pairs, seed, True)
+    u = ReflectionsKind().theta(None, n, 2 * pairs, seed, True)
     assert torch.equal(householder(u).apply(random(3, n)), random(3, n)) or torch.allclose(
         householder(u).apply(random(3, n)), random(3, n), atol=1e3 * EPS * n, rtol=0
     )
@@ -143,7 +143,7 @@ def test_blocks_save_their_input_once(factors):
     "wanted, width, factors, fitted", [(32, 768, 1, 32), (7, 20, 1, 5), (64, 40, 1, 40), (8, 48, 2, 8), (10, 48, 3, 12)]
 )
 def test_blocks_that_do_not_divide_take_the_nearest_size_that_does(wanted, width, factors, fitted):
-    assert Partition(factors).fit(wanted, width, 1) == fitted
+    assert BlocksKind(factors).fit(wanted, width, 1) == fitted
 
 
 peft = pytest.importorskip("peft")
@@ -581,7 +581,7 @@ def test_fields_that_a_method_sets_are_named():
 def test_a_width_without_a_block_size_is_named():
     with pytest.raises(ValueError, match="0: no block size near 8 divides a layer 37 wide; leave it out"):
         peft.get_peft_model(nn.Sequential(nn.Linear(37, 8)), LoftConfig.oft(8, target_modules=["0"]))
-    assert Partition().fit(2, 7 * 11, 8) == 7
+    assert BlocksKind().fit(2, 7 * 11, 8) == 7
 
 
 def test_a_zero_vector_is_refused_when_loaded(tmp_path):

@@ -16,7 +16,7 @@ _HOME = {
     "Blocks": "support.methods",
     "Budget": "support.budget",
     "CalibrationReport": "calibration.report",
-    "Evidence": "sketch.split_half",
+    "SplitHalf": "sketch.split_half",
     "GradSVD": "support.methods",
     "LoftCalibrationCallback": "callbacks",
     "LoftConfig": "tuner",

@@ -164,7 +164,7 @@ def _of_support(
     if np.linalg.norm(gram - np.eye(rank), 2) > SUPPORT_GRAM:
         raise ValueError(f"{what} has a support that is not orthonormal")
     delta = _delta(what, theta, rank, said.transform)
-    turned = _with_frozen(what, parts, basis, delta, config) if "frozen_basis" in parts else _turned(gram, delta)
+    turned = _with_frozen(what, parts, basis, delta, config) if "frozen_basis" in parts else _rotation(gram, delta)
     energy = float(np.ravel(parts["energy"])[0])
     return turned[None, None], basis.shape[0], rank, float("nan") if energy == UNKNOWN_ENERGY else energy
 
@@ -178,7 +178,7 @@ def _with_frozen(what: str, parts: dict, basis: np.ndarray, delta: np.ndarray, c
         )
     if np.linalg.norm(pf.T @ pf - np.eye(len(ef)), 2) > SUPPORT_GRAM:
         raise ValueError(f"{what} has a frozen basis that is not orthonormal")
-    e, ef = _folded(basis.T @ basis, delta), _folded(pf.T @ pf, ef)
+    e, ef = _with_gram_root(basis.T @ basis, delta), _with_gram_root(pf.T @ pf, ef)
     upper, lower = ef @ pf.T @ basis @ e, np.zeros((len(e), len(ef)))
     if _side(parts, config) == "output":
         upper, lower = lower.T, e @ basis.T @ pf @ ef
@@ -217,14 +217,14 @@ def _of_vectors(
     return turned[None, None], len(theta), rank, float("nan")
 
 
-def _turned(gram: np.ndarray, delta: np.ndarray) -> np.ndarray:
+def _rotation(gram: np.ndarray, delta: np.ndarray) -> np.ndarray:
     """K = I + H E H."""
     values, vectors = np.linalg.eigh(gram)
     root = (vectors * np.sqrt(values)) @ vectors.T
-    return np.eye(len(gram)) + root @ _folded(gram, delta) @ root
+    return np.eye(len(gram)) + root @ _with_gram_root(gram, delta) @ root
 
 
-def _folded(gram: np.ndarray, delta: np.ndarray) -> np.ndarray:
+def _with_gram_root(gram: np.ndarray, delta: np.ndarray) -> np.ndarray:
     """E = C D C, rounded to float32 as the forward uses it."""
     values, vectors = np.linalg.eigh(gram)
     apart = np.abs(values - 1).max()  # ||P^T P - I||_2

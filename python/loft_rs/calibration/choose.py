@@ -13,18 +13,18 @@ from ..layer.base_layer import dense_weight
 from ..linalg import orthonormalize
 from ..sketch.base import Plan, Sketch
 from ..sketch.plan import plan_for, sketch_for
-from ..sketch.split_half import Evidence
+from ..sketch.split_half import SplitHalf
 from ..support.blind import blind_support
 from ..support.budget import Budget
 from ..support.methods import DATA_FREE_SUPPORTS
 from ..support.support import Support
 from ..tuner.config import LoftConfig
 from ..tuner.layer import Linear
-from .memory import Footprint, Survey
+from .memory import Footprint, MemorySurvey
 from .options import Job
-from .passes import Runner
+from .passes import Passes
 from .pilot import changes_for
-from .sides import Place, by_module, share_both, stronger
+from .sides import ModuleSide, by_module, share_both, stronger
 
 __all__ = ["Chosen", "choose", "groups_of", "plans_of", "run_groups"]
 
@@ -37,8 +37,8 @@ class Chosen:
     layers that no batch reached. batches: of all processes; None: a train_step's."""
 
     supports: dict[str, Support] = field(default_factory=dict)
-    evidence: dict[Place, Evidence] = field(default_factory=dict)
-    energies: dict[Place, float] = field(default_factory=dict)
+    evidence: dict[ModuleSide, SplitHalf] = field(default_factory=dict)
+    energies: dict[ModuleSide, float] = field(default_factory=dict)
     unreached: dict[str, Linear] = field(default_factory=dict)
     passes: int = 0
     batches: int | None = None
@@ -47,20 +47,20 @@ class Chosen:
 
 def choose(job: Job) -> Chosen:
     """Run the model over the batches, and solve for the support of every layer."""
-    run, processes, chosen = Runner(job), job.processes, Chosen()
+    run, processes, chosen = Passes(job), job.processes, Chosen()
     if job.head_steps:
         run.warm_up(job.head, job.head_steps)
     plans = plans_of(job, run)
     groups, chosen.memory = groups_of(job, run, plans)
-    trained: dict[Place, Support] = {}
+    trained: dict[ModuleSide, Support] = {}
     if job.pilot is not None:
         seed = job.config.seed
         trained = run.pilot(changes_for(job.homes, job.adapter, job.pilot, seed), job.pilot, seed)
         groups = [list(trained)]
-    found: dict[Place, Support] = {}
-    waiting: dict[Place, Sketch] = {}  # until the budget can be shared among them all
+    found: dict[ModuleSide, Support] = {}
+    waiting: dict[ModuleSide, Sketch] = {}  # until the budget can be shared among them all
 
-    def finished(sketches: dict[Place, Sketch], passes: int) -> None:
+    def finished(sketches: dict[ModuleSide, Sketch], passes: int) -> None:
         chosen.passes = max(chosen.passes, passes)
         chosen.evidence.update({p: processes.first(s.evidence) for p, s in sketches.items() if s.evidence})
         with processes.stage():
@@ -69,7 +69,7 @@ def choose(job: Job) -> Chosen:
                     found[place] = sketch.support(passes)
                     chosen.energies[place] = _energy(job, place, sketch)
                 else:
-                    sketch.retire()
+                    sketch.to_cpu()
                     waiting[place] = sketch
 
     run_groups(job, run, plans, groups, finished, trained)
@@ -92,7 +92,7 @@ def choose(job: Job) -> Chosen:
     return chosen
 
 
-def plans_of(job: Job, run: Runner) -> dict[Place, Plan]:
+def plans_of(job: Job, run: Passes) -> dict[ModuleSide, Plan]:
     """What is sketched at every place, and how wide."""
     options = {"order": job.order, "seed": job.config.seed, "oversampling": job.oversampling, "single": job.single}
     options["loss_scale"] = run.loss_scale if job.needs_gradient else 1.0
@@ -102,10 +102,10 @@ def plans_of(job: Job, run: Runner) -> dict[Place, Plan]:
     }
 
 
-def groups_of(job: Job, run: Runner, plans: Mapping[Place, Plan]) -> tuple[list[list[Place]], Footprint]:
+def groups_of(job: Job, run: Passes, plans: Mapping[ModuleSide, Plan]) -> tuple[list[list[ModuleSide]], Footprint]:
     """The places that are sketched together, so that none takes more than the limit, and what the largest group takes."""
     changes = {} if job.pilot is None else changes_for(job.homes, job.adapter, job.pilot, None)
-    survey = Survey(plans, job.model, job.homes, job.adapter, job.offload, changes)
+    survey = MemorySurvey(plans, job.model, job.homes, job.adapter, job.offload, changes)
     run.show(survey)
     with job.processes.stage():
         groups, footprint = survey.groups(job.limit)
@@ -117,11 +117,11 @@ def groups_of(job: Job, run: Runner, plans: Mapping[Place, Plan]) -> tuple[list[
 
 def run_groups(
     job: Job,
-    run: Runner,
-    plans: Mapping[Place, Plan],
-    groups: list[list[Place]],
-    finished: Callable[[dict[Place, Sketch], int], None],
-    trained: Mapping[Place, Support],
+    run: Passes,
+    plans: Mapping[ModuleSide, Plan],
+    groups: list[list[ModuleSide]],
+    finished: Callable[[dict[ModuleSide, Sketch], int], None],
+    trained: Mapping[ModuleSide, Support],
 ) -> None:
     """Sketch one group after the other. finished: given the sketches of each that saw something, and the passes they took."""
     device = torch.device("cpu") if job.offload else None
@@ -143,17 +143,17 @@ def run_groups(
             with job.processes.stage():
                 for place, sketch in live.items():
                     sketch.end_pass(place.module)
-        finished({place: sketch for place, sketch in sketches.items() if not sketch.silent}, passes)
+        finished({place: sketch for place, sketch in sketches.items() if not sketch.unreached}, passes)
 
 
-def _energy(job: Job, place: Place, sketch: Sketch, rank: int | None = None) -> float:
+def _energy(job: Job, place: ModuleSide, sketch: Sketch, rank: int | None = None) -> float:
     """||P^T S P||_F^2, where a side is to be chosen by it."""
     if place.module not in job.undecided:
         return 0.0
     return sketch.rotation_energy(rank or sketch.rank, dense_weight(job.homes[place].get_base_layer()))
 
 
-def shared_ranks(sketches: Mapping[Place, Sketch], job: Job, budget: Budget) -> dict[Place, int]:
+def shared_ranks(sketches: Mapping[ModuleSide, Sketch], job: Job, budget: Budget) -> dict[ModuleSide, int]:
     """The place and the rank of every layer, from the spectra that the sketches have found."""
     reached = by_module(sketches)
     if silent := [name for name in job.layers if name not in reached]:

@@ -34,11 +34,11 @@ from ..sketch.files import write_sketches
 from ..support.methods import SIDES
 from .choose import choose, groups_of, plans_of, run_groups
 from .options import checked_job
-from .passes import Runner
+from .passes import Passes
 from .processes import Processes
 from .report import CalibrationReport
 from .session import calibrating
-from .sides import Place
+from .sides import ModuleSide
 from .store import store
 
 __all__ = ["calibrate", "save_sketches"]
@@ -115,7 +115,7 @@ def calibrate(
     with calibrating(job.model, job.adapted, job.head):
         chosen = choose(job)
     store(job, chosen)
-    sides = {name: {side: chosen.energies.get(Place(name, side), 0.0) for side in SIDES} for name in job.undecided}
+    sides = {name: {side: chosen.energies.get(ModuleSide(name, side), 0.0) for side in SIDES} for name in job.undecided}
     kept = {p.module: each for p, each in chosen.evidence.items() if p.side == chosen.supports[p.module].side}
     return CalibrationReport(
         job.method,
@@ -176,14 +176,14 @@ def save_sketches(
     )
     sums: dict[str, Sketch] = {}
 
-    def finished(sketches: dict[Place, Sketch], passes: int) -> None:
+    def finished(sketches: dict[ModuleSide, Sketch], passes: int) -> None:
         with job.processes.stage():
             for place, sketch in sketches.items():
-                sketch.retire()
+                sketch.to_cpu()
                 sums[place.module] = sketch
 
     with calibrating(job.model, job.adapted, []):
-        run = Runner(job)
+        run = Passes(job)
         plans = plans_of(job, run)
         groups, _ = groups_of(job, run, plans)
         run_groups(job, run, plans, groups, finished, {})

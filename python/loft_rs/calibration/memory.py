@@ -26,9 +26,9 @@ from ..layer import AdaptedLinear
 from ..sketch.base import Plan, Sketch
 from ..sketch.plan import sketch_for
 from ..sketch.tap import output_product
-from .pilot import Change
+from .pilot import LowRankChange
 
-__all__ = ["Footprint", "Survey", "byte_count", "checkpointed_blocks"]
+__all__ = ["Footprint", "MemorySurvey", "byte_count", "checkpointed_blocks"]
 
 _UNITS = {"": 1, "b": 1} | {f"{p}{i}b": (1024 if i else 1000) ** n for n, p in enumerate("kmgt", 1) for i in ("i", "")}
 
@@ -84,7 +84,7 @@ def checkpointed_blocks(model: nn.Module) -> list[nn.Module]:
     ]
 
 
-class Survey:
+class MemorySurvey:
     """What each layer will hold in each pass. `tap` is put into the layers for one forward pass, which shows their shapes."""
 
     def __init__(
@@ -94,11 +94,11 @@ class Survey:
         layers: Mapping[str, AdaptedLinear],
         adapter: str,
         offload: bool,
-        changes: Mapping[str, Change],
+        changes: Mapping[str, LowRankChange],
     ):
         self.layers, self.offload, self.seen, self.pilot = layers, offload, False, bool(changes)
         first = {name: sketch_for(plans[name], layer, adapter, "meta") for name, layer in layers.items()}
-        self.passes: list[Mapping[str, Sketch | Change]] = [changes, first] if changes else [first]
+        self.passes: list[Mapping[str, Sketch | LowRankChange]] = [changes, first] if changes else [first]
         if any(sketch.basis is None and not sketch.plan.single for sketch in first.values()):
             second = {name: sketch_for(plans[name], layer, adapter, "meta") for name, layer in layers.items()}
             for sketch in second.values():
@@ -130,7 +130,7 @@ class Survey:
         shape = x.detach().to("meta")
         for sketches, kept in zip(self.passes, self.kept, strict=True):
             sketch = sketches[name]
-            held = sketch.keep(shape, None if sketch.tap_input else output_product(layer, y.detach()).to("meta"))
+            held = sketch.on_forward(shape, None if sketch.tap_input else output_product(layer, y.detach()).to("meta"))
             for each in held if isinstance(held, list) else [held] if held is not None else []:
                 shared = each is shape or each._base is shape
                 kept[name][number if shared else -self.count] = (self.block.get(id(layer)), each.nbytes)

@@ -20,7 +20,7 @@ from ..tuner.supports import choose_supports
 from .memory import byte_count
 from .pilot import changes_for
 from .processes import Processes
-from .sides import Place, by_module, open_places
+from .sides import ModuleSide, by_module, open_places
 
 __all__ = ["BATCHES", "HEAD_STEPS", "TRIAL", "Job", "checked_batches", "checked_job"]
 
@@ -44,7 +44,7 @@ class Job:
     config: LoftConfig
     adapted: dict[str, Linear]
     layers: dict[str, Linear]
-    places: list[Place]
+    places: list[ModuleSide]
     undecided: list[str]
     batches: list | None
     train_step: Callable[[], Any] | None
@@ -80,7 +80,7 @@ class Job:
         return self.method in GRADIENT_SUPPORTS
 
     @property
-    def homes(self) -> dict[Place, Linear]:
+    def homes(self) -> dict[ModuleSide, Linear]:
         """The layer of each place."""
         return {place: self.layers[place.module] for place in self.places}
 
@@ -134,7 +134,7 @@ def checked_job(
     return Job(*found, single, wide, limit, offload, processes, progress)
 
 
-def _check_config(config: LoftConfig, homes: Mapping[Place, Linear], adapter: str, offload: bool) -> None:
+def _check_config(config: LoftConfig, homes: Mapping[ModuleSide, Linear], adapter: str, offload: bool) -> None:
     """Refuse an adapter that has nothing to be calibrated, or not in this way."""
     if config.method == "pilot":
         if offload:

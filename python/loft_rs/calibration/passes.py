@@ -17,12 +17,12 @@ from ..sketch.tap import LayerTap
 from ..support.methods import Pilot
 from ..support.support import Support
 from ..tuner.layer import Linear
-from .memory import Survey
+from .memory import MemorySurvey
 from .options import Job
-from .pilot import Change, PilotTap, some_gradient
-from .sides import Place, by_module
+from .pilot import LowRankChange, PilotTap, some_gradient
+from .sides import ModuleSide, by_module
 
-__all__ = ["HEAD_LEARNING_RATE", "LOSS_SCALE", "Runner", "require_finite"]
+__all__ = ["HEAD_LEARNING_RATE", "LOSS_SCALE", "Passes", "require_finite"]
 
 
 HEAD_LEARNING_RATE = 1e-3
@@ -42,7 +42,7 @@ def _untapped(adapter: str, reach: bool = False) -> Callable[..., Tensor]:
     return run
 
 
-class Runner:
+class Passes:
     """Runs forward (and backward) over the calibration batches of this process, and adds up what all of them saw."""
 
     def __init__(self, job: Job):
@@ -60,7 +60,7 @@ class Runner:
             total=total, desc=label, disable=hidden if self.progress is None else not self.progress, leave=False
         )
 
-    def show(self, survey: Survey) -> None:
+    def show(self, survey: MemorySurvey) -> None:
         """One forward pass without gradient over the largest batch, where there is one to be had."""
         with self.processes.stage():
             if self.batches is None:
@@ -70,7 +70,7 @@ class Runner:
                     layer.tap = survey.tap(places, self.adapter)
             self._forward(max(self.batches, key=_size), backward=False)
 
-    def one_pass(self, sketches: Mapping[Place, Sketch], *, backward: bool, label: str, last: bool) -> None:
+    def one_pass(self, sketches: Mapping[ModuleSide, Sketch], *, backward: bool, label: str, last: bool) -> None:
         """Add one pass to these sketches. last: they are those of the last group, so that a batch no layer has seen is an error."""
         tapped = by_module(sketches)
         for name, tied in self.layers.items():
@@ -87,7 +87,7 @@ class Runner:
                 self.processes.add_up(value)
 
     def _run(
-        self, batches: list, sketches: Mapping[Place, Sketch], backward: bool, label: str, last: bool, bar: Any
+        self, batches: list, sketches: Mapping[ModuleSide, Sketch], backward: bool, label: str, last: bool, bar: Any
     ) -> None:
         again = any(sketch.sums for sketch in sketches.values())  # which this pass saw the time before
         for number, batch in batches:
@@ -145,7 +145,7 @@ class Runner:
             layer.tap = _untapped(self.adapter)
         self._train(head, steps, HEAD_LEARNING_RATE, "head warm-up")
 
-    def pilot(self, changes: Mapping[Place, Change], pilot: Pilot, seed: int) -> dict[Place, Support]:
+    def pilot(self, changes: Mapping[ModuleSide, LowRankChange], pilot: Pilot, seed: int) -> dict[ModuleSide, Support]:
         """Train these changes, of all the layers, and give rank 0's supports of those that a gradient reached."""
         for place, change in changes.items():
             for part, layer in enumerate(self.layers[place.module]):

@@ -39,7 +39,7 @@ from ..support.support import Support
 if TYPE_CHECKING:
     from ..layer import AdaptedLinear
 
-__all__ = ["Change", "PilotTap", "changes_for", "partners", "some_gradient"]
+__all__ = ["LowRankChange", "PilotTap", "changes_for", "partners", "some_gradient"]
 
 DAMPING = 1e-2
 
@@ -75,7 +75,7 @@ def _as(tensor: Tensor, half: bool) -> Tensor:
     return tensor.bfloat16() if half else tensor
 
 
-class Change:
+class LowRankChange:
     """W - W0 of one layer, and of those tied to it, as a pilot trains it.
 
     Of each of them `learnt` (n x k), which starts at zero, and `drawn` (m x k): A^T and B; on the output side B and A^T.
@@ -151,9 +151,9 @@ class Change:
         lengths = np.linalg.norm(y, axis=0)
         return orthonormalize(np.hstack([v, y / np.where(lengths > 0, lengths, 1.0)]))
 
-    # -- what `footprint.Survey` asks of it -----------------------------------------------------------------------------------
+    # -- what `memory.MemorySurvey` asks of it -----------------------------------------------------------------------------------
 
-    def keep(self, x: Tensor, y0: Tensor | None) -> list[Tensor]:
+    def on_forward(self, x: Tensor, y0: Tensor | None) -> list[Tensor]:
         """What the forward keeps for the backward: X, and its product."""
         k, dtype = max(a.shape[1] for a in self.learnt), self.learnt[0].dtype
         return [x, x.new_empty(*x.shape[:-1], k, dtype=dtype)]
@@ -199,14 +199,16 @@ def _read(layer: AdaptedLinear, adapter: str) -> int:
 class PilotTap:
     """What a layer runs in place of its adapted forward during a pilot. part: which of the tied layers it is."""
 
-    def __init__(self, change: Change, adapter: str, part: int):
+    def __init__(self, change: LowRankChange, adapter: str, part: int):
         self.change, self.adapter, self.part = change, adapter, part
 
     def __call__(self, layer: AdaptedLinear, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         return self.change.add(layer.at_identity(x, self.adapter, *args, **kwargs), x, self.part)
 
 
-def changes_for(layers: Mapping[Any, AdaptedLinear], adapter: str, pilot: Pilot, seed: int | None) -> dict[Any, Change]:
+def changes_for(
+    layers: Mapping[Any, AdaptedLinear], adapter: str, pilot: Pilot, seed: int | None
+) -> dict[Any, LowRankChange]:
     """The changes that a pilot starts from: the same on every process and device. seed: None for their shapes alone.
 
     ValueError where the pilot's rank is below the adapter's, in halves the first one's. TypeError where partners need dense weights.
@@ -228,12 +230,14 @@ def changes_for(layers: Mapping[Any, AdaptedLinear], adapter: str, pilot: Pilot,
     draw = None if seed is None else torch.Generator().manual_seed(seed)
     meta = torch.device("meta")
     return {
-        name: Change(layer, adapter, pilot.rank, draw, meta if draw is None else layer.adapters[adapter].support.device)
+        name: LowRankChange(
+            layer, adapter, pilot.rank, draw, meta if draw is None else layer.adapters[adapter].support.device
+        )
         for name, layer in layers.items()
     }
 
 
-def some_gradient(changes: Mapping[Any, Change], where: str) -> bool:
+def some_gradient(changes: Mapping[Any, LowRankChange], where: str) -> bool:
     """Whether a step gave any layer a gradient. NonFiniteError where one is NaN or Inf; the sums that tell are read at once."""
     sums: dict[torch.device, list[Tensor]] = {}
     for change in changes.values():

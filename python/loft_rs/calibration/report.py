@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from ..sketch.split_half import Evidence
+from ..sketch.split_half import SplitHalf
 from ..support.methods import SIDES, Pilot
 from ..support.support import Support
 from .memory import Footprint
@@ -22,7 +22,7 @@ class CalibrationReport:
     """What `calibrate` did.
 
     supports: module name -> the `Support` stored there (energy with its standard error, values, order)
-    evidence: module name -> `Evidence`, how far that support is the task's and not these batches'; of chosen supports only
+    evidence: module name -> `SplitHalf`, how far that support is the task's and not these batches'; of chosen supports only
     memory: the bytes it was to take above the frozen training step, as it was known before it started
     sides: of modules whose side was open (`side="auto"`), module name -> {side: ||P^T S P||_F^2}, what decided it (`sides.py`); the
         chosen one is that of the support in `supports`
@@ -36,7 +36,7 @@ class CalibrationReport:
     head_steps: int
     seconds: float
     supports: dict[str, Support] = field(repr=False)
-    evidence: dict[str, Evidence] = field(default_factory=dict, repr=False)
+    evidence: dict[str, SplitHalf] = field(default_factory=dict, repr=False)
     memory: Footprint | None = None
     sides: dict[str, dict[str, float]] = field(default_factory=dict, repr=False)
     pilot: Pilot | None = None

@@ -10,7 +10,7 @@ from peft import BOFTConfig, HRAConfig, OFTConfig, PsoftConfig
 from torch import Tensor
 
 from .._format import Described
-from ..layer.kinds import Partition
+from ..layer.kinds import BlocksKind
 from ..transform.skew import skew
 from .base_model import Base, psoft_basis, psoft_weight
 from .checkpoint import Checkpoint, Converted, Progress, require_parts
@@ -90,7 +90,7 @@ def _oft_size(checkpoint: Checkpoint, sizes: dict[str, int], widths: Mapping[str
     common = set(sizes.values())
     if len(common) == 1:
         return {"r": 0, "oft_block_size": common.pop()}
-    nearest = Partition().fit  # PEFT's rule as well
+    nearest = BlocksKind().fit  # PEFT's rule as well
     known = [(width, sizes[name]) for name, width in widths.items() if width is not None]
     for tried in range(2, max(width for width, _ in known) + 1):
         if all(nearest(tried, width, width) == b for width, b in known):

@@ -19,7 +19,7 @@ from .._torch import no_autocast
 from ..factor.blocks import Blocks
 from ..factor.low_rank import Frozen, LowRank, gram_root, gram_root_in_graph
 from ..transform.transforms import Halves, Transform
-from .kinds import Kind, Partition
+from .kinds import BlocksKind, Kind
 
 __all__ = ["Kept", "LayerAdapter"]
 
@@ -181,7 +181,7 @@ class LayerAdapter:
     @property
     def full_rank(self) -> bool:
         """Whether the adapter's change of the weight has no low-rank form."""
-        return isinstance(self.kind, Partition)
+        return isinstance(self.kind, BlocksKind)
 
     @property
     def largest_rank(self) -> int:

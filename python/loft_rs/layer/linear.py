@@ -19,7 +19,7 @@ from ..transform.transforms import Transform
 from . import placement
 from .adapter import LayerAdapter
 from .base_layer import feature_sizes
-from .kinds import Kind, Supported
+from .kinds import Kind, SubspaceKind
 
 __all__ = ["AdaptedLinear"]
 
@@ -58,7 +58,7 @@ class ParameterSlot(nn.ParameterDict):
         return self[key]
 
 
-_SUPPORTED = Supported()
+_SUPPORTED = SubspaceKind()
 
 
 class AdaptedLinear(nn.Module):

@@ -68,7 +68,7 @@ def supports_from_sketches(*paths: str | os.PathLike) -> dict[str, Support]:
         sketch = SKETCHES[plan.method](plan, torch.device("cpu"), sums["sketch"].dtype)
         sketch.pending = {key: sum((each[name][2][key] for each in others), value) for key, value in sums.items()}
         sketch.end_pass(name)
-        if not sketch.silent:
+        if not sketch.unreached:
             supports[name] = sketch.support(passes=1)
     return supports
 

@@ -9,7 +9,7 @@ from torch import nn
 
 from .._format import SLOTS
 from ..layer.adapter import LayerAdapter
-from ..layer.kinds import Householder
+from ..layer.kinds import ReflectionsKind
 from ..support.budget import Budget
 from .adapters import configs_of, note_frozen_ranks, note_sides, set_ranks, unset_factor
 from .config import full_name
@@ -41,7 +41,7 @@ def check_state(model: nn.Module, state_dict: dict, prefix: str, *_: Any) -> Non
             place = {slot.name: f"{prefix}{name}.{slot.key}.{key}" for slot in SLOTS}
             own = {slot.name: tensor for slot, tensor in adapter.tensors().items() if slot.when != "refreshed"}
             expected.setdefault(key, {}).update({place[slot]: tensor for slot, tensor in own.items()})
-            if isinstance(adapter.kind, Householder):
+            if isinstance(adapter.kind, ReflectionsKind):
                 vectors.add(place["theta"])
             if "support" not in own:
                 continue

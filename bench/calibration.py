@@ -378,7 +378,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--data", type=Path, default=Path("../shared/data"))
-    parser.add_argument("--out", type=Path, default=Path(__file__).with_name("calibration_cpu.json"))
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "calibration_cpu.json")
     parser.add_argument("--quality", action="store_true")
     parser.add_argument("--split-half", action="store_true")
     parser.add_argument("--sides", action="store_true")

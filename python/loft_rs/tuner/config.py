@@ -61,7 +61,7 @@ class LoftConfig(PeftConfig):
             `coordinate`. By `loft_rs.calibrate`: `skewgrad`, `gradsvd`, `activation`, or `pilot`, the directions that a few steps of
             low-rank training changed the most; each is also an object with options: `SkewGrad(passes=1)`, `Pilot(halves=True)`. Or the
             path of a file written by `loft_rs.save_supports`. Without a support: `Blocks(...)` turns all coordinates, r at a time (OFT,
-            BOFT), and `Reflections()` trains r ReflectionsKind vectors (HRA); `LoftConfig.oft`, `.boft`, `.hra` and `.psoft` set them.
+            BOFT), and `Reflections()` trains r Householder vectors (HRA); `LoftConfig.oft`, `.boft`, `.hra` and `.psoft` set them.
         transform (`str`): `cayley` (default), `exp` or `free` (not orthogonal). `cayley_neumann:K` cuts Cayley's series off after K terms,
             to go on with an adapter that was trained with it. `+magnitudes` trains diag(1 + b) T diag(1 + a), as PSOFT does; no longer
             orthogonal.
@@ -145,7 +145,7 @@ class LoftConfig(PeftConfig):
 
     @classmethod
     def hra(cls, r: int = 8, *, gram_schmidt: bool = False, **options) -> LoftConfig:
-        """HRA (arXiv 2405.17484): a product of `r` trained ReflectionsKind reflections; r even, for a start at the identity. gram_schmidt:
+        """HRA (arXiv 2405.17484): a product of `r` trained Householder reflections; r even, for a start at the identity. gram_schmidt:
         I - 2 Q Q^T with Q an orthonormal basis of the vectors, which does not start there."""
         fields = {"r": r, "support": Reflections(gram_schmidt=gram_schmidt)}
         return cls(**_and_others("hra", fields, options))
@@ -202,7 +202,7 @@ class LoftConfig(PeftConfig):
 
     @property
     def transform_name(self) -> str | None:
-        """The transform as `transform.get_transform` knows it; None for trained ReflectionsKind vectors."""
+        """The transform as `transform.get_transform` knows it; None for trained Householder vectors."""
         return None if self.method == "reflections" else str(self.named_transform)
 
     @property
@@ -266,9 +266,7 @@ def _init(self: LoftConfig, *args: Any, **fields: Any) -> None:
     elif retired:
         raise TypeError(f"LoftConfig no longer takes {retired[0]}: say {RETIRED_FIELDS[retired[0]]}")
     elif fields.get("support") == "trained" or fields.get("transform") in ("householder", "reflection"):
-        raise ValueError(
-            "trained ReflectionsKind vectors are support=loft_rs.Reflections(), as LoftConfig.hra makes them"
-        )
+        raise ValueError("trained Householder vectors are support=loft_rs.Reflections(), as LoftConfig.hra makes them")
     _from_fields(self, *args, **fields)
 
 

@@ -40,7 +40,7 @@ def retired(**places: str) -> Callable[[F], F]:
         def checked(*args: Any, **given: Any) -> Any:
             for name in given:
                 if name in places:
-                    raise TypeError(f"{function.__name__}() no longer takes {name}: use {places[name]}")
+                    raise TypeError(f"{function.__name__}() no longer takes {name}: {places[name]}")
             return function(*args, **given)
 
         return checked  # type: ignore[return-value]

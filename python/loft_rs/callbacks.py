@@ -66,8 +66,9 @@ class LoftCalibrationCallback(TrainerCallback):
         self._built: dict[Linear, nn.Parameter] = {}  # with the theta that an optimiser given to the Trainer has
 
     def on_init_end(self, args, state, control, model=None, **kwargs):
-        adapter, adapted = adapted_layers(model, self.adapter_name)
-        self._built = {layer: layer.adapters[adapter].theta for layer in owners(adapted, adapter).values()}
+        if any(isinstance(module, Linear) for module in model.modules()):  # else the adapter may come later
+            adapter, adapted = adapted_layers(model, self.adapter_name)
+            self._built = {layer: layer.adapters[adapter].theta for layer in owners(adapted, adapter).values()}
 
     def on_train_begin(self, args, state, control, model=None, train_dataloader=None, optimizer=None, **kwargs):
         adapter, adapted = adapted_layers(model, self.adapter_name)

@@ -415,7 +415,7 @@ def test_a_failed_refresh_puts_the_support_back():
         ({}, {"tol": 0.1}, TypeError, "no longer takes tol: use max_batches"),
         ({}, {"oversampling": 8}, TypeError, r"no longer takes oversampling: use LoftConfig\(support=loft_rs.SkewGrad"),
         ({}, {"budget": Budget(params=1000)}, TypeError, r"no longer takes budget: use LoftConfig\(r=loft_rs.Budget"),
-        ({}, {"share_by": "reproducible"}, TypeError, "no longer takes share_by: use nothing"),
+        ({}, {"share_by": "reproducible"}, TypeError, "no longer takes share_by: a budget"),
         ({}, {"save_sketches": "s.safetensors"}, TypeError, "no longer takes save_sketches: use loft_rs.save_sketches"),
         ({}, {"pilot": SHORT}, TypeError, r"no longer takes pilot: use LoftConfig\(support=loft_rs.Pilot"),
         ({}, {"offload": True}, ValueError, "offload is for supports from sketches"),

@@ -45,13 +45,13 @@ __all__ = ["calibrate", "save_sketches"]
 
 
 @retired(
-    pilot="LoftConfig(support=loft_rs.Pilot(...))",
-    passes="LoftConfig(support=loft_rs.SkewGrad(passes=...)), GradSVD or Activation alike",
-    oversampling="LoftConfig(support=loft_rs.SkewGrad(oversampling=...)), GradSVD or Activation alike",
-    budget="LoftConfig(r=loft_rs.Budget(...))",
-    save_sketches="loft_rs.save_sketches(model, dataloader, path)",
-    tol="max_batches; the report's evidence says how many batches are needed",
-    share_by="nothing: a budget is shared out by captured energy",
+    pilot="use LoftConfig(support=loft_rs.Pilot(...))",
+    passes="use LoftConfig(support=loft_rs.SkewGrad(passes=...)), GradSVD or Activation alike",
+    oversampling="use LoftConfig(support=loft_rs.SkewGrad(oversampling=...)), GradSVD or Activation alike",
+    budget="use LoftConfig(r=loft_rs.Budget(...))",
+    save_sketches="use loft_rs.save_sketches(model, dataloader, path)",
+    tol="use max_batches; the report's evidence says how many batches are needed",
+    share_by="a budget is shared out by captured energy",
 )
 def calibrate(
     model: nn.Module,

@@ -43,7 +43,7 @@ class NarrowReport:
         return "\n".join(lines + [f"{name[-48:]:<48} {kept:>8.4f}" for name, kept in self.kept.items()])
 
 
-@retired(moments="nothing: moments are turned into the new basis; give optimizer=None and make it anew to restart")
+@retired(moments="moments are turned into the new basis; give optimizer=None and make it anew to restart")
 def narrow(
     model: nn.Module,
     rank: int,

@@ -35,11 +35,11 @@ __all__ = ["refresh"]
 
 
 @retired(
-    pilot="LoftConfig(support=loft_rs.Pilot(...))",
-    passes="LoftConfig(support=loft_rs.SkewGrad(passes=...)), GradSVD or Activation alike",
-    oversampling="LoftConfig(support=loft_rs.SkewGrad(oversampling=...)), GradSVD or Activation alike",
-    moments="nothing: moments are turned into the new basis; give optimizer=None and make it anew to restart",
-    fold="model.merge_and_unload(), and a new adapter on what it gives",
+    pilot="use LoftConfig(support=loft_rs.Pilot(...))",
+    passes="use LoftConfig(support=loft_rs.SkewGrad(passes=...)), GradSVD or Activation alike",
+    oversampling="use LoftConfig(support=loft_rs.SkewGrad(oversampling=...)), GradSVD or Activation alike",
+    moments="moments are turned into the new basis; give optimizer=None and make it anew to restart",
+    fold="use model.merge_and_unload(), and a new adapter on what it gives",
 )
 def refresh(
     model: nn.Module,

@@ -17,6 +17,7 @@ from statistics import median
 from typing import Any
 
 import torch
+from blocks.text import method_table, table
 
 
 class Report:
@@ -47,9 +48,8 @@ class Report:
 
     def table(self, section: str) -> None:
         keys = list(dict.fromkeys(key for row in self.rows for key, each in row.items() if not isinstance(each, list)))
-        print(f"\n## {section}\n\n| {' | '.join(keys)} |\n|{'---|' * len(keys)}")
-        for row in self.rows:
-            print("| " + " | ".join(_shown(key, row.get(key, "")) for key in keys) + " |", flush=True)
+        cells = [[_shown(key, row.get(key, "")) for key in keys] for row in self.rows]
+        print(f"\n## {section}\n\n{table(keys, cells, left=len(keys))}", flush=True)
 
 
 def _shown(key: str, value: Any) -> str:
@@ -124,14 +124,6 @@ def machine(threads: int, packages: list[str]) -> dict[str, Any]:
     }
 
 
-def print_table(
-    section: str, rows: list[dict[str, Any]], shown: dict[str, tuple[str, str]], remarks: tuple[str, ...]
-) -> None:
-    """A Markdown table of the rows by method. shown: field -> (heading, format), left out where no row has it. remarks: fields that
-    stand behind the method's name."""
-    used = {key: each for key, each in shown.items() if any(row.get(key) is not None for row in rows)}
-    print(f"\n## {section}\n\n| method | {' | '.join(name for name, _ in used.values())} |\n|---|{'---:|' * len(used)}")
-    for row in rows:
-        cells = [form.format(row[key]) if row.get(key) is not None else "" for key, (_, form) in used.items()]
-        remark = "".join(f" ({row[key]})" for key in remarks if row.get(key))
-        print(f"| {row['method']}{remark.replace('|', '/')} | {' | '.join(cells)} |")
+def print_table(section: str, rows: list[dict[str, Any]], shown: dict[str, tuple[str, str]]) -> None:
+    """The rows by method, under a heading. shown: field -> (heading, format)."""
+    print(f"\n## {section}\n\n{method_table(rows, shown)}")

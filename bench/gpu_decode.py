@@ -348,7 +348,7 @@ def table(section: str, rows: list[dict[str, Any]]) -> None:
         "differs_from_eager": ("differs from eager", "{:.1e}"),
         "differs_from_base": ("differs from the base", "{:.1e}"),
     }
-    print_table(section, rows, shown, ("error", "no_full_graph", "why"))
+    print_table(section, rows, shown)
 
 
 def main() -> None:

@@ -31,6 +31,7 @@ from typing import Any
 import numpy as np
 import peft
 import torch
+from blocks.text import table
 from common import describe
 from gpu_workloads import PRECISION, Card
 from torch import Tensor, nn
@@ -291,16 +292,16 @@ def main() -> None:
         f"{machine['device']}, torch {machine['torch']}, peft {machine['peft']}, {arguments.steps} steps, seed {arguments.seed}\n"
     )
     names = ["method", "run", "first ten", "last fifty", "accuracy", "largest error", "trained", "s", "same bits"]
-    print(f"| {' | '.join(names)} |\n|{'---|' * len(names)}")
+    rows = []
     for row in summaries:
         apart = row["largest_orthogonality_error"]
-        same = {None: "", True: "yes", False: f"no, from step {row.get('first_difference')}"}[
-            row["same_losses_as_first"]
-        ]
-        print(
-            f"| {row['method']} | {row['run']} | {row['first_loss']:.4f} | {row['last_loss']:.4f} | {row['accuracy']:.4f} | "
-            f"{'' if apart is None else f'{apart:.1e}'} | {row['trained']:,} | {row['seconds']:.1f} | {same} |"
-        )
+        first = f"no, from step {row.get('first_difference')}"
+        same = {None: "", True: "yes", False: first}[row["same_losses_as_first"]]
+        rows.append(
+            [row["method"], row["run"], f"{row['first_loss']:.4f}", f"{row['last_loss']:.4f}", f"{row['accuracy']:.4f}",
+             "" if apart is None else f"{apart:.1e}", f"{row['trained']:,}", f"{row['seconds']:.1f}", same]
+        )  # fmt: skip
+    print(table(names, rows))
 
 
 def _write(file: io.TextIOBase, row: dict[str, Any]) -> None:

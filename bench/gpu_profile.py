@@ -22,6 +22,7 @@ from statistics import median
 from typing import Any
 
 import torch
+from blocks.text import table
 from gpu_workloads import BASE, Card, Method, Step, Workload, lofts
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
@@ -143,31 +144,34 @@ def differences(ours: dict, base: dict, count: int) -> list[tuple[Any, float, fl
     return sorted(rows, key=lambda row: -abs(row[1] - row[2]))[:count]
 
 
+def _beside(here: float, base: float) -> list[str]:
+    return [f"{here:.0f}", f"{base:.0f}", f"{here - base:+.0f}"]
+
+
 def show(name: str, ours: Breakdown, base: Breakdown, limits: dict[str, Any], count: int) -> dict[str, Any]:
     print(f"\n## {name}: us a step of kernels, and beside the frozen base's\n")
-    print(f"| group | {name} | frozen base | difference |\n|---|---:|---:|---:|")
-    for group in GROUPS:
-        a, b = ours.groups.get(group, 0.0), base.groups.get(group, 0.0)
-        print(f"| {group} | {a:.0f} | {b:.0f} | {a - b:+.0f} |")
-    print(f"| all kernels | {ours.total:.0f} | {base.total:.0f} | {ours.total - base.total:+.0f} |")
+    groups = [(group, ours.groups.get(group, 0.0), base.groups.get(group, 0.0)) for group in GROUPS]
+    groups.append(("all kernels", ours.total, base.total))
+    print(table(["group", name, "frozen base", "difference"], [[w, *_beside(a, b)] for w, a, b in groups]))
     kernels = differences(ours.kernels, base.kernels, count)
-    print("\n| kernel | us | base us | difference | launches | base |\n|---|---:|---:|---:|---:|---:|")
-    for key, a, b, launched, before in kernels:
-        print(f"| `{key[:110].replace('|', '/')}` | {a:.0f} | {b:.0f} | {a - b:+.0f} | {launched:.0f} | {before:.0f} |")
+    head = ["kernel", "us", "base us", "difference", "launches", "base"]
+    cells = [
+        [f"`{key[:110].replace('|', '/')}`", *_beside(a, b), f"{n:.0f}", f"{m:.0f}"] for key, a, b, n, m in kernels
+    ]
+    print(f"\n{table(head, cells)}")
     operations, rows = differences(ours.operations, base.operations, count), []
     best = max(limits["gemm_tflop_s"].values())
-    print(
-        "\n| operation and shapes | us | base us | difference | launches | floor us |\n|---|---:|---:|---:|---:|---:|"
-    )
+    cells = []
     for (operation, shapes), a, b, launched, before in operations:
         least = floor_us(operation, json.loads(shapes), best, limits["copy_gb_s"])
         least = None if least is None else least * launched
         shown = "" if least is None else f"{least:.0f}"
-        print(f"| {operation} {shapes} | {a:.0f} | {b:.0f} | {a - b:+.0f} | {launched:.0f} | {shown} |")
+        cells.append([f"{operation} {shapes}", *_beside(a, b), f"{launched:.0f}", shown])
         rows.append(
             {"operation": operation, "shapes": json.loads(shapes), "us": a, "base_us": b, "launches": launched,
              "base_launches": before, "floor_us": least}
         )  # fmt: skip
+    print(f"\n{table(['operation and shapes', 'us', 'base us', 'difference', 'launches', 'floor us'], cells)}")
     return {
         "groups": {group: [ours.groups.get(group, 0.0), base.groups.get(group, 0.0)] for group in GROUPS},
         "kernels_us": [ours.total, base.total],

@@ -26,6 +26,7 @@ from statistics import median
 from typing import Any
 
 import torch
+from blocks.steps import STEP
 from common import Report, describe, print_table
 from gpu_workloads import (
     BASE,
@@ -202,20 +203,7 @@ def _graphs() -> int:
 
 
 def table(section: str, rows: list[dict[str, Any]]) -> None:
-    shown = {
-        "ms": ("ms a step", "{:.2f}"),
-        "over_base": ("over the base", "{:.3f}"),
-        "over_lora_bf16": ("over LoRA bf16", "{:.3f}"),
-        "over_lora_fp32": ("over LoRA fp32", "{:.3f}"),
-        "over_eager": ("over eager", "{:.3f}"),
-        "graph_breaks": ("graph breaks", "{}"),
-        "activations_gib": ("activations GiB", "{:.3f}"),
-        "activations_over_base": ("over the base", "{:.3f}"),
-        "held_gib": ("held GiB", "{:.3f}"),
-        "trained": ("trained", "{:,}"),
-        "steps": ("steps", "{}"),
-    }
-    print_table(section, rows, shown, ("error", "note", "recompile_limit", "why"))
+    print_table(section, rows, STEP | {"steps": ("steps", "{}")})
 
 
 def aims(sections: dict[str, Any]) -> list[str]:

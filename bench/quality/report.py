@@ -1,8 +1,8 @@
-"""Tables (markdown) and Pareto plots (PNG) from the lines of `sweep.py` and `timing.py`. Everything that was scored is in them.
+"""Tables (Markdown) from the lines of `sweep.py` and `timing.py`. Everything that was scored is in them.
 
     python bench/quality/report.py --runs bench/quality/runs/*.jsonl --times bench/quality/times_h100.jsonl --out bench/quality
 
-writes TABLES.md and pareto.png. Intervals are Student's t, 95 %, over seeds; differences are paired by seed. With so many comparisons some
+writes TABLES.md. Intervals are Student's t, 95 %, over seeds; differences are paired by seed. With so many comparisons some
 exclude zero by chance.
 """
 
@@ -11,8 +11,8 @@ from __future__ import annotations
 import argparse
 import math
 import re
+import sys
 from collections import defaultdict
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
@@ -22,13 +22,15 @@ from protocol import interval, paired, read_lines
 
 from loft_rs._files import whole_file
 
+sys.path.append(str(Path(__file__).resolve().parent.parent))  # where this file is run by itself
+from blocks.text import table
+
 AGAINST = ("LoRA r1", "LOFT principal")
 LEGEND = (
     "± is a 95 % interval over seeds (Student's t); differences are paired by seed, * where the interval excludes zero. Higher is better: "
     "`nll` stands negated. `LoRA r1 longer` trains 64 steps more than the others. `trained` leaves out the head, which every method trains "
     "as well; `(edge)`: the rate taken is the lowest or highest tried."
 )
-NAME = 0.4  # the width of a method's name in a plot, in ranges of the costs
 Lines = list[dict[str, Any]]
 
 
@@ -107,7 +109,7 @@ def task_table(rows: list[Row]) -> str:
         *(f"minus {other.method if other else name}" for name, other in zip(AGAINST, against, strict=True)),
         "matmul",
     ]
-    text = [f"| {' | '.join(head)} |", "|---|" + "---:|" * (len(head) - 2) + "---|"]
+    found = []
     for row in rows:
         value, half = interval(list(row.scores.values()))
         differences = [
@@ -117,8 +119,8 @@ def task_table(rows: list[Row]) -> str:
         failed = f" ({row.failed} diverged)" if row.failed else ""
         cells = [row.method, row.rank or "-", f"{row.trained:,}", f"{row.rate:.2g}{' (edge)' if row.edge else ''}", row.trials or "-",
                  f"{len(row.scores)}{failed}", measured(value, half, 4), *differences, row.matmul]  # fmt: skip
-        text.append(f"| {' | '.join(map(str, cells))} |")
-    return "\n".join(text)
+        found.append(cells)
+    return table(head, found)
 
 
 def family_table(rows: list[Row]) -> str:
@@ -126,10 +128,7 @@ def family_table(rows: list[Row]) -> str:
     by_task: dict[str, dict[str, Row]] = defaultdict(dict)
     for row in rows:
         by_task[row.task][row.method] = row
-    text = [
-        f"| method | tasks | {' | '.join(f'minus {name}' for name in AGAINST)} |",
-        "|---|---|" + "---:|" * len(AGAINST),
-    ]
+    found = []
     for method in dict.fromkeys(row.method for row in rows):
         cells, shared = [], set()
         for name in AGAINST:
@@ -148,8 +147,8 @@ def family_table(rows: list[Row]) -> str:
                 signed(paired({s: mean(a[s] - b[s] for a, b in pairs) for s in seeds}, dict.fromkeys(seeds, 0.0)))
             )
         if any(cells):
-            text.append(f"| {method} | {', '.join(sorted(shared))} | {' | '.join(cells)} |")
-    return "\n".join(text)
+            found.append([method, ", ".join(sorted(shared)), *cells])
+    return table(["method", "tasks", *(f"minus {name}" for name in AGAINST)], found, left=2)
 
 
 def variants_table(rows: list[Row]) -> str:
@@ -161,7 +160,7 @@ def variants_table(rows: list[Row]) -> str:
     def plain(name: str) -> list[str]:
         return [word for word in name.split() if not re.fullmatch(r"r\d+", word)]
 
-    text = ["| task | method | minus | difference |", "|---|---|---|---:|"]
+    found = []
     for row in rows:
         words = plain(row.method)
         fewer = [words[:i] + words[i + 1 :] for i in range(len(words))]
@@ -169,8 +168,8 @@ def variants_table(rows: list[Row]) -> str:
             alike = (row.task, row.steps) == (other.task, other.steps) and plain(other.method) in fewer
             if alike and 0.75 * other.trained <= row.trained <= 1.1 * other.trained:
                 difference = signed(paired(row.scores, other.scores))
-                text.append(f"| {row.task} | {row.method} | {other.method} | {difference} |")
-    return "\n".join(text) if len(text) > 2 else ""
+                found.append([row.task, row.method, other.method, difference])
+    return table(["task", "method", "minus", "difference"], found, left=3) if found else ""
 
 
 def forgetting_table(lines: Lines, task: str) -> str:
@@ -183,12 +182,7 @@ def forgetting_table(lines: Lines, task: str) -> str:
     for line in traced:
         held[line["method"]].append(line)
     outside = {name: {each["seed"]: each["trace"][-1]["outside"] for each in mine} for name, mine in held.items()}
-    text = [
-        "| method | trained | NLL, tuning split | NLL outside | minus LoRA r1 | exact match, % |",
-        "|---|" + "---:|" * 5,
-    ]
-    for line in began:
-        text.append(f"| untrained | - | {line['tune']:.4f} | {line['outside']:.3f} | | |")
+    found = [["untrained", "-", f"{line['tune']:.4f}", f"{line['outside']:.3f}", "", ""] for line in began]
     for name, mine in sorted(held.items(), key=lambda each: mean(outside[each[0]].values())):
         tune = interval([line["tune_nll"] for line in mine])
         value, half = interval(list(outside[name].values()))
@@ -196,8 +190,8 @@ def forgetting_table(lines: Lines, task: str) -> str:
         said = f"{mean(exact):.1f} (n={len(exact)})" if exact else ""
         difference = "" if name == "LoRA r1" else signed(paired(outside[name], outside.get("LoRA r1", {})))
         cells = [name, f"{mine[0]['trained']:,}", f"{tune[0]:.4f}", measured(value, half, 3), difference, said]
-        text.append(f"| {' | '.join(cells)} |")
-    return "\n".join(text)
+        found.append(cells)
+    return table(["method", "trained", "NLL, tuning split", "NLL outside", "minus LoRA r1", "exact match, %"], found)
 
 
 def unfinished(lines: Lines) -> list[str]:
@@ -214,27 +208,26 @@ def trial_table(lines: Lines) -> str:
         return ""
     seen = {(line["task"], line["method"], line["seed"]) for line in mine}
     mine += [line for line in lines if line["phase"] == "tune" and (line["task"], line["method"], line["seed"]) in seen]
-    text = ["| task | method | trained | rate | score |", "|---|---|---:|---:|---:|"]
+    found = []
     for line in sorted(mine, key=lambda line: -line["score"]):
-        cells = [line["task"], line["method"], f"{line['trained']:,}", f"{line['rate']:.2g}", f"{line['score']:.4f}"]
-        text.append(f"| {' | '.join(cells)} |")
-    return "\n".join(text)
+        found.append(
+            [line["task"], line["method"], f"{line['trained']:,}", f"{line['rate']:.2g}", f"{line['score']:.4f}"]
+        )
+    return table(["task", "method", "trained", "rate", "score"], found, left=2)
 
 
 def cost_table(times: Lines) -> str:
-    text = [
-        "| task | method | r | trained | ms a step | as a CUDA graph | MiB a step | preparation s |",
-        "|---|---|" + "---:|" * 6,
-    ]
+    found = []
     for line in times:
         if line.get("error"):
-            text.append(f"| {line['task']} | {line['method']} | failed: {line['error']} | | | | | |")
+            found.append([line["task"], line["method"], f"failed: {line['error']}", *[""] * 5])
             continue
         graph = "-" if line["graph_ms"] is None else f"{line['graph_ms']:.1f}"
         cells = [line["task"], line["method"], line["rank"] or "-", f"{line['trained']:,}", f"{line['eager_ms']:.1f}", graph,
                  f"{line['step_mib']:.0f}", f"{line['prepare_seconds']:.2f}"]  # fmt: skip
-        text.append(f"| {' | '.join(map(str, cells))} |")
-    return "\n".join(text)
+        found.append(cells)
+    head = ["task", "method", "r", "trained", "ms a step", "as a CUDA graph", "MiB a step", "preparation s"]
+    return table(head, found, left=2)
 
 
 def tables(lines: Lines, times: Lines) -> str:
@@ -266,83 +259,6 @@ def tables(lines: Lines, times: Lines) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def apart(values: Sequence[float], gap: float) -> list[float]:
-    """The positions nearest to ascending `values` (least squares) with at least `gap` between neighbours."""
-    from scipy.optimize import isotonic_regression
-
-    return [even + i * gap for i, even in enumerate(isotonic_regression([v - i * gap for i, v in enumerate(values)]).x)]
-
-
-def name_points(axis: Any, rows: list[Row], cost: dict[str, float]) -> None:
-    """Each method's name to the right of its point; names of points in one column stand apart."""
-    span = max(math.log(max(cost.values()) / min(cost.values())), 1.0)
-    columns: list[list[Row]] = []
-    for row in sorted(rows, key=lambda row: cost[row.method]):
-        if columns and math.log(cost[row.method] / cost[columns[-1][0].method]) < NAME * span / 2:
-            columns[-1].append(row)
-        else:
-            columns.append([row])
-    low, high = axis.get_ylim()
-    for column in columns:
-        column.sort(key=lambda row: mean(row.scores.values()))
-        x = max(cost[row.method] for row in column) * math.exp(0.02 * span)
-        heights = apart([mean(row.scores.values()) for row in column], (high - low) / 36)
-        axis.set_ylim(min(heights[0], axis.get_ylim()[0]), max(heights[-1], axis.get_ylim()[1]))
-        for row, height in zip(column, heights, strict=True):
-            axis.annotate(
-                row.method,
-                (cost[row.method], mean(row.scores.values())),
-                xytext=(x, height),
-                fontsize=6,
-                va="center",
-                arrowprops={"arrowstyle": "-", "lw": 0.3, "color": "#bbbbbb", "shrinkA": 0, "shrinkB": 2},
-            )
-    axis.set_xlim(min(cost.values()) / math.exp(0.1 * span), max(cost.values()) * math.exp(NAME * span))
-
-
-def plot(lines: Lines, times: Lines, path: Path) -> None:
-    """Score against trained parameters, a panel a task; and against step time and memory where the task was timed. Filled: on the front."""
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import NullFormatter
-
-    rows = [row for row in rows_of(lines) if row.scores]
-    panels: list[tuple[str, str, dict[str, float]]] = []
-    for task in dict.fromkeys(row.task for row in rows):
-        trained = {row.method: float(row.trained) for row in rows if row.task == task}
-        timed = {line["method"]: line for line in times if line["task"] == task and line["method"] in trained}
-        costs = {"trained parameters": {name: cost for name, cost in trained.items() if cost}}
-        for label, key in (
-            ("ms a step", "eager_ms"),
-            ("MiB a step", "step_mib"),
-            ("preparation, s", "prepare_seconds"),
-        ):
-            costs[label] = {name: line[key] for name, line in timed.items()}
-        panels += [(task, label, cost) for label, cost in costs.items() if cost]
-    columns = min(3, len(panels))
-    figure = Figure(figsize=(6.2 * columns, 4.6 * -(-len(panels) // columns)), layout="constrained")
-    for axis, (task, label, cost) in zip(
-        figure.subplots(-(-len(panels) // columns), columns, squeeze=False).flat, panels, strict=False
-    ):
-        mine = [row for row in rows if row.task == task and row.method in cost]
-        for row in mine:
-            value, half = interval(list(row.scores.values()))
-            best = not any(
-                cost[other.method] <= cost[row.method] and mean(other.scores.values()) > value for other in mine
-            )
-            colour = "#cc6677" if row.method.startswith("LOFT") else "#4477aa"
-            axis.errorbar(
-                cost[row.method], value, half, fmt="o", color=colour, mfc=colour if best else "white", ms=5, lw=0.8
-            )
-        axis.set(title=task, xlabel=label, ylabel=mine[0].metric, xscale="log")
-        name_points(axis, mine, cost)
-        axis.xaxis.set_minor_formatter(NullFormatter())
-        axis.grid(alpha=0.3)
-    for axis in figure.axes[len(panels) :]:
-        axis.remove()
-    with whole_file(path) as part:
-        figure.savefig(part, format="png", dpi=110)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=Path, nargs="+", required=True)
@@ -356,7 +272,6 @@ def main() -> None:
     page = tables(lines, times)
     with whole_file(arguments.out / "TABLES.md") as part:
         part.write_text(page)
-    plot(lines, times, arguments.out / "pareto.png")
     print(page)
 
 

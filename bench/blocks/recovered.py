@@ -12,7 +12,7 @@ def outputs() -> str:
     cells = [
         [
             row["method"],
-            row["setting"],
+            row["setting"].replace(" 1 factors", " 1 factor"),
             f"{row['adapter_moves']:.2f}",
             *(tiny(row.get(key)) for key in ("converted", "merged", "back")),
         ]

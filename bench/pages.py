@@ -28,8 +28,8 @@ for module in (steps, solvers, calibration, recovered, quality, advice):
         raise ValueError(f"two blocks are called {', '.join(sorted(twice))}")
     BLOCKS |= module.BLOCKS
 
-MARKED = re.compile(r"<!-- begin:(?P<name>[\w-]+) -->\n(?P<text>.*?)<!-- end:(?P=name) -->", re.S)
-MARK = re.compile(r"<!-- (?:begin|end):")
+MARKED = re.compile(r"^<!-- begin:(?P<name>[\w-]+) -->\n(?P<text>.*?)<!-- end:(?P=name) -->$", re.S | re.M)
+MARK = re.compile(r"^<!-- (?:begin|end):", re.M)
 
 
 def pages() -> list[Path]:

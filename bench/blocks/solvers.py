@@ -34,10 +34,10 @@ def svd() -> str:
         if OURS not in mine:
             continue  # the exact SVD, which serves all ranks
         ours, torch = mine[OURS], mine[TORCH]
-        cells.append(
-            [shape, spectrum.removesuffix(".0"), r, f"{1e3 * ours['s']:.1f}", f"{1e3 * torch['s']:.1f}", *(over(mine, OURS, each) for each in RIVALS),
-             *(f"{max(1 - each['energy'], 0):.1e}" for each in (ours, torch)), f"{ours['floor_share']:.2f}"]
-        )  # fmt: skip
+        missing = [f"{max(1 - each['energy'], 0):.1e}" for each in (ours, torch)]
+        times = [f"{1e3 * each['s']:.1f}" for each in (ours, torch)]
+        ratios = [over(mine, OURS, each) for each in RIVALS]
+        cells.append([shape, spectrum.removesuffix(".0"), r, *times, *ratios, *missing, f"{ours['floor_share']:.2f}"])
     return table([*head, "missing, ours", "missing, torch", "floor"], cells, left=2)
 
 

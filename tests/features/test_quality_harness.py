@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gzip
 import importlib
-import itertools
 import json
 import math
 import sys
@@ -124,16 +123,6 @@ def test_a_paired_difference_forgets_what_both_share(protocol, values, shift):
     assert count == len(values)
     assert value == pytest.approx(shift, abs=1e-12)
     assert half == pytest.approx(0, abs=1e-11)
-
-
-@given(values=st.lists(st.floats(-1, 1), min_size=1, max_size=12).map(sorted), gap=st.floats(0, 0.5))
-def test_names_in_a_plot_keep_their_distance_and_no_more(report, values, gap):
-    found = report.apart(values, gap)
-    steps = [b - a for a, b in itertools.pairwise(found)]
-    assert all(step >= gap - 1e-12 for step in steps)
-    assert sum(found) == pytest.approx(sum(values), abs=1e-12)  # pushed apart, not away
-    if all(b - a >= gap for a, b in itertools.pairwise(values)):
-        assert found == pytest.approx(values, abs=1e-12)
 
 
 def test_an_interval_covers_the_mean_as_often_as_it_says(protocol):
@@ -319,9 +308,3 @@ def test_the_report_keeps_losers_and_says_what_is_missing(protocol, tmp_path, re
     assert "| t | LOFT principal large r9 |" not in page
     assert page.count("| t | LOFT pilot wide r9 | 9 | 0.1 | 0.1250 |") == 1
     assert "Tried at some rates and not scored: HRA on t." in page
-    pytest.importorskip("matplotlib")
-    seed = {"phase": "score", "rate": 0.1, "seed": 0}
-    head = base | seed | {"task": "head alone", "method": "head only", "trained": 0, "score": 0.5}
-    failed = base | seed | {"method": "LOFT skewgrad", "trained": 9, "score": None}
-    report.plot([*lines, head, failed], [], tmp_path / "plot.png")  # neither has a point
-    assert (tmp_path / "plot.png").read_bytes()[:4] == b"\x89PNG"

@@ -33,10 +33,10 @@ import torch
 from common import Report, machine, seconds
 from torch import nn
 
-from loft_rs import LoftConfig, calibrate
+from loft_rs import GradSVD, LoftConfig, SkewGrad, calibrate
 from loft_rs.sketch.base import Plan
 from loft_rs.sketch.plan import OVERSAMPLING, SKETCHES
-from loft_rs.sketch.split_half import Evidence, overlap
+from loft_rs.sketch.split_half import SplitHalf, overlap
 
 PACKAGES = ["torch", "transformers", "peft"]
 SIZE = 8
@@ -104,7 +104,7 @@ def smollm(data: Path, count: int) -> tuple[nn.Module, list[dict]]:
     return model, batches
 
 
-def adapted(base: nn.Module, names: list[str], rank: int, support: str) -> nn.Module:
+def adapted(base: nn.Module, names: list[str], rank: int, support: SkewGrad | GradSVD) -> nn.Module:
     return peft.get_peft_model(base, LoftConfig(r=rank, target_modules=names, support=support))
 
 
@@ -156,7 +156,7 @@ def quality(report: Report, data: Path) -> None:
         base.requires_grad_(False)
         names = linear_names(base, every)
         truth = dense(base, batches, names)
-        for support in ("skewgrad", "gradsvd"):
+        for support, kind_of in (("skewgrad", SkewGrad), ("gradsvd", GradSVD)):
             matrices = {}
             for layer, (w, g, _) in truth.items():
                 product = w.T @ g
@@ -164,9 +164,9 @@ def quality(report: Report, data: Path) -> None:
             for rank in (16, 64):
                 optimum = {layer: best(matrix, rank) for layer, matrix in matrices.items()}
                 for passes, extra in ((1, rank + 16), (1, 192), (2, 16), (2, 48)):
-                    model = adapted(base, names, rank, support)
+                    model = adapted(base, names, rank, kind_of(passes=passes, oversampling=extra))
                     begun = time.perf_counter()
-                    found = calibrate(model, batches, passes=passes, oversampling=extra, progress=False).layers
+                    found = calibrate(model, batches, progress=False).supports
                     taken = time.perf_counter() - begun
                     ratios, stated, left = [], [], []
                     for layer, s in found.items():
@@ -208,7 +208,7 @@ def best_basis(matrix: np.ndarray, rank: int) -> np.ndarray:
     return np.linalg.eigh(matrix.T @ matrix)[1][:, : -rank - 1 : -1]
 
 
-def from_gradients(gradients: list[np.ndarray], w: np.ndarray, support: str, rank: int) -> tuple[np.ndarray, Evidence]:
+def from_gradients(gradients: list[np.ndarray], w: np.ndarray, support: str, rank: int) -> tuple[np.ndarray, SplitHalf]:
     """(P, evidence) as `calibrate` has them of batches whose dense gradients (m x n) are these: S and G are made of W0 and I in place of
     the tokens' rows."""
     m, n = w.shape
@@ -218,7 +218,7 @@ def from_gradients(gradients: list[np.ndarray], w: np.ndarray, support: str, ran
     while not sketch.finished:
         for number, g in enumerate(gradients):
             sketch.begin_batch(number % 2)
-            sketch.collect(sketch.keep(torch.from_numpy(g), None), other, 0)
+            sketch.on_backward(sketch.on_forward(torch.from_numpy(g), None), other, 0)
         sketch.end_pass("a layer")
     return sketch.support(2).basis.astype(np.float64), sketch.evidence
 
@@ -285,11 +285,11 @@ def sides(report: Report, data: Path) -> None:
                 model = peft.get_peft_model(base, config)
                 found.append(calibrate(model, used, progress=False))
                 if side != "auto":
-                    bases |= {(n, side): s.basis.astype(np.float64) for n, s in found[-1].layers.items()}
+                    bases |= {(n, side): s.basis.astype(np.float64) for n, s in found[-1].supports.items()}
                 base = unadapted(model)
             first, other = found[2:]
             both = [first.sides[n] for n in names]
-            chosen = {n: s.side for n, s in first.layers.items()}
+            chosen = {n: s.side for n, s in first.supports.items()}
             elsewhere = {key: float(np.sum((p.T @ skew[key] @ p) ** 2)) for key, p in bases.items()}
             ratios = [max(e.values()) / min(e.values()) for e in both]
             auto = sum(max(e.values()) for e in both)
@@ -305,7 +305,7 @@ def sides(report: Report, data: Path) -> None:
                 all_output=sum(e["output"] for e in both) / auto,
                 median_ratio=float(np.median(ratios)),
                 largest_ratio=float(np.max(ratios)),
-                same_on_other_batches=sum(other.layers[n].side == side for n, side in chosen.items()) / len(names),
+                same_on_other_batches=sum(other.supports[n].side == side for n, side in chosen.items()) / len(names),
                 better_on_other_batches=sum(
                     elsewhere[n, chosen[n]] >= max(elsewhere[n, "input"], elsewhere[n, "output"]) for n in names
                 )
@@ -378,7 +378,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--data", type=Path, default=Path("../shared/data"))
-    parser.add_argument("--out", type=Path, default=Path(__file__).with_name("calibration_cpu.json"))
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "calibration_cpu.json")
     parser.add_argument("--quality", action="store_true")
     parser.add_argument("--split-half", action="store_true")
     parser.add_argument("--sides", action="store_true")

@@ -31,7 +31,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 import loft_rs
-from loft_rs.calibration.memory import Survey
+from loft_rs.calibration.memory import MemorySurvey
 from loft_rs.calibration.passes import require_finite
 from loft_rs.sketch.base import Sketch
 from loft_rs.sketch.plan import OVERSAMPLING, plan_for, sketch_for
@@ -121,13 +121,13 @@ def weights_of(model: nn.Module) -> int:
 def of_report(report: loft_rs.CalibrationReport) -> dict[str, Any]:
     held = report.memory
     return {
-        "layers": len(report.layers),
+        "layers": len(report.supports),
         "groups": held.groups,
         "known_mib": held.total / MIB,
         "sketches_mib": held.sketches / MIB,
         "activations_mib": (held.activations or 0) / MIB,
         "workspace_mib": (held.workspace or 0) / MIB,
-        "energy": sum(s.energy for s in report.layers.values()) / len(report.layers),
+        "energy": sum(s.energy for s in report.supports.values()) / len(report.supports),
     }
 
 
@@ -173,7 +173,7 @@ class Tapped:
         self.adapter, self.layers = adapted_layers(model)
         options = {"order": "input_pca", "seed": 0}
         self.plans = {n: plan_for("skewgrad", each, self.adapter, **options) for n, each in self.layers.items()}
-        self.survey = Survey(self.plans, model, self.layers, self.adapter, False, {})
+        self.survey = MemorySurvey(self.plans, model, self.layers, self.adapter, False, {})
         for name, layer in self.layers.items():
             layer.tap = self.survey.tap([name], self.adapter)
         self.sketches: dict[str, Sketch] = {}
@@ -339,7 +339,7 @@ def big(report: Report, card: Card, tiny: bool) -> None:
                 "peak_gib": torch.cuda.max_memory_allocated() / 2**30,
             }
         )
-        alike = max(abs(found[-1].layers[n].basis - s.basis).max() for n, s in found[0].layers.items())
+        alike = max(abs(found[-1].supports[n].basis - s.basis).max() for n, s in found[0].supports.items())
         row = {"weights_gib": weights / 2**30, "tokens": tokens, "batches": 4, "frozen_step_ms": step_ms, "s": seconds}
         full = {"dense_bf16_weights_gib": 2 * entries / 2**30, "full_gradients_bf16_gib": 2 * entries / 2**30}
         full |= {"full_gradients_fp32_gib": 4 * entries / 2**30}

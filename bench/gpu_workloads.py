@@ -165,7 +165,7 @@ RECOVERED = [
     # The support has no part in a step, as the initial SVD has none in PSOFT's.
     Method(
         "LOFT as PSOFT r64",
-        lambda targets: LoftConfig(r=64, support="random", magnitudes=True, target_modules=targets),
+        lambda targets: LoftConfig(r=64, support="random", transform="cayley+magnitudes", target_modules=targets),
         64,
     ),
 ]

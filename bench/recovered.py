@@ -216,7 +216,7 @@ def orthogonality(report: Report) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--out", type=Path, default=Path(__file__).with_name("recovered.json"))
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "recovered.json")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     boft_layer._FBD_CUDA = BlockDiagonal

@@ -329,7 +329,7 @@ def main() -> None:
     parser.add_argument("--shapes", nargs="+", default=SHAPES, help="of svd, skew, dtype and memory")
     parser.add_argument("--ranks", type=int, nargs="+", default=[16, 64, 352], help="of svd, real and dtype")
     parser.add_argument("--layers", type=int, default=32, help="of model8b")
-    parser.add_argument("--out", type=Path, default=Path(__file__).with_name("solvers_cpu.json"))
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "solvers_cpu.json")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)  # loft_rs follows torch

@@ -115,7 +115,7 @@ def _heads(task: Task) -> list[str] | None:
     return [task.head] if task.head else None
 
 
-def _config(rank: int, setup: Setup, **options: Any) -> LoftConfig:
+def _config(rank: int | Budget, setup: Setup, **options: Any) -> LoftConfig:
     ties = setup.task.tied
     if options.get("tied"):
         options["tied"] = ties if ties is True else [list(tie) for tie in ties]
@@ -127,7 +127,7 @@ def _calibrate(model: nn.Module, setup: Setup, **options: Any) -> None:
     loft_rs.calibrate(model, setup.batches, max_batches=len(setup.batches), head_steps=0, progress=False, **options)
 
 
-def _loft(support: str, pilot: Pilot | None = None, halved: bool = False, **options: Any) -> Adapt:
+def _loft(support: str | Pilot, halved: bool = False, **options: Any) -> Adapt:
     """halved: calibrated on batches of half the rows, twice as many."""
 
     def adapt(model: nn.Module, rank: int, setup: Setup) -> nn.Module:
@@ -137,7 +137,7 @@ def _loft(support: str, pilot: Pilot | None = None, halved: bool = False, **opti
         config = _config(rank, setup, support=support, **options)
         model = peft.get_peft_model(model, config)
         if config.needs_calibration or config.order != "natural":
-            _calibrate(model, setup, pilot=pilot)
+            _calibrate(model, setup)
         return model
 
     return adapt
@@ -158,8 +158,9 @@ def _shared_ranks(support: str) -> Adapt:
     """Ranks shared out over the layers by captured energy a parameter, as many parameters as `rank` everywhere."""
 
     def adapt(model: nn.Module, rank: int, setup: Setup) -> nn.Module:
-        model = peft.get_peft_model(model, _config(rank, setup, support=support))
-        _calibrate(model, setup, budget=Budget(params=len(setup.targets) * rank * (rank - 1) // 2))
+        budget = Budget(params=len(setup.targets) * rank * (rank - 1) // 2)
+        model = peft.get_peft_model(model, _config(budget, setup, support=support))
+        _calibrate(model, setup)
         return model
 
     return adapt
@@ -326,8 +327,8 @@ LORA = _peft(peft.LoraConfig, "r", lora_alpha=lambda r: 2 * r)
 LOFT = {"size": _planes, "middle": 0.06, "times_rank": True}
 PILOT = LOFT | {"batches": 32}  # one a step
 TWICE = {"batches": 64}
-# gate and up on the output side; what names no module of a model has no effect
-HALVES = {"halves": True, "side_pattern": {"gate_proj": "output", "up_proj": "output"}}
+# what names no module of a model has no effect
+OUTPUTS = {"side_pattern": {"gate_proj": "output", "up_proj": "output"}}
 RANKS = {"q_proj": 20, "k_proj": 20, "down_proj": 80}  # with 42 elsewhere .96 of the parameters of 46 everywhere
 METHODS = {
     method.name: method
@@ -355,19 +356,19 @@ METHODS = {
             Method(f"LOFT pilot {name} r{rank}", adapt, rank=rank, rate_of="LOFT pilot r46", **PILOT | options)
             for name, rank, adapt, options in (
                 ("ranks", 42, _loft("pilot", rank_pattern=RANKS), {}),
-                ("64", 46, _loft("pilot", Pilot(steps=64)), TWICE),
-                ("64 ranks", 42, _loft("pilot", Pilot(steps=64), rank_pattern=RANKS), TWICE),
-                ("64 ranks quieter", 42, _loft("pilot", Pilot(steps=64), rank_pattern=RANKS), TWICE | {"tilt": -0.25}),
-                ("64 halved ranks", 42, _loft("pilot", Pilot(steps=64), halved=True, rank_pattern=RANKS), {}),
+                ("64", 46, _loft(Pilot(steps=64)), TWICE),
+                ("64 ranks", 42, _loft(Pilot(steps=64), rank_pattern=RANKS), TWICE),
+                ("64 ranks quieter", 42, _loft(Pilot(steps=64), rank_pattern=RANKS), TWICE | {"tilt": -0.25}),
+                ("64 halved ranks", 42, _loft(Pilot(steps=64), halved=True, rank_pattern=RANKS), {}),
             )
         ),
-        Method("LOFT halves", _loft("pilot", **HALVES), **PILOT | {"size": _between, "middle": 0.12}),
-        Method("LOFT halves r64", _loft("pilot", **HALVES), rank=64, **PILOT | {"middle": 0.2112}),
+        Method("LOFT halves", _loft(Pilot(halves=True), **OUTPUTS), **PILOT | {"size": _between, "middle": 0.12}),
+        Method("LOFT halves r64", _loft(Pilot(halves=True), **OUTPUTS), rank=64, **PILOT | {"middle": 0.2112}),
         *(
             Method(f"LOFT halves {name} r64", adapt, rank=64, rate_of="LOFT halves r64", **PILOT | options)
             for name, adapt, options in (
-                ("64", _loft("pilot", Pilot(steps=64), **HALVES), TWICE),
-                ("in", _loft("pilot", halves=True), {}),
+                ("64", _loft(Pilot(steps=64, halves=True), **OUTPUTS), TWICE),
+                ("in", _loft(Pilot(halves=True)), {}),
             )
         ),
         Method("LOFT gradsvd both sides r32", _two_sides, rank=32, rate_of="LOFT gradsvd r46", **LOFT),

@@ -12,9 +12,12 @@ from typing import Any
 from ._registration import register_when_imported
 
 _HOME = {
+    "Activation": "support.methods",
+    "Blocks": "support.methods",
     "Budget": "support.budget",
     "CalibrationReport": "calibration.report",
-    "Evidence": "sketch.split_half",
+    "SplitHalf": "sketch.split_half",
+    "GradSVD": "support.methods",
     "LoftCalibrationCallback": "callbacks",
     "LoftConfig": "tuner",
     "LoftModel": "tuner",
@@ -22,7 +25,9 @@ _HOME = {
     "LoftRefreshCallback": "callbacks",
     "NarrowReport": "refreshing.narrow",
     "NonFiniteError": "linalg",
-    "Pilot": "calibration.pilot",
+    "Pilot": "support.methods",
+    "Reflections": "support.methods",
+    "SkewGrad": "support.methods",
     "Support": "support.support",
     "base_changed": "tuner.adapters",
     "calibrate": "calibration.driver",
@@ -34,9 +39,11 @@ _HOME = {
     "narrow": "refreshing.narrow",
     "orthogonality_error": "tuner.adapters",
     "refresh": "refreshing.refresh",
+    "save_sketches": "calibration.driver",
     "save_supports": "support.files",
     "select_support": "support.select",
     "set_support": "tuner.assign",
+    "suggest_lr": "advice",
     "supports_from_sketches": "sketch.files",
 }
 _MODULES = ("linalg", "nn", "transform", "factor", "layer", "calibration", "export", "tuner", "cli", "support")

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import numbers
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
+
+F = TypeVar("F", bound=Callable[..., Any])
 
 
 def is_int(value: Any) -> bool:
@@ -27,3 +30,19 @@ def check_names(argument: str, mapping: Mapping, reference: str, names: Mapping)
             if some
         ]
         raise ValueError(f"{argument} must have the names of {reference}; it {' and '.join(parts)}")
+
+
+def retired(**places: str) -> Callable[[F], F]:
+    """Let a function refuse arguments that it once took, by TypeError, naming where each is said now."""
+
+    def wrap(function: F) -> F:
+        @functools.wraps(function)
+        def checked(*args: Any, **given: Any) -> Any:
+            for name in given:
+                if name in places:
+                    raise TypeError(f"{function.__name__}() no longer takes {name}: {places[name]}")
+            return function(*args, **given)
+
+        return checked  # type: ignore[return-value]
+
+    return wrap

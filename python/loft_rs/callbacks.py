@@ -3,68 +3,133 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable, Iterable
 from itertools import islice
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from transformers import TrainerCallback
 from transformers.training_args import ParallelMode
 
 from ._checks import is_int
 from .calibration.driver import calibrate
+from .calibration.memory import byte_count
 from .calibration.report import CalibrationReport
 from .refreshing.conditions import require_choosable, require_refreshable_kind
 from .refreshing.narrow import NarrowReport, check_rank, narrow
-from .refreshing.optimizer_state import check_moments, replace_parameter
+from .refreshing.optimizer_state import replace_parameter
 from .refreshing.refresh import refresh
+from .support.budget import Budget
 from .tuner.adapters import adapted_layers, owners
 from .tuner.layer import Linear
 
 __all__ = ["LoftCalibrationCallback", "LoftNarrowCallback", "LoftRefreshCallback"]
 
 
+def _check_options(max_batches: Any, memory: Any, head_steps: Any = None) -> None:
+    """What can be told of them before there is a model."""
+    byte_count(memory)
+    for name, value, least in (("max_batches", max_batches, 1), ("head_steps", head_steps, 0)):
+        if value is not None and (not is_int(value) or value < least):
+            raise ValueError(f"{name} must be None or an integer of at least {least}, got {value!r}")
+
+
 class LoftCalibrationCallback(TrainerCallback):
-    """Calibrates the active LOFT adapter at the start of training.
+    """Calibrates the active LOFT adapter at the start of training (`loft_rs.calibrate`), on the Trainer's own batches.
 
     Left alone are the supports of a resumed run and of a trained adapter, and those from data that are set already (`calibrate`,
-    `set_support`). Keyword arguments are those of `loft_rs.calibrate`; the Trainer's own dataloader is used, of every
-    process its share. The last report is `report`.
+    `set_support`). Every process takes its share of the Trainer's dataloader. Under `r=Budget(...)` the trained parameters are replaced:
+    the Trainer's optimiser goes on with the new ones. `report`: of the calibration, once it was done.
+
+    max_batches, adapter_name, head_steps, memory, offload, progress: as of `loft_rs.calibrate`. ValueError for a bad one, when the
+    callback is made; at the start of training under DistributedDataParallel with a `Budget`, since DDP would hold the old parameters.
+
+    >>> from loft_rs import LoftCalibrationCallback
+    >>> callback = LoftCalibrationCallback(max_batches=8, memory="1GiB")
     """
 
-    def __init__(self, **options: Any):
-        self.options = options
+    def __init__(
+        self,
+        *,
+        max_batches: int | None = None,
+        adapter_name: str | None = None,
+        head_steps: int | None = None,
+        memory: int | str | None = None,
+        offload: bool = False,
+        progress: bool | None = None,
+    ):
+        _check_options(max_batches, memory, head_steps)
+        self.adapter_name = adapter_name
+        self.options: dict[str, Any] = {"max_batches": max_batches, "head_steps": head_steps, "memory": memory}
+        self.options |= {"offload": offload, "progress": progress}
         self.report: CalibrationReport | None = None
+        self._built: dict[Linear, Tensor] = {}  # with the theta that an optimiser given to the Trainer has
 
-    def on_train_begin(self, args, state, control, model=None, train_dataloader=None, **kwargs):
-        adapter, held = adapted_layers(model, self.options.get("adapter_name"))
-        layers = held.values()
+    def on_init_end(self, args, state, control, model=None, **kwargs):
+        if any(isinstance(module, Linear) for module in model.modules()):  # else the adapter may come later
+            adapter, adapted = adapted_layers(model, self.adapter_name)
+            self._built = {layer: layer.adapters[adapter].theta for layer in owners(adapted, adapter).values()}
+
+    def on_train_begin(self, args, state, control, model=None, train_dataloader=None, optimizer=None, **kwargs):
+        adapter, adapted = adapted_layers(model, self.adapter_name)
+        layers = owners(adapted, adapter).values()
+        before = {layer: self._built.get(layer, layer.adapters[adapter].theta) for layer in layers}
+        self._built = {}
+        self._calibrate(args, state, adapter, list(layers), model, train_dataloader)
+        for layer, theta in before.items() if optimizer is not None else ():
+            if (new := layer.adapters[adapter].theta) is not theta:  # shared ranks, found here or in a checkpoint
+                resumed = state.global_step > 0 and theta in optimizer.state
+                replace_parameter(optimizer, theta, new, {} if resumed else None)
+
+    def _calibrate(self, args, state, adapter: str, layers: list[Linear], model, train_dataloader) -> None:
+        config = layers[0].adapters[adapter].config
         trained = any(bool(layer.adapters[adapter].theta.detach().any()) for layer in layers)
-        chosen = all(
-            layer.adapters[adapter].config.needs_calibration and layer.adapters[adapter].ready for layer in layers
-        )
-        if state.global_step == 0 and not trained and not chosen:
-            self.report = calibrate(model, train_dataloader, **self.options)
+        chosen = all(config.needs_calibration and layer.adapters[adapter].ready for layer in layers)
+        if state.global_step > 0 or trained or chosen:
+            return
+        if isinstance(config.r, Budget) and args.parallel_mode == ParallelMode.DISTRIBUTED:
+            raise ValueError(
+                "r=Budget(...) cannot be shared out under DistributedDataParallel, which would hold the old parameters: call "
+                "loft_rs.calibrate on the model before the Trainer is made"
+            )
+        self.report = calibrate(model, train_dataloader, adapter_name=self.adapter_name, **self.options)
 
 
 class LoftRefreshCallback(TrainerCallback):
-    """Refreshes the active LOFT adapter's support (`loft_rs.refresh`) after every `every`-th optimiser step but the last.
+    """Experimental: refreshes the active LOFT adapter's support (`loft_rs.refresh`) after every `every`-th optimiser step but the last.
 
     batches: how many of the Trainer's batches each refresh sees, a pilot in turn. They are drawn anew from the Trainer's dataset, by its
-    seed and the step alone, so that its own order stays what it is and a resumed run sees the same. Keyword arguments are those of
-    `loft_rs.refresh`; with `dataloader` or `train_step` the Trainer's data is not used. The Trainer's optimiser is carried over.
-    `reports`: (step, report) of every refresh. ValueError where `every` or `batches` is no integer of at least 1, and at the start of
-    training for a kind of adapter that cannot be refreshed, or supports from a file.
+    seed and the step alone, so that its own order stays what it is and a resumed run sees the same. dataloader, train_step: in place
+    of the Trainer's data. adapter_name, memory, offload, progress: as of `loft_rs.refresh`. The Trainer's optimiser is carried over.
+    `reports`: (step, report) of every refresh. ValueError for a bad argument, when the callback is made, and at the start of training
+    for a kind of adapter that cannot be refreshed, or supports from a file.
     """
 
-    def __init__(self, every: int, batches: int = 8, **options: Any):
+    def __init__(
+        self,
+        every: int,
+        batches: int = 8,
+        *,
+        dataloader: Iterable | None = None,
+        train_step: Callable[[], Any] | None = None,
+        adapter_name: str | None = None,
+        memory: int | str | None = None,
+        offload: bool = False,
+        progress: bool | None = None,
+    ):
         for name, value in (("every", every), ("batches", batches)):
             if not is_int(value) or value < 1:
                 raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
-        self.every, self.batches, self.options = every, batches, options
+        _check_options(batches, memory)
+        if dataloader is not None and train_step is not None:
+            raise ValueError("give at most one of dataloader and train_step")
+        self.every, self.batches, self.adapter_name = every, batches, adapter_name
+        self.data: dict[str, Any] = {"dataloader": dataloader, "train_step": train_step}
+        self.options: dict[str, Any] = {"memory": memory, "offload": offload, "progress": progress}
         self.reports: list[tuple[int, CalibrationReport]] = []
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
-        adapter, layers = adapted_layers(model, self.options.get("adapter_name"))
+        adapter, layers = adapted_layers(model, self.adapter_name)
         config = next(iter(layers.values())).adapters[adapter].config
         require_choosable(adapter, config)
         require_refreshable_kind(adapter, config, "LoftRefreshCallback")
@@ -72,20 +137,25 @@ class LoftRefreshCallback(TrainerCallback):
     def on_step_end(self, args, state, control, model=None, train_dataloader=None, optimizer=None, **kwargs):
         if state.global_step % self.every or state.global_step >= state.max_steps:
             return
-        options = {"max_batches": self.batches, "optimizer": optimizer, **self.options}
-        if not {"dataloader", "train_step"} & options.keys():
+        data = dict(self.data)
+        if data["dataloader"] is None and data["train_step"] is None:
             draw = random.Random(f"{args.seed} {state.global_step} {args.process_index}")
-            options["dataloader"] = _draw(train_dataloader, args.train_batch_size, self.batches, draw)
-        self.reports.append((state.global_step, refresh(model, **options)))
+            data["dataloader"] = _draw(train_dataloader, args.train_batch_size, self.batches, draw)
+        options: dict[str, Any] = {
+            "max_batches": self.batches,
+            "optimizer": optimizer,
+            "adapter_name": self.adapter_name,
+        }
+        self.reports.append((state.global_step, refresh(model, **data, **options, **self.options)))
 
 
 class LoftNarrowCallback(TrainerCallback):
-    """Narrows the active LOFT adapter to `rank` (`loft_rs.narrow`), once, after optimiser step `step`.
+    """Experimental: narrows the active LOFT adapter to `rank` (`loft_rs.narrow`), once, after optimiser step `step`.
 
     The Trainer's optimiser is carried over. A run that resumes from a checkpoint builds the adapter as it was at first: give the Trainer
     this callback when it is made (`callbacks=[...]`), and a narrowed checkpoint makes the adapter narrow as it is loaded, one from
     before leaves it wide; so too with `load_best_model_at_end`. (Not with the Trainer's `model_init`, whose models it never sees before
-    they are loaded: build the model yourself.) Keyword arguments: `adapter_name` and `moments` of `loft_rs.narrow`.
+    they are loaded: build the model yourself.) adapter_name: as of `loft_rs.narrow`.
     `report`: of the narrowing, once it was done here.
 
     ValueError for a `rank` or a `step` that is none; at the start of training for a kind of adapter or a `rank` that cannot be, a `step`
@@ -93,15 +163,14 @@ class LoftNarrowCallback(TrainerCallback):
     parameters.
     """
 
-    def __init__(self, rank: int, step: int, *, adapter_name: str | None = None, moments: str = "transport"):
+    def __init__(self, rank: int, step: int, *, adapter_name: str | None = None):
         if not is_int(step) or step < 1:
             raise ValueError(f"step must be an integer of at least 1, got {step!r}")
         if not is_int(rank) or rank % 2 or rank < 2:
             raise ValueError(f"rank must be an even integer of at least 2, got {rank!r}")
-        check_moments(moments)
-        self.rank, self.step, self.adapter_name, self.moments = rank, step, adapter_name, moments
+        self.rank, self.step, self.adapter_name = rank, step, adapter_name
         self.report: NarrowReport | None = None
-        self._built: dict[Linear, nn.Parameter] = {}  # with the theta that an optimiser given to the Trainer has
+        self._built: dict[Linear, Tensor] = {}  # with the theta that an optimiser given to the Trainer has
 
     def _layers(self, model: nn.Module) -> tuple[str, dict[str, Linear]]:
         """(adapter, its layers that hold a support of their own), ready for a checkpoint of the rank they have, or of `rank`."""
@@ -147,8 +216,7 @@ class LoftNarrowCallback(TrainerCallback):
 
     def on_step_end(self, args, state, control, model=None, optimizer=None, **kwargs):
         if state.global_step == self.step:
-            options = {"adapter_name": self.adapter_name, "moments": self.moments}
-            self.report = narrow(model, self.rank, optimizer=optimizer, **options)
+            self.report = narrow(model, self.rank, optimizer=optimizer, adapter_name=self.adapter_name)
             self._built = {}
 
 

@@ -61,6 +61,40 @@ def export_lora(
     """
     from peft import LoraConfig
 
+    adapter, layers = _checked_request(model, path, adapter_name, dtype, drop_modules_to_save, approximate_rank)
+    factors, errors = _lora_forms(layers, adapter, approximate_rank)
+    rank = max(a.shape[0] for a, _ in factors.values())
+    if rank > 16:
+        warnings.warn(
+            f"the LoRA has rank {rank}; vLLM accepts at most --max-lora-rank, which is 16 unless set", stacklevel=2
+        )
+    config = next(iter(layers.values())).adapters[adapter].config
+    lora = LoraConfig(
+        r=rank,
+        lora_alpha=rank,
+        target_modules=_target_modules(model, layers),
+        fan_in_fan_out=any(is_conv1d(layer.get_base_layer()) for layer in layers.values()),
+        task_type=config.task_type,
+        base_model_name_or_path=config.base_model_name_or_path or _base_name(model),
+        inference_mode=True,
+    )
+    with whole_directory(path) as folder:
+        tensors = _stored(factors, rank, dtype)
+        save_file(tensors, os.path.join(folder, "adapter_model.safetensors"), metadata={"format": "pt"})
+        lora.target_modules = _target_modules(model, layers)  # PEFT made a set of it, and the file should have an order
+        lora.save_pretrained(os.fspath(folder))
+    return errors
+
+
+def _checked_request(
+    model: nn.Module,
+    path: str | os.PathLike,
+    adapter_name: str | None,
+    dtype: Any,
+    drop_modules_to_save: bool,
+    approximate_rank: Any,
+) -> tuple[str, dict[str, Linear]]:
+    """The adapter and its layers; refuses what cannot be exported, before any work."""
     check_target(path)
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
         raise ValueError(f"dtype must be a floating-point torch.dtype such as torch.float16, got {dtype!r}")
@@ -81,43 +115,37 @@ def export_lora(
         merging.lora_factors(layers[full[0]].adapters[adapter])  # raises
     if approximate_rank is not None and not full:
         raise ValueError("approximate_rank is for OFT and BOFT adapters; this one has an exact LoRA form: leave it out")
+    return adapter, layers
+
+
+def _lora_forms(
+    layers: dict[str, Linear], adapter: str, approximate_rank: int | None
+) -> tuple[dict[str, tuple[Tensor, Tensor]], dict[str, float]]:
+    """(A, B) of every layer, and how far B A is from its change; a warning names the furthest."""
     factors, errors = {}, dict.fromkeys(layers, 0.0)
     for name, layer in layers.items():
-        if name in full:
-            *factors[name], errors[name] = _nearest_lora(layer, adapter, approximate_rank)
+        if approximate_rank is not None and layer.adapters[adapter].full_rank:
+            a, b, errors[name] = _nearest_lora(layer, adapter, approximate_rank)
+            factors[name] = a, b
         else:
             factors[name] = merging.lora_factors(layer.adapters[adapter])
-    if full:
-        worst = max(errors, key=errors.get)
+    if approximate_rank is not None:
+        worst = max(errors, key=errors.__getitem__)
         warnings.warn(
             f"the LoRA of rank {approximate_rank} is approximate: relative error up to {errors[worst]:.2g}, in {worst}; merging is exact",
-            stacklevel=2,
+            stacklevel=3,
         )
-    rank = max(a.shape[0] for a, _ in factors.values())
+    return factors, errors
+
+
+def _stored(factors: dict[str, tuple[Tensor, Tensor]], rank: int, dtype: torch.dtype) -> dict[str, Tensor]:
+    """The tensors of a LoRA file, all of one rank: smaller ones are padded with zeros."""
     tensors = {}
-    for name in layers:
-        a, b = factors[name]
+    for name, (a, b) in factors.items():
         a, b = nn.functional.pad(a, (0, 0, 0, rank - a.shape[0])), nn.functional.pad(b, (0, rank - b.shape[1]))
         for kind, value in (("lora_A", a), ("lora_B", b)):
             tensors[f"base_model.model.{name}.{kind}.weight"] = value.to("cpu", dtype).contiguous()
-    if rank > 16:
-        warnings.warn(
-            f"the LoRA has rank {rank}; vLLM accepts at most --max-lora-rank, which is 16 unless set", stacklevel=2
-        )
-    lora = LoraConfig(
-        r=rank,
-        lora_alpha=rank,
-        target_modules=_target_modules(model, layers),
-        fan_in_fan_out=any(is_conv1d(layer.get_base_layer()) for layer in layers.values()),
-        task_type=config.task_type,
-        base_model_name_or_path=config.base_model_name_or_path or _base_name(model),
-        inference_mode=True,
-    )
-    with whole_directory(path) as folder:
-        save_file(tensors, os.path.join(folder, "adapter_model.safetensors"), metadata={"format": "pt"})
-        lora.target_modules = sorted(lora.target_modules)  # a set has no order, and the file should have one
-        lora.save_pretrained(folder)
-    return errors
+    return tensors
 
 
 @torch.no_grad()

@@ -20,7 +20,18 @@ from pathlib import Path
 import numpy as np
 
 from ._files import read_safetensors
-from ._format import CONFIG_FILE, FORMAT_VERSION, ORTHONORMAL, SUPPORT_GRAM, UNKNOWN_ENERGY, WEIGHTS_FILE, slots_of
+from ._format import (
+    CONFIG_FILE,
+    ORTHONORMAL,
+    READABLE_VERSIONS,
+    SUPPORT_GRAM,
+    UNKNOWN_ENERGY,
+    WEIGHTS_FILE,
+    Described,
+    slots_of,
+)
+from ._transforms import TransformName
+from ._transforms import delta as delta_of
 
 
 @dataclass(frozen=True)
@@ -89,21 +100,21 @@ def read_config(folder: Path) -> dict:
         known = ("OFT", "BOFT", "HRA", "PSOFT")
         hint = "; loft-rs convert makes a LOFT adapter of it" if config.get("peft_type") in known else ""
         raise ValueError(f"{file}: peft_type is {config.get('peft_type')!r}, not 'LOFT'{hint}")
-    if config.get("loft_format_version") != FORMAT_VERSION:
+    if config.get("loft_format_version") not in READABLE_VERSIONS:
         raise ValueError(
             f"{file}: format version {config.get('loft_format_version')!r} is not known to this loft_rs, "
-            f"which reads version {FORMAT_VERSION}"
+            f"which reads version {READABLE_VERSIONS[-1]}"
         )
     return config
 
 
 def _report(folder: Path, name: str, parts: dict[str, np.ndarray], config: dict) -> ModuleReport:
     what = f"{folder / WEIGHTS_FILE}: module {name!r}"
-    support = config.get("support")
-    has_support = support not in ("blocks", "trained")
+    said = Described.of(config)
+    has_support = said.method not in ("blocks", "reflections")
     traits = {
         "supported": has_support,
-        "scaled": bool(config.get("output_scale")),
+        "scaled": bool(said.options.get("output_scale")),
         "movable": config.get("side") == "auto" or bool(config.get("side_pattern")),
         "refreshed": has_support and bool({"frozen_basis", "frozen_delta"} & set(parts)),
     }
@@ -114,14 +125,16 @@ def _report(folder: Path, name: str, parts: dict[str, np.ndarray], config: dict)
     if not all(np.isfinite(tensor).all() for part, tensor in parts.items() if part != "energy"):
         raise ValueError(f"{what} has a NaN or an infinite entry")
     theta = parts["theta"].astype(np.float64)
-    read = {"blocks": _of_blocks, "trained": _of_vectors}.get(support, _of_support)
-    turned, width, rank, energy = read(what, parts, theta, config)
+    read = {"blocks": _of_blocks, "reflections": _of_vectors}.get(said.method, _of_support)
+    turned, width, rank, energy = read(what, parts, theta, config, said)
     errors = np.linalg.norm(turned.swapaxes(-1, -2) @ turned - np.eye(turned.shape[-1]), 2, axis=(-2, -1))
     return ModuleReport(
         name=name,
         width=width,
         rank=rank,
-        transform=str(config.get("transform")) + "+halves" * bool(config.get("halves")),
+        transform=("householder", "reflection")[bool(said.options.get("gram_schmidt"))]
+        if said.method == "reflections"
+        else str(said.transform._replace(terms=None, magnitudes=False)),
         side=_side(parts, config),
         energy=energy,
         # The factors' largest errors add up; of one factor it is exact.
@@ -138,7 +151,9 @@ def _side(parts: dict, config: dict) -> str:
     return "output" if parts["output_side"].any() else "input"
 
 
-def _of_support(what: str, parts: dict, theta: np.ndarray, config: dict) -> tuple[np.ndarray, int, int, float]:
+def _of_support(
+    what: str, parts: dict, theta: np.ndarray, config: dict, said: Described
+) -> tuple[np.ndarray, int, int, float]:
     """(K (1, 1, r, r), n, r, captured energy). Of a refreshed adapter K is as large as the span of both bases."""
     basis = parts["support"].astype(np.float64)
     if basis.ndim != 2 or not 1 <= basis.shape[1] <= basis.shape[0]:
@@ -149,8 +164,8 @@ def _of_support(what: str, parts: dict, theta: np.ndarray, config: dict) -> tupl
         raise ValueError(f"{what} has no support: it was saved before loft_rs.calibrate ran")
     if np.linalg.norm(gram - np.eye(rank), 2) > SUPPORT_GRAM:
         raise ValueError(f"{what} has a support that is not orthonormal")
-    delta = _delta(what, theta, rank, config)
-    turned = _with_frozen(what, parts, basis, delta, config) if "frozen_basis" in parts else _turned(gram, delta)
+    delta = _delta(what, theta, rank, said.transform)
+    turned = _with_frozen(what, parts, basis, delta, config) if "frozen_basis" in parts else _rotation(gram, delta)
     energy = float(np.ravel(parts["energy"])[0])
     return turned[None, None], basis.shape[0], rank, float("nan") if energy == UNKNOWN_ENERGY else energy
 
@@ -164,7 +179,7 @@ def _with_frozen(what: str, parts: dict, basis: np.ndarray, delta: np.ndarray, c
         )
     if np.linalg.norm(pf.T @ pf - np.eye(len(ef)), 2) > SUPPORT_GRAM:
         raise ValueError(f"{what} has a frozen basis that is not orthonormal")
-    e, ef = _folded(basis.T @ basis, delta), _folded(pf.T @ pf, ef)
+    e, ef = _with_gram_root(basis.T @ basis, delta), _with_gram_root(pf.T @ pf, ef)
     upper, lower = ef @ pf.T @ basis @ e, np.zeros((len(e), len(ef)))
     if _side(parts, config) == "output":
         upper, lower = lower.T, e @ basis.T @ pf @ ef
@@ -175,38 +190,42 @@ def _with_frozen(what: str, parts: dict, basis: np.ndarray, delta: np.ndarray, c
     return np.eye(len(root)) + root @ both @ root.T
 
 
-def _of_blocks(what: str, parts: dict, theta: np.ndarray, config: dict) -> tuple[np.ndarray, int, int, float]:
+def _of_blocks(
+    what: str, parts: dict, theta: np.ndarray, config: dict, said: Described
+) -> tuple[np.ndarray, int, int, float]:
     """(T (m, n/b, b, b), n, b, NaN)."""
-    if theta.ndim != (4 if config.get("transform") == "free" else 3):
+    if theta.ndim != (4 if said.transform.base == "free" else 3):
         raise ValueError(f"{what} has a theta of shape {theta.shape}; (factors, blocks, entries) is expected")
     entries = theta.shape[-1]
-    b = entries if config.get("transform") == "free" else (1 + round((1 + 8 * entries) ** 0.5)) // 2
-    turned = np.stack([[np.eye(b) + _delta(what, block, b, config) for block in factor] for factor in theta])
-    return turned, b if config.get("share") else b * theta.shape[1], b, float("nan")
+    b = entries if said.transform.base == "free" else (1 + round((1 + 8 * entries) ** 0.5)) // 2
+    turned = np.stack([[np.eye(b) + _delta(what, block, b, said.transform) for block in factor] for factor in theta])
+    return turned, b if said.options.get("share") else b * theta.shape[1], b, float("nan")
 
 
-def _of_vectors(what: str, parts: dict, theta: np.ndarray, config: dict) -> tuple[np.ndarray, int, int, float]:
+def _of_vectors(
+    what: str, parts: dict, theta: np.ndarray, config: dict, said: Described
+) -> tuple[np.ndarray, int, int, float]:
     """(R on the span of U (1, 1, r, r), n, r, NaN)."""
     if theta.ndim != 2 or not np.linalg.norm(theta, axis=0).all():
         raise ValueError(f"{what} has a theta of shape {theta.shape}; (n, r) with no zero column is expected")
     basis = np.linalg.qr(theta)[0]
     rank = basis.shape[1]
     turned = np.eye(rank)
-    if config.get("transform") == "reflection":
+    if said.options.get("gram_schmidt"):
         return -turned[None, None], len(theta), rank, float("nan")
     for column in (basis.T @ (theta / np.linalg.norm(theta, axis=0))).T:
         turned = turned - 2 * np.outer(turned @ column, column)
     return turned[None, None], len(theta), rank, float("nan")
 
 
-def _turned(gram: np.ndarray, delta: np.ndarray) -> np.ndarray:
+def _rotation(gram: np.ndarray, delta: np.ndarray) -> np.ndarray:
     """K = I + H E H."""
     values, vectors = np.linalg.eigh(gram)
     root = (vectors * np.sqrt(values)) @ vectors.T
-    return np.eye(len(gram)) + root @ _folded(gram, delta) @ root
+    return np.eye(len(gram)) + root @ _with_gram_root(gram, delta) @ root
 
 
-def _folded(gram: np.ndarray, delta: np.ndarray) -> np.ndarray:
+def _with_gram_root(gram: np.ndarray, delta: np.ndarray) -> np.ndarray:
     """E = C D C, rounded to float32 as the forward uses it."""
     values, vectors = np.linalg.eigh(gram)
     apart = np.abs(values - 1).max()  # ||P^T P - I||_2
@@ -214,46 +233,11 @@ def _folded(gram: np.ndarray, delta: np.ndarray) -> np.ndarray:
     return (fold @ delta @ fold).astype(np.float32).astype(np.float64)
 
 
-def _delta(what: str, theta: np.ndarray, rank: int, config: dict) -> np.ndarray:
-    """D = T - I of one theta (transform.py has the formulas)."""
-    transform, magnitudes, halves = str(config.get("transform")), bool(config.get("magnitudes")), config.get("halves")
-    generator = (rank * (rank - 1) // 2,)
-    shapes = {"cayley": generator, "cayley_neumann": generator, "exp": generator, "free": (rank, rank)}
-    if transform not in shapes:
-        raise ValueError(f"{what}: transform {transform!r} is not one of {', '.join(shapes)}")
-    shape = (generator[0] + 2 * rank,) if magnitudes else shapes[transform]
-    if halves:
-        if magnitudes or transform not in ("cayley", "exp"):
-            raise ValueError(
-                f"{what} has a config with halves that {transform} with magnitudes={magnitudes} does not have"
-            )
-        shape = (rank // 2, rank - rank // 2)
-    if theta.shape != shape:
-        raise ValueError(
-            f"{what} has a theta of shape {theta.shape}; {transform}{' in halves' * bool(halves)} at rank {rank} needs {shape}"
-        )
-    if transform == "free":
-        return theta
-    lower = np.zeros((rank, rank))
-    if halves:
-        lower[rank - rank // 2 :, : rank - rank // 2] = theta
-    else:
-        lower[np.tril_indices(rank, -1)] = theta[: generator[0]]
-    delta = _skew_delta(lower - lower.T, transform, config.get("neumann_terms"))
-    if not magnitudes:
-        return delta
-    a, b = theta[-2 * rank : -rank], theta[-rank:]
-    return (1 + b)[:, None] * delta * (1 + a) + np.diag(a + b + a * b)
-
-
-def _skew_delta(skew: np.ndarray, transform: str, terms: int | None) -> np.ndarray:
-    if transform == "cayley":
-        return -2 * np.linalg.solve((np.eye(len(skew)) + skew).T, skew.T).T
-    if transform == "cayley_neumann":
-        powers = [np.linalg.matrix_power(-skew, k) for k in range(1, int(terms or 1) + 2)]
-        return 2 * sum(powers[:-1]) + powers[-1]
-    values, vectors = np.linalg.eigh(1j * skew)  # skew = -i * Hermitian
-    return ((vectors * np.expm1(-1j * values)) @ vectors.conj().T).real
+def _delta(what: str, theta: np.ndarray, rank: int, name: TransformName) -> np.ndarray:
+    try:
+        return delta_of(name, theta, rank)
+    except ValueError as error:
+        raise ValueError(f"{what} has {error}") from None
 
 
 def _angles(turned: np.ndarray) -> np.ndarray:

@@ -12,8 +12,7 @@ processes.py   what the processes do together
 report.py      CalibrationReport and its table
 """
 
-from .driver import calibrate
-from .pilot import Pilot
+from .driver import calibrate, save_sketches
 from .report import CalibrationReport
 
-__all__ = ["CalibrationReport", "Pilot", "calibrate"]
+__all__ = ["CalibrationReport", "calibrate", "save_sketches"]

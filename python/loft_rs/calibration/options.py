@@ -1,28 +1,158 @@
-"""What `calibrate` refuses before any work, and the defaults of what it was not told."""
+"""What `calibrate` refuses before any work, and the job that is left: `Job`."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
 from torch import nn
 
 from .._checks import is_int
-from .._files import check_writable
 from ..layer.base_layer import dense_weight
 from ..support.budget import Budget
+from ..support.methods import CALIBRATED_SUPPORTS, GRADIENT_SUPPORTS, Pilot
+from ..tuner.adapters import adapted_layers, owners, require_plain, require_untrained
 from ..tuner.config import LoftConfig
 from ..tuner.layer import Linear
-from .pilot import Pilot
+from ..tuner.supports import choose_supports
+from .memory import byte_count
+from .pilot import changes_for
+from .processes import Processes
+from .sides import ModuleSide, by_module, open_places
 
-__all__ = ["BATCHES", "HEAD_STEPS", "SHARED_BY", "TRIAL", "checked_batches"]
+__all__ = ["BATCHES", "HEAD_STEPS", "TRIAL", "Job", "checked_batches", "checked_job"]
 
 HEAD_STEPS = 20
-SHARED_BY = ("energy", "reproducible")
 BATCHES = 8
 # A layer may deserve more than an even share; to how much of it its spectrum is known.
 TRIAL = 2
+
+
+@dataclass(frozen=True)
+class Job:
+    """One calibration, checked.
+
+    adapted: the adapter's layers by name; layers: those that hold a support of their own. places: the sides at which each is sketched,
+    of both in `undecided`. batches: None where a train_step takes their place. head: what is warmed up first. trial: ranks that a budget
+    is shared out from. single: one pass, from a wider sketch.
+    """
+
+    model: nn.Module
+    adapter: str
+    config: LoftConfig
+    adapted: dict[str, Linear]
+    layers: dict[str, Linear]
+    places: list[ModuleSide]
+    undecided: list[str]
+    batches: list | None
+    train_step: Callable[[], Any] | None
+    head: list[nn.Parameter]
+    head_steps: int
+    trial: dict[str, int]
+    single: bool
+    oversampling: int | None
+    limit: int | None
+    offload: bool
+    processes: Processes
+    progress: bool | None
+
+    @property
+    def method(self) -> str:
+        return self.config.method
+
+    @property
+    def order(self) -> str:
+        return "natural" if self.config.order == "natural" else "input_pca"
+
+    @property
+    def pilot(self) -> Pilot | None:
+        return self.config.options if self.method == "pilot" else None
+
+    @property
+    def budget(self) -> Budget | None:
+        return self.config.r if isinstance(self.config.r, Budget) else None
+
+    @property
+    def needs_gradient(self) -> bool:
+        """Whether the passes that feed sketches run backward."""
+        return self.method in GRADIENT_SUPPORTS
+
+    @property
+    def homes(self) -> dict[ModuleSide, Linear]:
+        """The layer of each place."""
+        return {place: self.layers[place.module] for place in self.places}
+
+
+def checked_job(
+    model: nn.Module,
+    dataloader: Iterable | None,
+    *,
+    train_step: Callable[[], Any] | None,
+    max_batches: int | None,
+    adapter_name: str | None,
+    head_steps: int | None,
+    memory: int | str | None,
+    offload: bool,
+    progress: bool | None,
+    caller: str = "calibrate",
+) -> Job:
+    """Everything that can be refused is refused here, in all processes where in one."""
+    require_plain(model, caller)
+    limit = byte_count(memory)
+    processes = Processes(next(model.parameters()).device)
+    with processes.stage():
+        adapter, adapted = adapted_layers(model, adapter_name)
+        require_untrained(adapted, adapter, caller)
+        layers = owners(adapted, adapter)
+        config = next(iter(layers.values())).adapters[adapter].config
+        single = caller == "save_sketches" or getattr(config.options, "passes", 2) == 1
+        places = open_places(layers, adapter)
+        undecided = [name for name, each in by_module(places).items() if len(each) > 1]
+        if caller == "save_sketches":
+            require_sketched(config, undecided)
+        require_decidable({name: layers[name] for name in undecided}, config.method, single)
+        _check_config(config, {place: layers[place.module] for place in places}, adapter, offload)
+        trial = trial_ranks(config.r, layers, adapter) if isinstance(config.r, Budget) else {}
+        pilot = config.options if config.method == "pilot" else None
+        batches = checked_batches(dataloader, train_step, max_batches, pilot)
+        head = head_parameters(model)
+        steps = checked_head_steps(head_steps, head, config.method in (*GRADIENT_SUPPORTS, "pilot"))
+        sharded = any("FSDPModule" in {kind.__name__ for kind in type(m).__mro__} for m in model.modules())
+        if sharded and steps:
+            raise ValueError(
+                "head_steps cannot warm up a head that FSDP2 has sharded: calibrate before fully_shard, or give 0"
+            )
+        unset = [layer for layer in layers.values() if not layer.adapters[adapter].ready]
+        if unset and config.method not in CALIBRATED_SUPPORTS:
+            choose_supports(layers, config, adapter)  # built to be loaded, and never was
+    if sharded and batches is not None:
+        _require_equally_many(batches, processes)
+    head, wide = head if steps else [], getattr(config.options, "oversampling", None)
+    found = (model, adapter, config, adapted, layers, places, undecided, batches, train_step, head, steps, trial)
+    return Job(*found, single, wide, limit, offload, processes, progress)
+
+
+def _check_config(config: LoftConfig, homes: Mapping[ModuleSide, Linear], adapter: str, offload: bool) -> None:
+    """Refuse an adapter that has nothing to be calibrated, or not in this way."""
+    if config.method == "pilot":
+        if offload:
+            raise ValueError("offload is for supports from sketches, but support is 'pilot', which a training chooses")
+        changes_for(homes, adapter, config.options, None)
+    if config.method not in CALIBRATED_SUPPORTS and config.order == "natural":
+        raise ValueError(
+            f"support={config.method!r} with order='natural' takes nothing from data; there is nothing to calibrate"
+        )
+
+
+def _require_equally_many(batches: list, processes: Processes) -> None:
+    total = processes.total(len(batches))
+    with processes.stage():
+        if total != processes.size * len(batches):
+            raise ValueError(
+                f"dataloader must give every process equally many batches under FSDP2: {total} in all, {len(batches)} here"
+            )
 
 
 def checked_batches(
@@ -56,63 +186,11 @@ def checked_batches(
     return batches
 
 
-def checked_options(
-    config: LoftConfig,
-    layers: Mapping[str, Linear],
-    adapter: str,
-    passes: Any,
-    oversampling: Any,
-    tol: Any,
-    budget: Any,
-    share_by: Any,
-    save_sketches: Any,
-    train_step: Any,
-    offload: bool,
-) -> dict[str, int]:
-    """The ranks that a budget calibrates the layers for; refuses what does not fit together."""
-    if config.support == "pilot":
-        given = {"passes": passes != 2, "share_by": share_by != "energy", "offload": offload}
-        given |= {"oversampling": oversampling is not None, "save_sketches": save_sketches is not None}
-        given |= {"budget": budget is not None, "tol": tol is not None}
-        for name in [name for name, is_given in given.items() if is_given]:
-            raise ValueError(f"{name} is for supports from sketches, but support is 'pilot', which a training chooses")
-        return {}
-    if passes not in (1, 2) or isinstance(passes, bool):
-        raise ValueError(f"passes must be 1 or 2, got {passes!r}")
-    if oversampling is not None and (not is_int(oversampling) or oversampling < 2 or oversampling % 2):
-        raise ValueError(f"oversampling must be None or an even number of at least 2, got {oversampling!r}")
-    if tol is not None and not (isinstance(tol, (int, float)) and 0 < tol < 1):
-        raise ValueError(f"tol must be None or a number between 0 and 1, got {tol!r}")
-    if share_by not in SHARED_BY:
-        raise ValueError(f"share_by must be one of {sorted(SHARED_BY)}, got {share_by!r}")
-    given = {"tol": tol, "budget": budget, "save_sketches": save_sketches, "oversampling": oversampling}
-    for name in [name for name, value in given.items() if value is not None]:
-        if not config.needs_calibration:
-            raise ValueError(f"{name} needs a support that data chooses, but support is {config.support!r}")
-    if tol is not None and train_step is not None:
-        raise ValueError("tol needs a dataloader: a train_step cannot be stopped between two batches")
-    if save_sketches is not None:
-        if passes != 1:
-            raise ValueError("save_sketches needs passes=1: a second pass depends on the first and cannot be added up")
-        check_writable(save_sketches)
-    if share_by != "energy" and budget is None:
-        raise ValueError(f"share_by={share_by!r} needs a budget")
-    if budget is None:
-        return {}
-    if not isinstance(budget, Budget):
-        raise TypeError(f"budget must be a loft_rs.Budget, got {type(budget).__name__}")
-    if budget.transform != config.transform or config.magnitudes:
-        named = config.transform + " with magnitudes" * config.magnitudes
-        raise ValueError(
-            f"budget counts the parameters of {budget.transform!r}, but the adapter's transform is {named}"
-        )
-    if any(each < 2 for each in (budget.floor.values() if isinstance(budget.floor, Mapping) else [budget.floor])):
-        raise ValueError(
-            "budget must have a floor of at least 2 here: exclude a module in the LoftConfig to leave it out"
-        )
+def trial_ranks(budget: Budget, layers: Mapping[str, Linear], adapter: str) -> dict[str, int]:
+    """The rank at which each layer is calibrated before the budget is shared out."""
     limits = {name: layer.adapters[adapter].largest_rank for name, layer in layers.items()}
     if narrow := [name for name, limit in limits.items() if limit < 2]:
-        raise ValueError(f"budget gives even ranks, which these modules are too narrow for: {', '.join(narrow)}")
+        raise ValueError(f"r=Budget(...) gives even ranks, which these modules are too narrow for: {', '.join(narrow)}")
     allowed = budget.allowed(limits)
     even = max(
         r
@@ -122,17 +200,27 @@ def checked_options(
     return {name: min(max(TRIAL * even, ranks.start), ranks[-1]) for name, ranks in allowed.items()}
 
 
-def require_decidable(undecided: Mapping[str, Linear], method: str, passes: int, save_sketches: Any) -> None:
-    """Refuse what cannot tell the sides of these modules."""
-    if undecided and save_sketches is not None:
+def require_sketched(config: LoftConfig, undecided: list[str]) -> None:
+    """Refuse what no saved sketch tells."""
+    if config.method not in (*GRADIENT_SUPPORTS, "activation"):
+        raise ValueError(
+            f"save_sketches needs support='skewgrad', 'gradsvd' or 'activation', but support is {config.method!r}"
+        )
+    if undecided:
         raise ValueError(
             "save_sketches needs the side of every module beforehand, which side='auto' leaves open: give side='input' or 'output', or "
             "a side_pattern"
         )
+
+
+def require_decidable(undecided: Mapping[str, Linear], method: str, single: bool) -> None:
+    """Refuse what cannot tell the sides of these modules."""
     if method != "gradsvd":
         return
-    if undecided and passes == 1:
-        raise ValueError("side='auto' with support='gradsvd' needs passes=2, or support='skewgrad'")
+    if undecided and single:
+        raise ValueError(
+            "side='auto' with support='gradsvd' needs two passes, not GradSVD(passes=1), or support='skewgrad'"
+        )
     for name, layer in undecided.items():
         if dense_weight(base := layer.get_base_layer()) is None:
             raise TypeError(
@@ -149,9 +237,6 @@ def checked_head_steps(steps: int | None, head: list[nn.Parameter], needs_gradie
     if steps and not head:
         raise ValueError("head_steps needs modules_to_save in the LoftConfig: there is no head to warm up")
     return int(steps)
-
-
-# -- running the model -----------------------------------------------------------------------------------------------------
 
 
 def head_parameters(model: nn.Module) -> list[nn.Parameter]:

@@ -8,22 +8,21 @@ from collections.abc import Callable, Mapping, Sequence
 from itertools import chain
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from ..linalg import NonFiniteError
 from ..sketch.base import Sketch
-from ..sketch.split_half import overlap
 from ..sketch.tap import LayerTap
+from ..support.methods import Pilot
 from ..support.support import Support
 from ..tuner.layer import Linear
-from .memory import Survey
-from .pilot import Change, Pilot, PilotTap, some_gradient
-from .processes import Ranks
-from .sides import Place, by_module
+from .memory import MemorySurvey
+from .options import Job
+from .pilot import LowRankChange, PilotTap, some_gradient
+from .sides import ModuleSide, by_module
 
-__all__ = ["HEAD_LEARNING_RATE", "LOSS_SCALE", "Runner", "require_finite"]
+__all__ = ["HEAD_LEARNING_RATE", "LOSS_SCALE", "Passes", "require_finite"]
 
 
 HEAD_LEARNING_RATE = 1e-3
@@ -43,36 +42,27 @@ def _untapped(adapter: str, reach: bool = False) -> Callable[..., Tensor]:
     return run
 
 
-class Runner:
+class Passes:
     """Runs forward (and backward) over the calibration batches of this process, and adds up what all of them saw."""
 
-    def __init__(
-        self,
-        model: nn.Module,
-        layers: Mapping[str, Linear],
-        adapter: str,
-        batches: list | None,
-        train_step: Callable[[], Any] | None,
-        ranks: Ranks,
-        progress: bool | None,
-    ):
-        self.model, self.adapter, self.batches, self.train_step = model, adapter, batches, train_step
-        self.layers = {name: layer.adapters[adapter].tied_layers for name, layer in layers.items()}
-        self.ranks, self.progress = ranks, progress
-        self.loss_scale = 1.0 if batches is None else LOSS_SCALE
+    def __init__(self, job: Job):
+        self.model, self.adapter, self.batches, self.train_step = job.model, job.adapter, job.batches, job.train_step
+        self.layers = {name: layer.adapters[job.adapter].tied_layers for name, layer in job.layers.items()}
+        self.processes, self.progress = job.processes, job.progress
+        self.loss_scale = 1.0 if job.batches is None else LOSS_SCALE
         self.reached: set[int] = set()  # batches that some layer of the groups so far has seen
 
     def bar(self, total: int, label: str):
         from tqdm.auto import tqdm
 
-        hidden = True if self.ranks.rank else None
+        hidden = True if self.processes.rank else None
         return tqdm(
             total=total, desc=label, disable=hidden if self.progress is None else not self.progress, leave=False
         )
 
-    def show(self, survey: Survey) -> None:
+    def show(self, survey: MemorySurvey) -> None:
         """One forward pass without gradient over the largest batch, where there is one to be had."""
-        with self.ranks.stage():
+        with self.processes.stage():
             if self.batches is None:
                 return
             for name, places in by_module(survey.layers).items():
@@ -80,11 +70,8 @@ class Runner:
                     layer.tap = survey.tap(places, self.adapter)
             self._forward(max(self.batches, key=_size), backward=False)
 
-    def one_pass(
-        self, sketches: Mapping[Place, Sketch], *, backward: bool, label: str, last: bool, tol: float | None = None
-    ) -> None:
-        """Add one pass to these sketches. last: they are those of the last group, so that a batch no layer has seen is an error.
-        tol: after each batch all processes look whether it still changed the supports, and forget the batches that are left."""
+    def one_pass(self, sketches: Mapping[ModuleSide, Sketch], *, backward: bool, label: str, last: bool) -> None:
+        """Add one pass to these sketches. last: they are those of the last group, so that a batch no layer has seen is an error."""
         tapped = by_module(sketches)
         for name, tied in self.layers.items():
             for part, layer in enumerate(tied):
@@ -93,40 +80,21 @@ class Runner:
                     tap = LayerTap(sketches[place], self.adapter, part, tap)
                 layer.tap = tap or _untapped(self.adapter, reach=backward and self.batches is None)
         batches = list(enumerate([None] if self.batches is None else self.batches))
-        steps = [batches]
-        if tol is not None:  # a process may have fewer batches than another
-            steps = [batches[i : i + 1] for i in range(self.ranks.largest(len(batches)))]
-        held: dict[Place, np.ndarray] = {}
-        with self.bar(len(batches), label) as bar:
-            for step, some in enumerate(steps):
-                with self.ranks.stage():
-                    self._run(some, sketches, backward, label, last, bar)
-                if tol is not None:
-                    now = {place: self._so_far(sketch) for place, sketch in sketches.items()}
-                    change = 1 - np.mean([overlap(now[n], held[n]) for n in now]) if held else 1.0
-                    held = now
-                    if self.ranks.first(change < tol):
-                        self.batches = self.batches[: step + 1]
-                        break
+        with self.bar(len(batches), label) as bar, self.processes.stage():
+            self._run(batches, sketches, backward, label, last, bar)
         for sketch in sketches.values():
             for value in sketch.pending.values():
-                self.ranks.add_up(value)
-
-    def _so_far(self, sketch: Sketch) -> np.ndarray:
-        """A basis (n x r) of what all processes have sketched until now."""
-        y = sketch.pending["sketch"].sum(0)
-        self.ranks.add_up(y)
-        return sketch.directions(y.double().cpu().numpy())
+                self.processes.add_up(value)
 
     def _run(
-        self, batches: list, sketches: Mapping[Place, Sketch], backward: bool, label: str, last: bool, bar: Any
+        self, batches: list, sketches: Mapping[ModuleSide, Sketch], backward: bool, label: str, last: bool, bar: Any
     ) -> None:
         again = any(sketch.sums for sketch in sketches.values())  # which this pass saw the time before
         for number, batch in batches:
             where = "train_step" if batch is None else f"batch {number}"
             if batch is not None:
                 for sketch in sketches.values():
-                    sketch.begin_batch((number * self.ranks.size + self.ranks.rank) % 2)
+                    sketch.begin_batch((number * self.processes.size + self.processes.rank) % 2)
             before = sum(sketch.seen for sketch in sketches.values())
             self._forward(batch, backward, where)
             if sum(sketch.seen for sketch in sketches.values()) > before:
@@ -143,7 +111,7 @@ class Runner:
         return ValueError(f"{where}: no adapted layer {what}; {how}")
 
     def _forward(self, batch: Any, backward: bool, where: str = "a batch") -> None:
-        if batch is None:
+        if self.train_step is not None:
             with torch.enable_grad():
                 self.train_step()
         elif backward:
@@ -156,7 +124,7 @@ class Runner:
                 self._call(batch)
 
     def _call(self, batch: Any) -> Any:
-        batch = _to_device(batch, self.ranks.device)
+        batch = _to_device(batch, self.processes.device)
         return self.model(**batch) if isinstance(batch, Mapping) else self.model(*batch)
 
     def _loss(self, batch: Any, where: str) -> Tensor:
@@ -177,7 +145,7 @@ class Runner:
             layer.tap = _untapped(self.adapter)
         self._train(head, steps, HEAD_LEARNING_RATE, "head warm-up")
 
-    def pilot(self, changes: Mapping[Place, Change], pilot: Pilot, seed: int) -> dict[Place, Support]:
+    def pilot(self, changes: Mapping[ModuleSide, LowRankChange], pilot: Pilot, seed: int) -> dict[ModuleSide, Support]:
         """Train these changes, of all the layers, and give rank 0's supports of those that a gradient reached."""
         for place, change in changes.items():
             for part, layer in enumerate(self.layers[place.module]):
@@ -189,9 +157,9 @@ class Runner:
 
         factors = [factor for change in changes.values() for factor in change.factors]
         self._train(factors, pilot.steps, pilot.lr, "pilot", check)
-        with self.ranks.stage():
+        with self.processes.stage():
             found = {place: change.support(seed) for place, change in changes.items()}
-        return self.ranks.first({place: support for place, support in found.items() if support is not None})
+        return self.processes.first({place: support for place, support in found.items() if support is not None})
 
     def _train(
         self,
@@ -206,13 +174,13 @@ class Runner:
         check: looks at what the batch of a process gave them, which is named.
         """
         for parameter in parameters:
-            self.ranks.copy_first(parameter.data)
+            self.processes.copy_first(parameter.data)
         # In place where they are as wide already.
         wide = [p.detach().to(torch.promote_types(p.dtype, torch.float32)) for p in parameters]
         optimiser = torch.optim.Adam(wide, lr=rate)
         with self.bar(steps, label) as bar:
             for step in range(steps):
-                with self.ranks.stage():
+                with self.processes.stage():
                     number = 0 if self.batches is None else step % len(self.batches)
                     batch = None if self.batches is None else self.batches[number]
                     where = "train_step" if batch is None else f"batch {number}"
@@ -221,8 +189,8 @@ class Runner:
                 for parameter, value in zip(parameters, wide, strict=True):
                     gradient = torch.zeros_like(value) if parameter.grad is None else parameter.grad.to(value.dtype)
                     parameter.grad = None
-                    self.ranks.add_up(gradient)
-                    value.grad = gradient / (self.loss_scale * self.ranks.size)
+                    self.processes.add_up(gradient)
+                    value.grad = gradient / (self.loss_scale * self.processes.size)
                 optimiser.step()
                 for parameter, value in zip(parameters, wide, strict=True):
                     parameter.data.copy_(value)

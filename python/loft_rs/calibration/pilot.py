@@ -10,7 +10,7 @@ of layers that are tied of their changes B A stacked. With A^T = Q R (n x k) and
 V the right singular vectors of the k x k matrix L R^T, in float64. Nothing of the pilot is left in the model.
 
 To first order a rotation adds W0 P A P^T: it reads span(P), and what it writes is W0's image of that same span. With
-`LoftConfig(halves=True)` a half of P is there to be written to,
+`Pilot(halves=True)` a half of P is there to be written to,
 
     P = [V, Y],  V = v_1, ..., v_h,  Y orthonormal, spans what (W0^T W0 + c I)^{-1} W0^T u_i has outside V,  c = ||W0||_F^2 / (100 n)
 
@@ -23,61 +23,26 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from .._checks import is_int
 from .._torch import no_autocast
 from ..layer.base_layer import dense_weight
+from ..layer.merging import dense_or_raise
 from ..linalg import NonFiniteError, orthonormalize
 from ..sketch.products import as_it_is, inner_product, product
+from ..support.methods import PILOT_RANK, Pilot
 from ..support.support import Support
 
 if TYPE_CHECKING:
     from ..layer import AdaptedLinear
 
-__all__ = ["Change", "Pilot", "PilotTap", "changes_for", "checked_pilot", "partners", "some_gradient"]
+__all__ = ["LowRankChange", "PilotTap", "changes_for", "partners", "some_gradient"]
 
-RANK = 64
 DAMPING = 1e-2
-
-
-@dataclass(frozen=True)
-class Pilot:
-    """The short training that `LoftConfig(support="pilot")` takes its supports from (`loft_rs.calibrate(..., pilot=Pilot(...))`).
-
-    steps: of Adam, one batch each, at rate `lr`. rank: of the change of a layer, no more than min(m, n) there; None: 64, or the adapter's
-    rank (in halves: the first one's) where that is larger. ValueError for anything but positive numbers.
-    """
-
-    steps: int = 32
-    rank: int | None = None
-    lr: float = 1e-3
-
-    def __post_init__(self):
-        for name, value in (("steps", self.steps), ("rank", RANK if self.rank is None else self.rank)):
-            if not is_int(value) or value < 1:
-                raise ValueError(
-                    f"{name} must be {'None or ' * (name == 'rank')}an integer of at least 1, got {value!r}"
-                )
-        number = isinstance(self.lr, (int, float)) and not isinstance(self.lr, bool)
-        if not number or not 0 < self.lr < math.inf:
-            raise ValueError(f"lr must be a positive number, got {self.lr!r}")
-
-
-def checked_pilot(pilot: Any, method: str) -> Pilot | None:
-    """The pilot of a support of this method: the one that is given, or the default; None where it has none."""
-    if pilot is not None and not isinstance(pilot, Pilot):
-        raise TypeError(f"pilot must be a loft_rs.Pilot, got {type(pilot).__name__}")
-    if method != "pilot":
-        if pilot is not None:
-            raise ValueError(f"pilot needs LoftConfig(support='pilot'), but support is {method!r}")
-        return None
-    return pilot or Pilot()
 
 
 class _AddChange(torch.autograd.Function):
@@ -111,7 +76,7 @@ def _as(tensor: Tensor, half: bool) -> Tensor:
     return tensor.bfloat16() if half else tensor
 
 
-class Change:
+class LowRankChange:
     """W - W0 of one layer, and of those tied to it, as a pilot trains it.
 
     Of each of them `learnt` (n x k), which starts at zero, and `drawn` (m x k): A^T and B; on the output side B and A^T.
@@ -129,7 +94,7 @@ class Change:
         self.drawn: list[Tensor] = []
         for each in self.layers:
             own, other = (each.support_width(s) for s in (self.side, "output" if self.side == "input" else "input"))
-            k = min(max(RANK, self.read) if rank is None else rank, own, other)
+            k = min(max(PILOT_RANK, self.read) if rank is None else rank, own, other)
             drawn = torch.randn(other, k, generator=draw, device="meta" if draw is None else "cpu") / k**0.5
             self.drawn.append(drawn.to(home, dtype).requires_grad_())
             self.learnt.append(torch.zeros(own, k, dtype=dtype, device=home, requires_grad=True))
@@ -181,15 +146,15 @@ class Change:
 
     def _with_partners(self, v: np.ndarray, u: np.ndarray) -> np.ndarray:
         """[V, Y] (n x r) of V and the u_i that Y's columns are to be partners of."""
-        weights = [dense_weight(layer.get_base_layer()).detach() for layer in self.layers]
+        weights = [dense_or_raise(layer, "a pilot in halves").detach() for layer in self.layers]
         weight = torch.cat(weights) if self.side == "input" else weights[0].mT
         y = partners(weight, torch.from_numpy(u)).cpu().numpy()
         lengths = np.linalg.norm(y, axis=0)
         return orthonormalize(np.hstack([v, y / np.where(lengths > 0, lengths, 1.0)]))
 
-    # -- what `footprint.Survey` asks of it -----------------------------------------------------------------------------------
+    # -- what `memory.MemorySurvey` asks of it -----------------------------------------------------------------------------------
 
-    def keep(self, x: Tensor, y0: Tensor | None) -> list[Tensor]:
+    def on_forward(self, x: Tensor, y0: Tensor | None) -> list[Tensor]:
         """What the forward keeps for the backward: X, and its product."""
         k, dtype = max(a.shape[1] for a in self.learnt), self.learnt[0].dtype
         return [x, x.new_empty(*x.shape[:-1], k, dtype=dtype)]
@@ -235,14 +200,16 @@ def _read(layer: AdaptedLinear, adapter: str) -> int:
 class PilotTap:
     """What a layer runs in place of its adapted forward during a pilot. part: which of the tied layers it is."""
 
-    def __init__(self, change: Change, adapter: str, part: int):
+    def __init__(self, change: LowRankChange, adapter: str, part: int):
         self.change, self.adapter, self.part = change, adapter, part
 
     def __call__(self, layer: AdaptedLinear, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         return self.change.add(layer.at_identity(x, self.adapter, *args, **kwargs), x, self.part)
 
 
-def changes_for(layers: Mapping[Any, AdaptedLinear], adapter: str, pilot: Pilot, seed: int | None) -> dict[Any, Change]:
+def changes_for(
+    layers: Mapping[Any, AdaptedLinear], adapter: str, pilot: Pilot, seed: int | None
+) -> dict[Any, LowRankChange]:
     """The changes that a pilot starts from: the same on every process and device. seed: None for their shapes alone.
 
     ValueError where the pilot's rank is below the adapter's, in halves the first one's. TypeError where partners need dense weights.
@@ -259,17 +226,19 @@ def changes_for(layers: Mapping[Any, AdaptedLinear], adapter: str, pilot: Pilot,
             if dense_weight(base := each.get_base_layer()) is None:
                 raise TypeError(
                     f"halves needs dense weights, to find partners by, but that of {name}, a {type(base).__name__}, is quantised or "
-                    "sharded; calibrate before fully_shard, or use halves=False"
+                    "sharded; calibrate before fully_shard, or use Pilot() without halves"
                 )
     draw = None if seed is None else torch.Generator().manual_seed(seed)
     meta = torch.device("meta")
     return {
-        name: Change(layer, adapter, pilot.rank, draw, meta if draw is None else layer.adapters[adapter].support.device)
+        name: LowRankChange(
+            layer, adapter, pilot.rank, draw, meta if draw is None else layer.adapters[adapter].support.device
+        )
         for name, layer in layers.items()
     }
 
 
-def some_gradient(changes: Mapping[Any, Change], where: str) -> bool:
+def some_gradient(changes: Mapping[Any, LowRankChange], where: str) -> bool:
     """Whether a step gave any layer a gradient. NonFiniteError where one is NaN or Inf; the sums that tell are read at once."""
     sums: dict[torch.device, list[Tensor]] = {}
     for change in changes.values():

@@ -10,12 +10,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-__all__ = ["Ranks"]
+__all__ = ["Processes"]
 
 T = TypeVar("T")
 
 
-class Ranks:
+class Processes:
     """The default process group. Every process must make the same calls in the same order.
 
     device: where flags and counts are exchanged; the model's, which the group's backend can reach.

@@ -6,11 +6,10 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from ..sketch.split_half import Evidence
-from ..support.methods import SIDES
+from ..sketch.split_half import SplitHalf
+from ..support.methods import SIDES, Pilot
 from ..support.support import Support
 from .memory import Footprint
-from .pilot import Pilot
 
 __all__ = ["DOMINATED", "CalibrationReport"]
 
@@ -22,11 +21,11 @@ DOMINATED = 0.9
 class CalibrationReport:
     """What `calibrate` did.
 
-    layers: module name -> the `Support` stored there (energy with its standard error, values, order)
-    evidence: module name -> `Evidence`, how far that support is the task's and not these batches'; of chosen supports only
+    supports: module name -> the `Support` stored there (energy with its standard error, values, order)
+    evidence: module name -> `SplitHalf`, how far that support is the task's and not these batches'; of chosen supports only
     memory: the bytes it was to take above the frozen training step, as it was known before it started
     sides: of modules whose side was open (`side="auto"`), module name -> {side: ||P^T S P||_F^2}, what decided it (`sides.py`); the
-        chosen one is that of the support in `layers`
+        chosen one is that of the support in `supports`
     pilot: the short training that the supports come from (`support="pilot"`); its steps are not counted in `passes`
     """
 
@@ -36,8 +35,8 @@ class CalibrationReport:
     batches: int | None  # of all processes
     head_steps: int
     seconds: float
-    layers: dict[str, Support] = field(repr=False)
-    evidence: dict[str, Evidence] = field(default_factory=dict, repr=False)
+    supports: dict[str, Support] = field(repr=False)
+    evidence: dict[str, SplitHalf] = field(default_factory=dict, repr=False)
     memory: Footprint | None = None
     sides: dict[str, dict[str, float]] = field(default_factory=dict, repr=False)
     pilot: Pilot | None = None
@@ -47,7 +46,7 @@ class CalibrationReport:
         head = f", head warmed up for {self.head_steps} steps" if self.head_steps else ""
         pilot = f" of {self.pilot.steps} steps" if self.pilot else ""
         lines = [
-            f"{self.method}{pilot}, {self.order} order: {len(self.layers)} layers, {self.passes} passes{batches}{head}, "
+            f"{self.method}{pilot}, {self.order} order: {len(self.supports)} layers, {self.passes} passes{batches}{head}, "
             f"{self.seconds:.1f} s",
             f"{'layer':<48} {'rank':>5} {'energy':>8} {'+-':>7}"
             + f" {'side':>7} {'on input':>9} {'on output':>9}" * bool(self.sides)
@@ -55,7 +54,7 @@ class CalibrationReport:
         ]
         if self.memory is not None:
             lines.insert(1, f"memory: {self.memory}")
-        for name, s in self.layers.items():
+        for name, s in self.supports.items():
             line = f"{name[-48:]:<48} {s.rank:>5} {s.energy:>8.4f} {s.energy_stderr:>7.4f}"
             if self.sides:
                 both = self.sides.get(name, dict.fromkeys(SIDES, np.nan))

@@ -21,10 +21,10 @@ from ..support.budget import Budget, share_ranks
 from ..support.methods import SIDES
 from ..tuner.layer import Linear
 
-__all__ = ["Place", "by_module", "open_places", "share_both", "stronger"]
+__all__ = ["ModuleSide", "by_module", "open_places", "share_both", "stronger"]
 
 
-class Place(NamedTuple):
+class ModuleSide(NamedTuple):
     """A side of a module."""
 
     module: str
@@ -34,31 +34,34 @@ class Place(NamedTuple):
         return self.module
 
 
-def open_places(layers: Mapping[str, Linear], adapter: str) -> list[Place]:
+def open_places(layers: Mapping[str, Linear], adapter: str) -> list[ModuleSide]:
     """Where the support of each layer may lie: on its side, or on both where nothing has decided that."""
     places = []
     for name, layer in layers.items():
         both = layer.adapters[adapter].config.side_of(name) == "auto" and not layer.adapters[adapter].frozen_rank
-        places += [Place(name, side) for side in (SIDES if both else [layer.adapters[adapter].side])]
+        places += [ModuleSide(name, side) for side in (SIDES if both else [layer.adapters[adapter].side])]
     return places
 
 
-def by_module(places: Iterable[Place]) -> dict[str, list[Place]]:
+def by_module(places: Iterable[ModuleSide]) -> dict[str, list[ModuleSide]]:
     """The places of each module."""
-    found: dict[str, list[Place]] = {}
+    found: dict[str, list[ModuleSide]] = {}
     for place in places:
         found.setdefault(place.module, []).append(place)
     return found
 
 
-def stronger(places: Iterable[Place], energy: Callable[[Place], float]) -> dict[str, Place]:
+def stronger(places: Iterable[ModuleSide], energy: Callable[[ModuleSide], float]) -> dict[str, ModuleSide]:
     """The place of each module that has the most energy; of two that are equal the input side."""
     return {name: max(each, key=energy) if len(each) > 1 else each[0] for name, each in by_module(places).items()}
 
 
 def share_both(
-    spectra: Mapping[Place, Any], budget: Budget, start: Mapping[str, int], energy: Callable[[Place, int], float]
-) -> dict[Place, int]:
+    spectra: Mapping[ModuleSide, Any],
+    budget: Budget,
+    start: Mapping[str, int],
+    energy: Callable[[ModuleSide, int], float],
+) -> dict[ModuleSide, int]:
     """The place and the rank of each module: sides and ranks in turn, each the best for the other, until they stay or come round again: the
     sides are then the best for the ranks, and those the best for sides that were tried.
 
@@ -66,7 +69,7 @@ def share_both(
     a rank captures, for the comparison.
     """
 
-    def best(ranks: Mapping[str, int]) -> dict[str, Place]:
+    def best(ranks: Mapping[str, int]) -> dict[str, ModuleSide]:
         return stronger(spectra, lambda place: energy(place, ranks[place.module]))
 
     chosen, tried = best(start), []

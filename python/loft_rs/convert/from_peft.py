@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .._format import FORMAT_VERSION
+from ..support.methods import Blocks
 from ..transform.skew import skew
 from ..tuner.config import LoftConfig
 from .base_model import Base, psoft_basis, psoft_weight
@@ -150,8 +151,9 @@ def from_boft(checkpoint: Checkpoint, base: Base, progress: Progress | None, *, 
         )
     base.check({n: None if share else b * checkpoint.modules[n]["boft_R"].shape[1] for n, b in sizes.items()})
     b, pattern = ranks_of(sizes)
-    fields = checkpoint.targets() | {"rank_pattern": pattern} | ({"share": True} if share else {})
-    return Converted(LoftConfig.boft(b, factors, output_scale=True, **fields), modules, notes)
+    fields = checkpoint.targets() | {"rank_pattern": pattern}
+    made = LoftConfig(r=b, support=Blocks(factors=factors, share=share, output_scale=True), **fields)
+    return Converted(made, modules, notes)
 
 
 def from_hra(checkpoint: Checkpoint, base: Base, progress: Progress | None) -> Converted:

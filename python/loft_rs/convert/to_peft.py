@@ -9,7 +9,8 @@ import torch
 from peft import BOFTConfig, HRAConfig, OFTConfig, PsoftConfig
 from torch import Tensor
 
-from ..layer.kinds import Partition
+from .._format import Described
+from ..layer.kinds import BlocksKind
 from ..transform.skew import skew
 from .base_model import Base, psoft_basis, psoft_weight
 from .checkpoint import Checkpoint, Converted, Progress, require_parts
@@ -28,27 +29,26 @@ def from_loft(checkpoint: Checkpoint, base: Base, progress: Progress | None) -> 
     for name, default in (("side", "input"), ("side_pattern", {}), ("tied", False), ("trainable_token_indices", None)):
         if (config.get(name) or default) != default:
             raise checkpoint.refuse(f"no other method of PEFT's has {name}={config[name]!r}; {_INSTEAD}")
-    writers = {"blocks": _to_blocks, "trained": _to_hra, "principal": _to_psoft}
-    if config.get("support") not in writers:
-        raise checkpoint.refuse(
-            f"support={config.get('support')!r} has no counterpart in PEFT's OFT, BOFT, HRA or PSOFT; {_INSTEAD}"
-        )
-    return writers[config["support"]](checkpoint, base, progress)
+    writers = {"blocks": _to_blocks, "reflections": _to_hra, "principal": _to_psoft}
+    method = Described.of(config).method
+    if method not in writers:
+        raise checkpoint.refuse(f"support={method!r} has no counterpart in PEFT's OFT, BOFT, HRA or PSOFT; {_INSTEAD}")
+    return writers[method](checkpoint, base, progress)
 
 
 def _neumann_fields(checkpoint: Checkpoint, method: str) -> dict[str, Any]:
-    name, terms = checkpoint.config.get("transform"), checkpoint.config.get("neumann_terms")
+    said = Described.of(checkpoint.config).transform
+    name, terms = said.base, said.terms
     if name == "cayley":
         return {"use_cayley_neumann": False}
     if name != "cayley_neumann" or terms is None or terms < 2:
-        shown = repr(name) if terms is None else f"{name!r} with neumann_terms={terms}"
-        raise checkpoint.refuse(f"{method} has no transform {shown}; {_INSTEAD}")
+        raise checkpoint.refuse(f"{method} has no transform {str(said)!r}; {_INSTEAD}")
     return {"use_cayley_neumann": True, "num_cayley_neumann_terms": terms + 2}
 
 
 def _to_blocks(checkpoint: Checkpoint, base: Base, progress: Progress | None) -> Converted:
-    scaled = bool(checkpoint.config.get("output_scale"))
-    if (name := checkpoint.config.get("transform")) not in ("cayley", "cayley_neumann"):
+    scaled = bool(Described.of(checkpoint.config).options.get("output_scale"))
+    if (name := Described.of(checkpoint.config).transform.base) not in ("cayley", "cayley_neumann"):
         raise checkpoint.refuse(f"neither OFT nor BOFT has transform {name!r}; {_INSTEAD}")
     require_parts(checkpoint, {"loft_theta": 3} | ({"loft_scale": 1} if scaled else {}))
     factors = {len(tensors["loft_theta"]) for tensors in checkpoint.modules.values()}
@@ -68,7 +68,7 @@ def _to_blocks(checkpoint: Checkpoint, base: Base, progress: Progress | None) ->
 
 
 def _to_oft(checkpoint: Checkpoint, base: Base, sizes: dict[str, int]) -> Converted:
-    share, method = bool(checkpoint.config.get("share")), _neumann_fields(checkpoint, "OFT")
+    share, method = bool(Described.of(checkpoint.config).options.get("share")), _neumann_fields(checkpoint, "OFT")
     sign = -1 if method["use_cayley_neumann"] else 1
     modules, widths = {}, {}
     for name, tensors in checkpoint.modules.items():
@@ -90,7 +90,7 @@ def _oft_size(checkpoint: Checkpoint, sizes: dict[str, int], widths: Mapping[str
     common = set(sizes.values())
     if len(common) == 1:
         return {"r": 0, "oft_block_size": common.pop()}
-    nearest = Partition().fit  # PEFT's rule as well
+    nearest = BlocksKind().fit  # PEFT's rule as well
     known = [(width, sizes[name]) for name, width in widths.items() if width is not None]
     for tried in range(2, max(width for width, _ in known) + 1):
         if all(nearest(tried, width, width) == b for width, b in known):
@@ -101,9 +101,9 @@ def _oft_size(checkpoint: Checkpoint, sizes: dict[str, int], widths: Mapping[str
 
 
 def _to_boft(checkpoint: Checkpoint, base: Base, sizes: dict[str, int], factors: int) -> Converted:
-    if checkpoint.config.get("transform") != "cayley":
-        raise checkpoint.refuse(f"BOFT has no transform {checkpoint.config.get('transform')!r}; {_INSTEAD}")
-    if checkpoint.config.get("share"):
+    if (name := str(Described.of(checkpoint.config).transform)) != "cayley":
+        raise checkpoint.refuse(f"BOFT has no transform {name!r}; {_INSTEAD}")
+    if Described.of(checkpoint.config).options.get("share"):
         raise checkpoint.refuse(f"BOFT has no shared blocks; {_INSTEAD}")
     modules, counts = {}, set()
     for name, tensors in checkpoint.modules.items():
@@ -133,7 +133,9 @@ def _to_hra(checkpoint: Checkpoint, base: Base, progress: Progress | None) -> Co
     require_parts(checkpoint, {"loft_theta": 2})
     r = _one_rank(checkpoint, "HRA", {n: tensors["loft_theta"].shape[1] for n, tensors in checkpoint.modules.items()})
     base.check({name: tensors["loft_theta"].shape[0] for name, tensors in checkpoint.modules.items()})
-    made = HRAConfig(r=r, apply_GS=checkpoint.config.get("transform") == "reflection", **checkpoint.targets())
+    made = HRAConfig(
+        r=r, apply_GS=bool(Described.of(checkpoint.config).options.get("gram_schmidt")), **checkpoint.targets()
+    )
     return Converted(made, {n: {"hra_u": t["loft_theta"].float()} for n, t in checkpoint.modules.items()})
 
 
@@ -145,7 +147,8 @@ def _one_rank(checkpoint: Checkpoint, method: str, ranks: Mapping[str, int]) -> 
 
 def _to_psoft(checkpoint: Checkpoint, base: Base, progress: Progress | None) -> Converted:
     require_parts(checkpoint, {"loft_theta": (1, 2), "loft_support": 2, "loft_energy": (0, 1)})
-    free, scaled = checkpoint.config.get("transform") == "free", bool(checkpoint.config.get("magnitudes"))
+    said = Described.of(checkpoint.config).transform
+    free, scaled = said.base == "free", said.magnitudes
     method = {} if free else _neumann_fields(checkpoint, "PSOFT")
     r = _one_rank(checkpoint, "PSOFT", {n: t["loft_support"].shape[1] for n, t in checkpoint.modules.items()})
     expected = (r, r) if free else (r * (r - 1) // 2 + 2 * r * scaled,)

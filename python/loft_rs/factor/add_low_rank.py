@@ -21,13 +21,13 @@ from .low_rank import LowRank
 __all__ = [
     "AddInputs",
     "AddLowRank",
-    "Joined",
+    "JoinedInputs",
     "accumulate",
+    "add_low_rank_backward",
+    "add_low_rank_evaluated",
+    "add_low_rank_forward",
+    "add_low_rank_plainly",
     "few_rows",
-    "laid_down_plainly",
-    "lay_down",
-    "lay_down_gradients",
-    "lay_down_turned",
 ]
 
 
@@ -40,7 +40,7 @@ class AddInputs(NamedTuple):
     right: Tensor
 
 
-class Joined(NamedTuple):
+class JoinedInputs(NamedTuple):
     """Layers that read one X: their inputs, all `left` side by side (n x sum r), and each layer's columns in it.
 
     Layers with one transform in common have the same columns.
@@ -51,7 +51,7 @@ class Joined(NamedTuple):
     columns: tuple[slice, ...]
 
     @classmethod
-    def of(cls, layers: tuple[AddInputs, ...]) -> Joined:
+    def of(cls, layers: tuple[AddInputs, ...]) -> JoinedInputs:
         lefts: list[Tensor] = []
         columns: list[slice] = []
         width = 0
@@ -65,7 +65,7 @@ class Joined(NamedTuple):
         return cls(layers, lefts[0] if len(lefts) == 1 else torch.cat(lefts, 1), tuple(columns))
 
 
-def laid_down_plainly(x: Tensor, inputs: AddInputs, delta: Tensor) -> Tensor:
+def add_low_rank_plainly(x: Tensor, inputs: AddInputs, delta: Tensor) -> Tensor:
     """Y of `AddLowRank` for one layer by plain operations, in the same order."""
     rows = x.reshape(-1, x.shape[-1])
     term = ((rows @ inputs.left) @ delta.to(x.dtype).mT) @ inputs.right.mT
@@ -109,8 +109,8 @@ def few_rows(x: Tensor, weight: Tensor, bias: Tensor | None, factor: LowRank, si
     return y.to(x.dtype).view(*x.shape[:-1], -1)
 
 
-def lay_down(
-    x: Tensor, joined: Joined, casts: list[Tensor], identities: list[bool]
+def add_low_rank_forward(
+    x: Tensor, joined: JoinedInputs, casts: list[Tensor], identities: list[bool]
 ) -> tuple[tuple[Tensor, ...], Tensor]:
     """(Y_i, z) of `AddLowRank`.
 
@@ -136,8 +136,8 @@ def lay_down(
     return tuple(ys), z
 
 
-def lay_down_turned(x: Tensor, joined: Joined, turned: list[Tensor | None]) -> list[Tensor]:
-    """`lay_down` where E is multiplied into `right` already: right E (m x r), or None at the identity. Without a gradient."""
+def add_low_rank_evaluated(x: Tensor, joined: JoinedInputs, turned: list[Tensor | None]) -> list[Tensor]:
+    """`add_low_rank_forward` where E is multiplied into `right` already: right E (m x r), or None at the identity. Without a gradient."""
     rows = x.reshape(-1, x.shape[-1])
     z = rows @ joined.left
     ys = []
@@ -171,10 +171,10 @@ def _small_gradients(given, z, joined, casts, needs, d_deltas) -> Tensor | None:
     return u
 
 
-def lay_down_gradients(
+def add_low_rank_backward(
     grads: tuple[Tensor | None, ...],
     z: Tensor,
-    joined: Joined,
+    joined: JoinedInputs,
     casts: list[Tensor],
     needs: list[bool],
 ) -> tuple[Tensor | None, list[Tensor | None]]:
@@ -209,8 +209,8 @@ class AddLowRank(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x: Tensor, joined: Joined, casts: list[Tensor], identities: list[bool], *deltas: Tensor):
-        ys, z = lay_down(x, joined, casts, identities)
+    def forward(ctx, x: Tensor, joined: JoinedInputs, casts: list[Tensor], identities: list[bool], *deltas: Tensor):
+        ys, z = add_low_rank_forward(x, joined, casts, identities)
         # Only z is saved; what is frozen or r x r lies on ctx.
         ctx.save_for_backward(z)
         ctx.set_materialize_grads(False)
@@ -223,6 +223,6 @@ class AddLowRank(torch.autograd.Function):
         (z,) = ctx.saved_tensors
         needs = [ctx.needs_input_grad[0], *ctx.needs_input_grad[4:]]
         with no_autocast(z.device.type):
-            dx, d_deltas = lay_down_gradients(grads, z, ctx.joined, ctx.casts, needs)
+            dx, d_deltas = add_low_rank_backward(grads, z, ctx.joined, ctx.casts, needs)
         d_deltas = [None if d is None else d.to(dtype) for d, dtype in zip(d_deltas, ctx.dtypes, strict=True)]
         return dx, None, None, None, *d_deltas

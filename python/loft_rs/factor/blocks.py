@@ -80,12 +80,12 @@ def _by_block(rows: Tensor, b: int) -> Tensor:
     return rows.unflatten(1, (-1, b)).transpose(0, 1)
 
 
-def _turn(rows: Tensor, d: Tensor, order: Tensor | None) -> Tensor:
+def _rotate_by_block(rows: Tensor, d: Tensor, order: Tensor | None) -> Tensor:
     """rows (N, n) times blockdiag(I + d), on the columns in the order of `order`."""
     b = d.shape[-1]
     compiling = torch.compiler.is_compiling()
-    if not compiling and kernels.turns(rows, b):
-        return kernels.turn(rows, d, order)
+    if not compiling and kernels.rotates(rows, b):
+        return kernels.rotate_blocks(rows, d, order)
     blocks = _by_block(rows if order is None else rows.index_select(1, order), b)
     if compiling:  # which cannot write through such a view
         out = torch.baddbmm(blocks, blocks, d).transpose(0, 1).reshape(rows.shape)
@@ -95,14 +95,16 @@ def _turn(rows: Tensor, d: Tensor, order: Tensor | None) -> Tensor:
     return out if order is None else out.index_select(1, order.argsort())
 
 
-def _turn_back(g: Tensor, rows: Tensor, d: Tensor, order: Tensor | None, needs_x: bool) -> tuple[Tensor | None, Tensor]:
+def _rotate_by_block_backward(
+    g: Tensor, rows: Tensor, d: Tensor, order: Tensor | None, needs_x: bool
+) -> tuple[Tensor | None, Tensor]:
     """(g blockdiag(I + d), or None; g^T rows block by block, (n/b, b, b), kept in float32) of g and rows (N, n)."""
     b = d.shape[-1]
-    if not torch.compiler.is_compiling() and kernels.turns(rows, b):
-        return kernels.turn_back(g, rows, d, order, needs_x)
+    if not torch.compiler.is_compiling() and kernels.rotates(rows, b):
+        return kernels.rotate_blocks_backward(g, rows, d, order, needs_x)
     left, right = (_by_block(r if order is None else r.index_select(1, order), b) for r in (g, rows))
     half: dict[str, Any] = {"out_dtype": torch.float32} if g.dtype in HALF and g.is_cuda else {}
-    return _turn(g, d, order) if needs_x else None, torch.bmm(left.mT, right, **half)
+    return _rotate_by_block(g, d, order) if needs_x else None, torch.bmm(left.mT, right, **half)
 
 
 class RotateBlocks(torch.autograd.Function):
@@ -120,7 +122,7 @@ class RotateBlocks(torch.autograd.Function):
         with no_autocast(x.device.type):
             y = rows
             for i in reversed(range(m)):
-                y = _turn(y, ctx.blocks[i].mT, ctx.orders[i])
+                y = _rotate_by_block(y, ctx.blocks[i].mT, ctx.orders[i])
         ctx.save_for_backward(rows)
         return y.view(x.shape)
 
@@ -133,14 +135,16 @@ class RotateBlocks(torch.autograd.Function):
         with no_autocast(g.device.type):
             inputs = [rows]
             for i in reversed(range(1, m)):
-                inputs.append(_turn(inputs[-1], ctx.blocks[i].mT, ctx.orders[i]))
+                inputs.append(_rotate_by_block(inputs[-1], ctx.blocks[i].mT, ctx.orders[i]))
             for i in range(m):
                 needs_x = ctx.needs_input_grad[0] or i + 1 < m
                 if ctx.needs_input_grad[1]:
-                    turned, d_delta[i] = _turn_back(dx, inputs.pop(), ctx.blocks[i], ctx.orders[i], needs_x)
-                    dx = dx if turned is None else turned
+                    rotated, d_delta[i] = _rotate_by_block_backward(
+                        dx, inputs.pop(), ctx.blocks[i], ctx.orders[i], needs_x
+                    )
+                    dx = dx if rotated is None else rotated
                 elif needs_x:
-                    dx = _turn(dx, ctx.blocks[i], ctx.orders[i])
+                    dx = _rotate_by_block(dx, ctx.blocks[i], ctx.orders[i])
         return (
             dx.view(g.shape) if ctx.needs_input_grad[0] else None,
             torch.stack([d_delta[i] for i in range(m)]).to(ctx.delta_dtype) if ctx.needs_input_grad[1] else None,

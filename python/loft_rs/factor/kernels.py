@@ -1,6 +1,7 @@
 """Triton kernels of block rotations, for CUDA; where Triton is missing or does not fit, torch computes the same.
 
-`turn` and `turn_back`: rows times a block-diagonal matrix, each read and written once where a copy and a batched product take five passes;
+`rotate_blocks` and `rotate_blocks_backward`: rows times a block-diagonal matrix, each read and written once where a copy and a batched
+product take five passes;
 a permutation of the columns costs no pass of its own.
 """
 
@@ -11,16 +12,16 @@ import functools
 import torch
 from torch import Tensor
 
-__all__ = ["TURNED_BLOCKS", "turn", "turn_back", "turns"]
+__all__ = ["BLOCK_SIZES", "rotate_blocks", "rotate_blocks_backward", "rotates"]
 
 
-# Sizes of the blocks that `turn` takes.
-TURNED_BLOCKS = (16, 32, 64, 128)
+# Sizes of the blocks that `rotate_blocks` takes.
+BLOCK_SIZES = (16, 32, 64, 128)
 
 
 @functools.cache
-def _turning():
-    """The kernels of `turn` and `turn_back`, or None without Triton."""
+def _rotating():
+    """The kernels of `rotate_blocks` and `rotate_blocks_backward`, or None without Triton."""
     try:
         import triton
         import triton.language as tl
@@ -28,7 +29,7 @@ def _turning():
         return None
 
     @triton.jit
-    def turn(
+    def rotate_blocks(
         x, d, order, out, rows, n, s0, s1, s2,
         PERMUTED: tl.constexpr, B: tl.constexpr, ROWS: tl.constexpr, EXACT: tl.constexpr,
     ):  # fmt: skip
@@ -46,7 +47,7 @@ def _turning():
         tl.store(out + at, (value.to(tl.float32) + turned).to(out.dtype.element_ty), mask=inside)
 
     @triton.jit
-    def turn_back(
+    def rotate_blocks_backward(
         g, x, d, order, dx, partial, rows, n, chunk, s0, s1, s2,
         NEEDS_X: tl.constexpr, PERMUTED: tl.constexpr, B: tl.constexpr, ROWS: tl.constexpr, EXACT: tl.constexpr,
     ):  # fmt: skip
@@ -70,17 +71,17 @@ def _turning():
         to = (part * tl.num_programs(0) + block).to(tl.int64) * B * B
         tl.store(partial + to + k[:, None] * B + k[None, :], product)
 
-    return turn, turn_back
+    return rotate_blocks, rotate_blocks_backward
 
 
-def turns(rows: Tensor, b: int) -> bool:
-    """Whether `turn` and `turn_back` serve rows (N, n) and blocks of b."""
+def rotates(rows: Tensor, b: int) -> bool:
+    """Whether `rotate_blocks` and `rotate_blocks_backward` serve rows (N, n) and blocks of b."""
     return (
         rows.is_cuda
         and len(rows) > 0
-        and b in TURNED_BLOCKS
+        and b in BLOCK_SIZES
         and rows.dtype in (torch.float32, torch.bfloat16, torch.float16)
-        and _turning() is not None
+        and _rotating() is not None
     )
 
 
@@ -90,16 +91,18 @@ def _options(rows: Tensor, order: Tensor | None, b: int) -> dict:
     return {"PERMUTED": order is not None, "B": b, "EXACT": exact, "num_warps": 4 if b <= 64 else 8}
 
 
-def turn(rows: Tensor, d: Tensor, order: Tensor | None) -> Tensor:
+def rotate_blocks(rows: Tensor, d: Tensor, order: Tensor | None) -> Tensor:
     """rows (N, n) times blockdiag(I + d), d (n/b, b, b) of the same dtype, on the columns in the order of `order` (n,)."""
     rows = rows.contiguous()
     out, (count, b, _), tile = torch.empty_like(rows), d.shape, 64
     grid = count, -(-len(rows) // tile)
-    _turning()[0][grid](rows, d, order, out, *rows.shape, *d.stride(), ROWS=tile, **_options(rows, order, b))
+    _rotating()[0][grid](rows, d, order, out, *rows.shape, *d.stride(), ROWS=tile, **_options(rows, order, b))
     return out
 
 
-def turn_back(g: Tensor, rows: Tensor, d: Tensor, order: Tensor | None, needs_x: bool) -> tuple[Tensor | None, Tensor]:
+def rotate_blocks_backward(
+    g: Tensor, rows: Tensor, d: Tensor, order: Tensor | None, needs_x: bool
+) -> tuple[Tensor | None, Tensor]:
     """(g blockdiag(I + d), or None; g^T rows block by block, (n/b, b, b) float32) of g and rows (N, n)."""
     g, rows = g.contiguous(), rows.contiguous()
     count, b, _ = d.shape
@@ -109,7 +112,7 @@ def turn_back(g: Tensor, rows: Tensor, d: Tensor, order: Tensor | None, needs_x:
     chunk = -(-len(rows) // (parts * tile)) * tile
     dx = torch.empty_like(g) if needs_x else g
     partial = torch.empty(parts, count, b, b, dtype=torch.float32, device=g.device)
-    _turning()[1][count, parts](
+    _rotating()[1][count, parts](
         g,
         rows,
         d,

@@ -22,7 +22,7 @@ from ..factor.low_rank import Frozen, LowRank, gram_root, gram_root_in_graph
 from ..transform.transforms import Halves, Transform
 from .base_layer import innermost
 from .containers import BufferSlot, Kept, ParameterSlot
-from .kinds import Kind
+from .kinds import BlocksKind, Kind
 
 __all__ = ["AdapterHolder", "LayerAdapter"]
 
@@ -201,7 +201,7 @@ class LayerAdapter:
     @property
     def full_rank(self) -> bool:
         """Whether the adapter's change of the weight has no low-rank form."""
-        return self.kind.full_rank
+        return isinstance(self.kind, BlocksKind)
 
     @property
     def largest_rank(self) -> int:

@@ -2,9 +2,9 @@
 
 | kind          | trained                            | frozen    | factor                      | recovers    |
 |---------------|------------------------------------|-----------|-----------------------------|-------------|
-| `Supported`   | theta of the transform             | support P | `LowRank(P, E)`             | LOFT, PSOFT |
-| `Partition`   | theta of every block's transform   | -         | `Blocks(D, permutations)`   | OFT, BOFT   |
-| `Householder` | U (n x r) itself                   | -         | `LowRank(U, -S^{-1})`       | HRA         |
+| `SubspaceKind`   | theta of the transform             | support P | `LowRank(P, E)`             | LOFT, PSOFT |
+| `BlocksKind`   | theta of every block's transform   | -         | `Blocks(D, permutations)`   | OFT, BOFT   |
+| `ReflectionsKind` | U (n x r) itself                   | -         | `LowRank(U, -S^{-1})`       | HRA         |
 
 A layer's adapter holds the tensors (`LayerAdapter`); a kind has none, and knows no layer: it is handed what it computes with.
 """
@@ -23,7 +23,7 @@ from ..factor.blocks import Blocks
 from ..factor.low_rank import LowRank, householder
 from ..transform.transforms import Transform
 
-__all__ = ["Householder", "Kind", "Partition", "Supported", "butterfly"]
+__all__ = ["BlocksKind", "Kind", "ReflectionsKind", "SubspaceKind", "butterfly"]
 
 
 class Kind(Protocol):
@@ -57,7 +57,7 @@ def _start(shape: tuple[int, ...], rank: int, identity: bool) -> Tensor:
     return theta if identity else theta.normal_(std=0.1 / rank**0.5)
 
 
-class Supported:
+class SubspaceKind:
     """R = I + P E P^T: a frozen support and a trained transform."""
 
     has_support, full_rank = True, False
@@ -76,7 +76,7 @@ class Supported:
         return LowRank(basis, delta)
 
 
-class Partition:
+class BlocksKind:
     """Every coordinate in one block of each factor, every block with a transform of its own, or one for all blocks (`share`).
 
     The rank is the size b of the blocks. One factor: blocks of neighbours. More: those of a butterfly.
@@ -119,7 +119,7 @@ class Partition:
         return Blocks(delta, made(width, b, self.factors, delta.device), b << (self.factors - 1))
 
 
-class Householder:
+class ReflectionsKind:
     """R = H_0 H_1 ... of trained vectors; `reflection`: R = I - 2 Q Q^T of an orthonormal basis Q of them."""
 
     has_support, full_rank = False, False

@@ -19,12 +19,12 @@ from . import placement
 from .adapter import AdapterHolder, LayerAdapter
 from .base_layer import feature_sizes, innermost
 from .containers import BufferSlot, ParameterSlot
-from .kinds import Kind, Supported
+from .kinds import Kind, SubspaceKind
 
 __all__ = ["AdaptedLinear"]
 
 
-_SUPPORTED = Supported()
+_SUPPORTED = SubspaceKind()
 
 
 class AdaptedLinear(AdapterHolder):

@@ -18,7 +18,14 @@ import torch
 from torch import Tensor, nn
 
 from .._torch import HALF, no_autocast, plain
-from ..factor.add_low_rank import AddInputs, AddLowRank, Joined, few_rows, laid_down_plainly, lay_down_turned
+from ..factor.add_low_rank import (
+    AddInputs,
+    AddLowRank,
+    JoinedInputs,
+    add_low_rank_evaluated,
+    add_low_rank_plainly,
+    few_rows,
+)
 from ..factor.low_rank import LowRank
 from ..factor.scale import scale_output
 from .adapter import LayerAdapter
@@ -137,7 +144,7 @@ def _add(layer: Any, adapter: LayerAdapter, x: Tensor) -> Tensor | None:
             return None
         # Nothing tells whether an inference tensor is changed in place before the others are called.
         if scope is None or group is None or x.is_inference():
-            return _node(x, [part], scope, Joined.of((part.inputs,)))
+            return _node(x, [part], scope, JoinedInputs.of((part.inputs,)))
         return _lead(scope, group, part, x, autocast)
 
 
@@ -151,7 +158,7 @@ def _add_in_graph(layer: Any, adapter: LayerAdapter, x: Tensor) -> Tensor | None
         if plain():
             delta = delta_of(adapter)
             assert delta is not None
-            return laid_down_plainly(x, part.inputs, _with_frozen(part, delta, x.dtype))
+            return add_low_rank_plainly(x, part.inputs, _with_frozen(part, delta, x.dtype))
         value = value_of(adapter, None)
         delta = _with_frozen(part, value.delta, x.dtype)
         cast = delta.detach().to(x.dtype) if part.refreshed else value.cast(x.dtype)
@@ -159,7 +166,7 @@ def _add_in_graph(layer: Any, adapter: LayerAdapter, x: Tensor) -> Tensor | None
             # A graph keeps no product from one token to the next, and W0 P would cost more than the token.
             basis = part.inputs.left if adapter.side == "input" else part.inputs.right
             return few_rows(x, part.inputs.weight, part.inputs.bias, LowRank(basis, cast), adapter.side)
-        return AddLowRank.apply(x, Joined.of((part.inputs,)), [cast], [False], delta)
+        return AddLowRank.apply(x, JoinedInputs.of((part.inputs,)), [cast], [False], delta)
 
 
 def _with_frozen(part: _Part, delta: Tensor, dtype: torch.dtype) -> Tensor:
@@ -221,7 +228,7 @@ def _image(weight: Tensor, basis: Tensor, side: str) -> Tensor:
     return weight @ basis
 
 
-def _node(x: Tensor, parts: list[_Part], scope: Scope | None, joined: Joined) -> Any:
+def _node(x: Tensor, parts: list[_Part], scope: Scope | None, joined: JoinedInputs) -> Any:
     """Y of one layer, or of each of several, at the values of this pass."""
     dtype, grads = joined.left.dtype, torch.is_grad_enabled()
     x = x if x.dtype == dtype else x.to(dtype)
@@ -234,12 +241,12 @@ def _node(x: Tensor, parts: list[_Part], scope: Scope | None, joined: Joined) ->
             identities.append(value.identity and not part.refreshed)
             deltas.append(delta)
         return AddLowRank.apply(x, joined, casts, identities, *deltas)
-    turned = [_turned(value, part, scope, dtype) for value, part in zip(values, parts, strict=True)]
-    ys = lay_down_turned(x, joined, turned)
+    turned = [_right_delta(value, part, scope, dtype) for value, part in zip(values, parts, strict=True)]
+    ys = add_low_rank_evaluated(x, joined, turned)
     return ys[0] if len(ys) == 1 else ys
 
 
-def _turned(value: Value, part: _Part, scope: Scope | None, dtype: torch.dtype) -> Tensor | None:
+def _right_delta(value: Value, part: _Part, scope: Scope | None, dtype: torch.dtype) -> Tensor | None:
     """right E (m x r), as often as an evaluation goes on with one solve; None at the identity."""
     adapter, right = part.adapter, part.inputs.right
     if part.refreshed:
@@ -282,7 +289,7 @@ def _lead(scope: Scope, group: list, part: _Part, x: Tensor, autocast: torch.dty
             if along is not None:
                 parts.append(along)
     if len(parts) == 1:
-        return _node(x, parts, scope, Joined.of((part.inputs,)))
+        return _node(x, parts, scope, JoinedInputs.of((part.inputs,)))
     ys = _node(x, parts, scope, _side_by_side(parts, scope))
     state = part.adapter.name, x._version, torch.is_grad_enabled(), autocast
     for (adapter, *_), y in zip(parts[1:], ys[1:], strict=True):
@@ -307,9 +314,11 @@ def _joins(other: Any, part: _Part, x: Tensor, scope: Scope, autocast: torch.dty
     return along if along.inputs.left.device == part.inputs.left.device else None
 
 
-def _side_by_side(parts: list[_Part], scope: Scope) -> Joined:
-    """`Joined.of`, its columns put side by side once in an evaluation."""
+def _side_by_side(parts: list[_Part], scope: Scope) -> JoinedInputs:
+    """`JoinedInputs.of`, its columns put side by side once in an evaluation."""
     inputs = tuple([part.inputs for part in parts])
     lefts = tuple([each.left for each in inputs])
-    columns = parts[0].adapter.kept(("columns", lefts[0].dtype), scope.evaluation, lefts, lambda: Joined.of(inputs)[1:])
-    return Joined(inputs, *columns)
+    columns = parts[0].adapter.kept(
+        ("columns", lefts[0].dtype), scope.evaluation, lefts, lambda: JoinedInputs.of(inputs)[1:]
+    )
+    return JoinedInputs(inputs, *columns)

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import torch
-
-from ..layer.merging import dense_or_raise
-from ..tuner.config import CALIBRATED_SUPPORTS, DATA_FREE_SUPPORTS, LoftConfig
+from ..support.budget import Budget
+from ..support.methods import CALIBRATED_SUPPORTS, DATA_FREE_SUPPORTS
+from ..tuner.config import LoftConfig
 from ..tuner.layer import Linear
 
 __all__ = ["require_choosable", "require_refreshable_kind"]
@@ -20,13 +19,13 @@ def require_refreshable_kind(adapter: str, config: LoftConfig, caller: str) -> N
         raise ValueError(
             f"{caller} needs a support, but adapter {adapter!r} is of a kind that has none (OFT, BOFT, HRA)"
         )
-    if config.magnitudes:
+    if config.named_transform.magnitudes:
         raise ValueError(
-            f"{caller} does not support magnitudes: what it freezes is a rotation, and theirs is none; use magnitudes=False"
+            f"{caller} does not support magnitudes: what it freezes is a rotation, and theirs is none; use a transform without them"
         )
-    if config.halves:
+    if config.named_transform.halves:
         raise ValueError(
-            f"{caller} does not support halves: what the optimiser holds for them has no place in other halves; use halves=False"
+            f"{caller} does not support halves: what the optimiser holds for them has no place in other halves; use Pilot() without halves"
         )
 
 
@@ -55,21 +54,13 @@ def require_refreshable(layers: dict[str, Linear], adapter: str, config: LoftCon
 
 
 def require_choosable(adapter: str, config: LoftConfig) -> None:
-    """ValueError for an adapter whose supports are a file's, which `refresh` could not choose anew."""
-    if config.has_support and config.support not in (*DATA_FREE_SUPPORTS, *CALIBRATED_SUPPORTS):
+    """ValueError for an adapter whose supports are a file's, or whose ranks a `Budget` shares out: `refresh` could not choose anew."""
+    if isinstance(config.r, Budget):
+        raise ValueError(
+            f"refresh keeps the rank of every layer, but r of adapter {adapter!r} is a Budget, which shares them out anew"
+        )
+    if config.has_support and config.method not in (*DATA_FREE_SUPPORTS, *CALIBRATED_SUPPORTS):
         raise ValueError(
             f"refresh chooses supports, but those of adapter {adapter!r} come from the file {config.support}; build it with one of "
             f"{sorted((*DATA_FREE_SUPPORTS, *CALIBRATED_SUPPORTS))}"
         )
-
-
-def require_foldable(layers: dict[str, Linear], adapter: str) -> None:
-    for name, layer in layers.items():
-        dtype = dense_or_raise(layer, "fold").dtype
-        if dtype not in (torch.float32, torch.float64):
-            raise ValueError(
-                f"fold needs a float32 or float64 base, since rounding would change the function, but {name} is {dtype}"
-            )
-        others = [each for each in layer.adapters if each != adapter]
-        if others:
-            raise ValueError(f"fold would change what adapter {others[0]!r} was trained on; use fold=False")

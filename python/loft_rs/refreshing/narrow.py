@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .._checks import is_int
-from ..calibration.processes import Ranks
+from .._checks import is_int, retired
+from ..calibration.processes import Processes
 from ..factor.low_rank import LowRank
 from ..linalg import skew_planes
 from ..tuner.adapters import adapted_layers, note_frozen_ranks, owners, require_plain, set_ranks
@@ -21,7 +21,7 @@ from ..tuner.layer import Linear
 from ..tuner.undo import unchanged_on_failure
 from .conditions import require_refreshable
 from .freeze import change_of_basis, frozen_product, orthonormal, own_factor
-from .optimizer_state import check_moments, held_moments, replace_parameter, warn_of_replaced
+from .optimizer_state import held_moments, replace_parameter, warn_of_replaced
 
 __all__ = ["NarrowReport", "check_rank", "narrow"]
 
@@ -43,15 +43,15 @@ class NarrowReport:
         return "\n".join(lines + [f"{name[-48:]:<48} {kept:>8.4f}" for name, kept in self.kept.items()])
 
 
+@retired(moments="moments are turned into the new basis; give optimizer=None and make it anew to restart")
 def narrow(
     model: nn.Module,
     rank: int,
     *,
     optimizer: torch.optim.Optimizer | None = None,
     adapter_name: str | None = None,
-    moments: str = "transport",
 ) -> NarrowReport:
-    """Go on with the planes of a LOFT adapter's support that training has turned the most; the model's function stays what it is.
+    """Experimental: go on with the planes that training has turned the most; the model's function stays what it is.
 
     The cheap form of `refresh`, without data: train at rank 2r for a while, then narrow to r. Fewer parameters are trained from then on,
     but the trained rotation is kept as a frozen factor, as by `refresh`: the adapter and its forward pass get larger, by the old
@@ -63,46 +63,42 @@ def narrow(
             not given here, holds the old ones and must be made anew.
         rank: an even number of at least 2, less than the largest rank that the adapter has.
         optimizer: the one that trains the adapter: it goes on with the new parameters, in their places; None: there is none yet. One
-            that is there all the same trains nothing any more, and its next step warns of it.
+            that is there all the same trains nothing any more, and its next step warns of it. Its moments are turned into
+            the new basis (see `optimizer_state.py`), step counts go on.
         adapter_name: default: the active one.
-        moments: "transport": the moments are turned into the new basis (see `moments.py`), step counts go on. "restart": the state of
-            these parameters is dropped.
 
     Returns how much of each layer's turning lay in the planes it keeps. A call that fails leaves model and optimiser as they were.
     ValueError: a `rank` that is none of these; an adapter without a support (OFT, BOFT, HRA), with magnitudes or in halves, merged,
     disabled or not alone; an optimiser that does not train it or whose state has no such moments; no support yet.
     `loft_rs.NonFiniteError`: NaN or Inf in a transform.
     """
-    check_moments(moments)
     require_plain(model, "narrow")
-    ranks = Ranks(next(model.parameters()).device)
-    with ranks.stage():
+    processes = Processes(next(model.parameters()).device)
+    with processes.stage():
         adapter, adapted = adapted_layers(model, adapter_name)
         layers = owners(adapted, adapter)
         require_refreshable(adapted, adapter, next(iter(layers.values())).adapters[adapter].config, "narrow")
         check_rank(rank, layers, adapter)
         rank, layers = int(rank), {name: layer for name, layer in layers.items() if layer.adapters[adapter].rank > rank}
-        carried = {} if optimizer is None else held_moments(optimizer, layers, adapter, moments)
+        carried = {} if optimizer is None else held_moments(optimizer, layers, adapter)
         frozen = {name: frozen_product(name, layer, adapter) for name, layer in layers.items()}
         planes = {name: _strongest(own_factor(layer, adapter), rank) for name, layer in layers.items()}
-    frozen = {name: ranks.first(factor) for name, factor in frozen.items()}
-    planes = {name: ranks.first(found) for name, found in planes.items()}
+    frozen = {name: processes.first(factor) for name, factor in frozen.items()}
+    planes = {name: processes.first(found) for name, found in planes.items()}
     thetas = {name: layer.adapters[adapter].theta for name, layer in layers.items()}
     bases = {name: orthonormal(layer.adapters[adapter].support) for name, layer in layers.items()}
-    with unchanged_on_failure(adapted, adapter), ranks.stage():
+    with unchanged_on_failure(adapted, adapter), processes.stage():
         set_ranks(adapted, adapter, dict.fromkeys(layers, rank))
         for name, layer in layers.items():
             layer.adapters[adapter].set_frozen(frozen[name])
             layer.adapters[adapter].set_basis(planes[name][0])
-        if moments == "transport":
-            carried = change_of_basis(carried, layers, adapter, bases)
+        carried = change_of_basis(carried, layers, adapter, bases)
     note_frozen_ranks(adapted, adapter)
-    kept = carried if moments == "transport" else {}
     if optimizer is None:
         warn_of_replaced(thetas.values())
     else:
         for name, theta in thetas.items():
-            replace_parameter(optimizer, theta, layers[name].adapters[adapter].theta, kept.get(name))
+            replace_parameter(optimizer, theta, layers[name].adapters[adapter].theta, carried.get(name))
     return NarrowReport(rank, {name: kept for name, (_, kept) in planes.items()})
 
 

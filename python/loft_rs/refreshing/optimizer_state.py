@@ -24,20 +24,14 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from ..transform.skew import skew
 from ..tuner.layer import Linear
 
-__all__ = ["MOMENTS", "check_moments", "held_moments", "replace_parameter", "transported", "warn_of_replaced"]
+__all__ = ["held_moments", "replace_parameter", "transported", "warn_of_replaced"]
 
-MOMENTS = ("transport", "restart")
 # What the optimisers of torch and transformers call a mean of gradients and a mean of their squares.
 _FIRST, _SECOND = ("exp_avg", "momentum_buffer", "grad_avg"), ("exp_avg_sq", "max_exp_avg_sq", "square_avg", "sum")
 
 
-def check_moments(moments: str) -> None:
-    if moments not in MOMENTS:
-        raise ValueError(f"moments must be one of {sorted(MOMENTS)}, got {moments!r}")
-
-
 def held_moments(
-    optimizer: torch.optim.Optimizer, layers: dict[str, Linear], adapter: str, moments: str
+    optimizer: torch.optim.Optimizer, layers: dict[str, Linear], adapter: str
 ) -> dict[str, dict[str, Tensor]]:
     """The moments of every transform that has a state; what is no moment, such as the step count, stays as it is."""
     trained = {id(p) for group in optimizer.param_groups for p in group["params"]}
@@ -55,10 +49,10 @@ def held_moments(
             key: value for key, value in optimizer.state[theta].items() if isinstance(value, Tensor) and value.dim()
         }
         unknown = [key for key, value in tensors.items() if key not in _FIRST + _SECOND or value.shape != theta.shape]
-        if unknown and moments == "transport":
+        if unknown:
             raise ValueError(
-                f"moments='transport' knows the states {', '.join(_FIRST + _SECOND)}, but {type(optimizer).__name__} has {unknown[0]!r}; "
-                "use moments='restart'"
+                f"optimizer must hold no other states than {', '.join(_FIRST + _SECOND)}, but {type(optimizer).__name__} has "
+                f"{unknown[0]!r}; give None, and make the optimiser anew afterwards"
             )
         found[name] = tensors
     return found

@@ -13,6 +13,6 @@ files.py                                       sketches in files
 from .base import Plan, Sketch
 from .files import supports_from_sketches
 from .plan import SKETCHES, plan_for, sketch_for
-from .split_half import Evidence
+from .split_half import SplitHalf
 
-__all__ = ["SKETCHES", "Evidence", "Plan", "Sketch", "plan_for", "sketch_for", "supports_from_sketches"]
+__all__ = ["SKETCHES", "Plan", "Sketch", "SplitHalf", "plan_for", "sketch_for", "supports_from_sketches"]

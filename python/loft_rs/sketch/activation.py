@@ -25,7 +25,7 @@ class ActivationSketch(Sketch):
         else:
             self.pending = {"moment": self.zeros(self.columns, self.columns)}
 
-    def keep(self, x: Tensor, y0: Tensor | None) -> None:
+    def on_forward(self, x: Tensor, y0: Tensor | None) -> None:
         self.seen += 1
         a = self.activations(x, y0)
         if self.basis is None:

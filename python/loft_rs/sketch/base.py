@@ -39,7 +39,7 @@ from ..support.methods import STORED_METHODS
 from ..support.support import Support
 from .products import forget_products, gaussian
 from .small import left_vectors, nystroem, ordered_basis
-from .split_half import Evidence, evidence_of
+from .split_half import SplitHalf, split_half_of
 
 __all__ = ["PROBES", "Plan", "Sketch"]
 
@@ -69,7 +69,7 @@ class Plan:
 
 
 class Sketch:
-    """One layer's sums. `keep` runs in the layer's forward, `collect` in its backward, `end_pass` after the last batch of a pass.
+    """One layer's sums. `on_forward` runs in the layer's forward, `on_backward` in its backward, `end_pass` after the last batch of a pass.
 
     `pending` are the sums of the pass that runs; they are there from its start, so that every process has the same ones to add up.
     """
@@ -86,13 +86,13 @@ class Sketch:
         self.home, self.dtype = home, dtype
         self.omega = gaussian(self.sketched, plan.columns + PROBES, plan.seed, home)
         self.seen = 0  # batches that reached this sketch, over all passes
-        self.half, self.fresh, self.told, self.answered = 1, True, False, True
-        self.silent = False  # reached by none, or by zeros only
+        self.parity, self.first_of_batch, self.batch_announced, self.gradient_seen = 1, True, False, True
+        self.unreached = False  # reached by none, or by zeros only
         self.finished = False
         self.pending: dict[str, Tensor] = {}
         self.sums: dict[str, Tensor] = {}  # of the passes that are over, on the CPU
         self.basis: Tensor | None = None  # Q (n x k), once the first pass of two is over
-        self.evidence: Evidence | None = None
+        self.evidence: SplitHalf | None = None
         self.begin_pass()
 
     @property
@@ -109,28 +109,28 @@ class Sketch:
             }
 
     def begin_batch(self, half: int) -> None:
-        """What follows belongs to this half of the batches. Where nobody says so (`train_step`), `runs` finds out."""
-        self.half, self.fresh, self.told = half, True, True
+        """What follows belongs to this half of the batches. Where nobody says so (`train_step`), `note_run` finds out."""
+        self.parity, self.first_of_batch, self.batch_announced = half, True, True
 
-    def runs(self, watched: bool) -> None:
+    def note_run(self, watched: bool) -> None:
         """The layer runs: in a new batch, if it has had an answer to the last one, or none is to come."""
-        if not self.told and (self.answered or not (self.backward or watched)):
-            self.half, self.fresh, self.answered = 1 - self.half, True, False
+        if not self.batch_announced and (self.gradient_seen or not (self.backward or watched)):
+            self.parity, self.first_of_batch, self.gradient_seen = 1 - self.parity, True, False
 
-    def keep(self, x: Tensor, y0: Tensor | None) -> Tensor | None:
+    def on_forward(self, x: Tensor, y0: Tensor | None) -> Tensor | None:
         """Accumulate what the forward shows; return what the backward will need."""
         raise AssertionError("each kind of sketch says what it keeps")
 
-    def collect(self, kept: Tensor | None, gradient: Tensor, part: int) -> None:
+    def on_backward(self, kept: Tensor | None, gradient: Tensor, part: int) -> None:
         """Accumulate what the backward shows. part: which of the tied layers shows it."""
-        self.answered = True
+        self.gradient_seen = True
         if self.backward:
             assert kept is not None
             self.seen += 1
-            self.take(kept, rows_of(gradient), part)
+            self.add_gradient(kept, rows_of(gradient), part)
 
-    def take(self, kept: Tensor, gradient: Tensor, part: int) -> None:
-        """`collect`, of a gradient (N x m or N x n) that the sketch waits for."""
+    def add_gradient(self, kept: Tensor, gradient: Tensor, part: int) -> None:
+        """`on_backward`, of a gradient (N x m or N x n) that the sketch waits for."""
         raise AssertionError("each kind of sketch that waits for gradients says what it takes")
 
     def activations(self, x: Tensor, y0: Tensor | None) -> Tensor:
@@ -146,9 +146,9 @@ class Sketch:
         self.pending[name] += value.to(self.home)
 
     def plus_sketch(self, value: Tensor) -> None:
-        self.pending["sketch"][self.half] += value.to(self.home)
-        self.pending["batches"][self.half] += self.fresh
-        self.fresh = False
+        self.pending["sketch"][self.parity] += value.to(self.home)
+        self.pending["batches"][self.parity] += self.first_of_batch
+        self.first_of_batch = False
 
     def gaussians(self) -> list[Tensor]:
         """What it multiplies with that was drawn at random, and that others share."""
@@ -159,7 +159,7 @@ class Sketch:
         return sum(held.nbytes for held in (*self.pending.values(), self.basis) if held is not None)
 
     def workspace(self, rows: int, dtype: torch.dtype, device: str, offload: bool) -> int:
-        """Bytes, at most, of what `keep` and `collect` make and drop for so many rows in `dtype` on a device of this type."""
+        """Bytes, at most, of what `on_forward` and `on_backward` make and drop for so many rows in `dtype` on a device of this type."""
         tall, k, size = max(self.plan.width, self.other), self.columns + PROBES, self.dtype.itemsize
         narrow = dtype.itemsize < size and (dtype, device) != (torch.bfloat16, "cuda")
         # A copy in float32; the tap's own of Y.
@@ -172,7 +172,7 @@ class Sketch:
         self.basis = basis.to(self.home)
         self.begin_pass()
 
-    def retire(self) -> None:
+    def to_cpu(self) -> None:
         """Leave the device: what is still to be done is done on the CPU."""
         self.home, self.pending = torch.device("cpu"), {}
         self.omega = gaussian(self.omega.shape[0], self.omega.shape[1], self.plan.seed)
@@ -191,9 +191,9 @@ class Sketch:
         self.sums |= {what: value.cpu() for what, value in self.pending.items()}
         main = self.sums["sketch" if "sketch" in self.sums else "moment"]
         if not bool(main.any()):
-            self.silent = self.finished = True
+            self.unreached = self.finished = True
         elif self.basis is None:
-            self.evidence = evidence_of(
+            self.evidence = split_half_of(
                 self.numpy("sketch"), self.numpy("batches"), self.plan.rank, self.directions, pairs=self.pairs
             )
             self.finished = self.plan.single

@@ -1,7 +1,7 @@
 """Saved sketches: what one calibration pass has summed, in a file; files of other batches add up, and give supports without the model.
 
 A sketch is linear in the batches (`sketch.py`), and so is the moment that orders the support. One safetensors file holds, by module,
-the sums of a single pass (`calibrate(..., passes=1, save_sketches=path)`) over the loss scale, which is a power of two. Omega is drawn
+the sums of a single pass (`loft_rs.save_sketches`) over the loss scale, which is a power of two. Omega is drawn
 again from the seed. The metadata is JSON: a version, and of every module its plan, the modules tied in it, and Omega's first number.
 """
 
@@ -48,13 +48,14 @@ def write_sketches(path: str | os.PathLike, sketches: Mapping[str, Sketch], tied
 
 
 def supports_from_sketches(*paths: str | os.PathLike) -> dict[str, Support]:
-    """Supports by module from files that `calibrate(..., save_sketches=path)` wrote, the sketches of several added up.
+    """Supports by module from files that `save_sketches` wrote, the sketches of several added up.
 
-    To rounding those of one `calibrate(passes=1)` over all their batches; `set_support` and `save_supports` take them. FileNotFoundError;
+    To rounding those of one `calibrate` with a single pass over all their batches; `set_support` and `save_supports` take them.
+    FileNotFoundError;
     ValueError for a damaged or foreign file, one given twice, and files that differ in modules, method, side, seed, rank or shape.
     """
     if not paths:
-        raise ValueError("paths is empty: give at least one file that calibrate(..., save_sketches=path) wrote")
+        raise ValueError("paths is empty: give at least one file that loft_rs.save_sketches wrote")
     if len({os.path.realpath(path) for path in paths}) < len(paths):
         raise ValueError("paths names a file twice: its batches would count twice")
     first, *others = [_read(path) for path in paths]
@@ -67,7 +68,7 @@ def supports_from_sketches(*paths: str | os.PathLike) -> dict[str, Support]:
         sketch = SKETCHES[plan.method](plan, torch.device("cpu"), sums["sketch"].dtype)
         sketch.pending = {key: sum((each[name][2][key] for each in others), value) for key, value in sums.items()}
         sketch.end_pass(name)
-        if not sketch.silent:
+        if not sketch.unreached:
             supports[name] = sketch.support(passes=1)
     return supports
 
@@ -78,7 +79,7 @@ def _read(path: str | os.PathLike) -> dict[str, tuple[Plan, tuple[str, ...], dic
         header = json.loads(metadata[_METADATA_KEY])
         version, facts = header["version"], dict(header["sketches"])
     except (KeyError, TypeError, ValueError):
-        raise ValueError(f"{path}: not a file that calibrate(..., save_sketches=path) wrote") from None
+        raise ValueError(f"{path}: not a file that loft_rs.save_sketches wrote") from None
     if version != FORMAT_VERSION:
         raise ValueError(
             f"{path}: format version {version!r} is not known to this loft_rs, which reads version {FORMAT_VERSION}"

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .base import PROBES, Sketch, moment_within, rows_of
-from .products import as_it_is, gaussian, gram_image, inner_product, narrow, product
+from .products import as_it_is, gaussian, gram_image, inner_product, product, skinny_product
 from .small import descending, left_vectors, nystroem, standard_error
 
 __all__ = ["GradientSketch"]
@@ -38,7 +38,7 @@ class GradientSketch(Sketch):
     def gaussians(self) -> list[Tensor]:
         return [self.omega, *([self.test] if "moments" in self.pending else [])]
 
-    def keep(self, x: Tensor, y0: Tensor | None) -> Tensor:
+    def on_forward(self, x: Tensor, y0: Tensor | None) -> Tensor:
         a = self.activations(x, y0)
         if self.basis is None:
             if "moments" in self.pending:
@@ -48,12 +48,12 @@ class GradientSketch(Sketch):
         self.plus("moment", inner_product(aq, aq))
         return aq if self.side == "input" else rows_of(x)
 
-    def take(self, kept: Tensor, gradient: Tensor, part: int) -> None:
+    def add_gradient(self, kept: Tensor, gradient: Tensor, part: int) -> None:
         rows = self.parts[part]
         own, other = (kept, gradient) if self.side == "input" else (gradient, kept)
         if self.basis is None:
             rounded = as_it_is(own, other)
-            self.plus_sketch(inner_product(own, narrow(other, self.omega[rows], rounded)))
+            self.plus_sketch(inner_product(own, skinny_product(other, self.omega[rows], rounded)))
         else:
             image = inner_product(other, own if self.side == "input" else product(own, self.basis))
             self.pending["image"][rows] += image.to(self.home)

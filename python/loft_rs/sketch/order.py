@@ -44,7 +44,7 @@ class MomentSketch(Sketch):
     def begin_pass(self) -> None:
         self.pending = {"moment": self.zeros(self.rank, self.rank)}
 
-    def keep(self, x: Tensor, y0: Tensor | None) -> None:
+    def on_forward(self, x: Tensor, y0: Tensor | None) -> None:
         assert self.basis is not None
         self.seen += 1
         z = product(self.activations(x, y0), self.basis)

@@ -18,9 +18,9 @@ __all__ = [
     "gaussian",
     "gram_image",
     "inner_product",
-    "narrow",
     "product",
-    "shared_narrow",
+    "shared_skinny_product",
+    "skinny_product",
 ]
 
 # Omega depends on its size, the seed and the device alone: layers of one width hold one between them.
@@ -60,30 +60,30 @@ def inner_product(a: Tensor, b: Tensor) -> Tensor:
     return product(a.mT, b)
 
 
-def narrow(b: Tensor, test: Tensor, rounded: bool) -> Tensor:
+def skinny_product(b: Tensor, test: Tensor, rounded: bool) -> Tensor:
     """B T of a large B and a skinny T, to be multiplied with a large A^T; rounded: to B's dtype, as it is made."""
     return torch.mm(b, test.to(b.device, b.dtype)) if rounded else product(b, test)
 
 
-def shared_narrow(a: Tensor, omega: Tensor, rounded: bool) -> Tensor:
+def shared_skinny_product(a: Tensor, omega: Tensor, rounded: bool) -> Tensor:
     """`narrow`, made once for all that ask for the same A and Omega one after another; not under inference mode, where an A that was
     written over does not show it."""
     if a.is_inference():
-        return narrow(a, omega, rounded)
+        return skinny_product(a, omega, rounded)
     storages = tuple(StorageWeakRef(each.untyped_storage()) for each in (a, omega))
     which = (*storages, a._version, a.storage_offset(), a.shape, a.stride(), a.dtype, rounded)
     held = _LAST[0]
     if held is None or held[0] != which:
         held = _LAST[0] = None  # not two of them at a time
-        held = _LAST[0] = which, narrow(a, omega, rounded)
+        held = _LAST[0] = which, skinny_product(a, omega, rounded)
     return held[1]
 
 
 def forget_products() -> None:
-    """Let go of what `shared_narrow` holds."""
+    """Let go of what `shared_skinny_product` holds."""
     _LAST[0] = None
 
 
 def gram_image(a: Tensor, test: Tensor) -> Tensor:
     """A^T (A T)."""
-    return inner_product(a, shared_narrow(a, test, as_it_is(a)))
+    return inner_product(a, shared_skinny_product(a, test, as_it_is(a)))

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .. import linalg
 from .base import PROBES, Plan, Sketch
-from .products import as_it_is, inner_product, narrow, shared_narrow
+from .products import as_it_is, inner_product, shared_skinny_product, skinny_product
 from .small import left_vectors, skew_core, standard_error
 
 __all__ = ["SkewSketch"]
@@ -34,14 +34,14 @@ class SkewSketch(Sketch):
         if self.plan.order != "natural" and (self.plan.single or self.basis is not None):
             self.pending["moments"] = self.zeros(self.plan.width, test)
 
-    def keep(self, x: Tensor, y0: Tensor | None) -> Tensor:
+    def on_forward(self, x: Tensor, y0: Tensor | None) -> Tensor:
         return self.activations(x, y0)
 
-    def take(self, kept: Tensor, gradient: Tensor, part: int) -> None:
+    def add_gradient(self, kept: Tensor, gradient: Tensor, part: int) -> None:
         first, rounded = self.basis is None, as_it_is(kept, gradient)
         test = self.omega if self.basis is None else self.basis
-        mine = (shared_narrow if first else narrow)(kept, test, rounded)
-        its = narrow(gradient, test, rounded)
+        mine = (shared_skinny_product if first else skinny_product)(kept, test, rounded)
+        its = skinny_product(gradient, test, rounded)
         back = inner_product(kept, torch.cat([its, mine], 1) if "moments" in self.pending else its)
         image = inner_product(gradient, mine).sub_(back[:, : test.shape[1]]).div_(2)
         if "moments" in self.pending:

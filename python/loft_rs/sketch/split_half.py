@@ -1,4 +1,4 @@
-"""Evidence: how far a support would change with other batches, from the sketches of two halves of them.
+"""SplitHalf: how far a support would change with other batches, from the sketches of two halves of them.
 
 With Y_h = S_h Omega the sketch of half h over its number of batches b_h, and P_h (n x r) chosen from Y_h alone, so that the other half
 has no part in it (every product below is of P_h and both halves, summed over h):
@@ -24,11 +24,11 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-__all__ = ["Evidence", "evidence_of", "overlap"]
+__all__ = ["SplitHalf", "overlap", "split_half_of"]
 
 
 @dataclass(frozen=True, eq=False)
-class Evidence:
+class SplitHalf:
     """How far a layer's support is that of its task and not of its batches; everything nan with a single batch, or none in one half.
 
     agreement: expected ||P^T P'||_F^2 / r with the support P' of as many other batches, in [0, 1]
@@ -86,9 +86,9 @@ def overlap(p: np.ndarray, q: np.ndarray) -> float:
     return min(1.0, float(np.sum((p.T @ q) ** 2) / p.shape[1]))
 
 
-def evidence_of(
+def split_half_of(
     halves: np.ndarray, batches: np.ndarray, rank: int, choose: Callable[[np.ndarray], np.ndarray], *, pairs: bool
-) -> Evidence:
+) -> SplitHalf:
     """halves (2, n, k) and batches (2,): the sketches and how many batches each has seen. choose: the support (n x rank) that one shows.
 
     pairs: two neighbouring directions are one plane.
@@ -97,7 +97,7 @@ def evidence_of(
     planes = rank // 2 if pairs else rank
     if not batches.all() or not halves.any((1, 2)).all():
         unknown = np.full(rank, math.nan), math.nan, np.full(planes, math.nan)
-        return Evidence(math.nan, math.nan, *unknown, count, chance, math.nan)
+        return SplitHalf(math.nan, math.nan, *unknown, count, chance, math.nan)
     y = halves / batches[:, None, None]
     p = [choose(each) for each in y]
     # signal: s^2, twice; own: s^2 + n^2 / b_h, of each half.
@@ -110,7 +110,7 @@ def evidence_of(
     # Of halves that agree to rounding the noise is none, or less.
     least = np.finfo(np.float64).eps * np.maximum(own, np.finfo(np.float64).tiny)
     halved, energies = overlap(*p), np.sum(y**2, (1, 2))
-    return Evidence(
+    return SplitHalf(
         agreement=_all_of(halved, chance),
         halves=halved,
         angles=np.sort(np.arccos(np.clip(np.linalg.svd(p[0].T @ p[1], compute_uv=False), 0, 1))),

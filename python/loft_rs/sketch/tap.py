@@ -28,7 +28,7 @@ class _Tap(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, gradient: Tensor):
         with torch.autocast(gradient.device.type, enabled=False):
-            ctx.sketch.collect(ctx.saved_tensors[0], gradient, ctx.part)
+            ctx.sketch.on_backward(ctx.saved_tensors[0], gradient, ctx.part)
         return gradient, None, None, None, None
 
 
@@ -48,7 +48,7 @@ class LayerTap:
         sketch, watched = self.sketch, torch.is_grad_enabled()
         if sketch.backward and not watched:  # the first of the two forward passes of a checkpointed block
             return self._run(layer, x, *args, **kwargs)
-        sketch.runs(watched)
+        sketch.note_run(watched)
         anchor = torch.zeros((), device=x.device, requires_grad=True)
         if sketch.tap_input:
             kept = self._keep(x, None)
@@ -65,7 +65,7 @@ class LayerTap:
 
     def _keep(self, x: Tensor, y0: Tensor | None) -> Tensor | None:
         with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
-            return self.sketch.keep(x.detach(), None if y0 is None else y0.detach())
+            return self.sketch.on_forward(x.detach(), None if y0 is None else y0.detach())
 
 
 def output_product(layer: AdaptedLinear, y: Tensor) -> Tensor:

@@ -60,7 +60,7 @@ def save_supports(path: str | os.PathLike, supports: Support | Mapping[str, Supp
 
 def _plain(value: Any) -> Any:
     """A JSON scalar; nan, which JSON lacks, becomes null."""
-    if isinstance(value, str):
+    if isinstance(value, (str, bool)):
         return value
     if isinstance(value, numbers.Integral):
         return int(value)
@@ -82,7 +82,7 @@ def load_supports(path: str | os.PathLike) -> Support | dict[str, Support]:
     supports = {}
     for name, scalars in facts.items():
         arrays: dict[str, Any] = {key: np.array(tensors[f"{name}.{key}"]) for key in _ARRAYS}
-        scalars = {"columns": 0} | scalars  # which older files lack
+        scalars = {"columns": 0, "halves": False} | scalars  # which older files lack
         _validate(f"{path}: the support{of(name)}", arrays, scalars)
         known: dict[str, Any] = {key: math.nan if value is None else value for key, value in scalars.items()}
         supports[name] = Support(**arrays, **known)
@@ -118,6 +118,7 @@ _ALLOWED: dict[str, Callable[[Any], bool]] = {
     "seed": lambda value: type(value) is int and 0 <= value < 2**64,
     "order": lambda value: value in ORDERS,
     "columns": lambda value: type(value) is int and value >= 0,
+    "halves": lambda value: type(value) is bool,
 }
 
 

@@ -27,6 +27,7 @@ class Support:
     residuals: (r,) Ritz residual norms, rounding included; nan where no such problem was solved
     gap: (sigma_r - sigma_{r+1}) / sigma_r, in halves of what the first one reads; nan where there is no sigma_{r+1}
     passes: passes over the data
+    halves: whether the second half of the columns are partners of the first, as of a `Pilot(halves=True)`
     columns: columns multiplied with the data, summed over the passes: 2 m n operations each (4 m n for skewgrad, which reads W0
         and G); 0 where no product was made, or with a dense decomposition
     """
@@ -44,6 +45,7 @@ class Support:
     seed: int
     order: str = "natural"
     columns: int = 0
+    halves: bool = False
 
     @property
     def identifiable(self) -> bool:

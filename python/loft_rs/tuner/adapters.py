@@ -83,7 +83,7 @@ def require_plain(model: nn.Module, caller: str) -> None:
     if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
         raise ValueError(
             f"{caller} cannot read weights that DeepSpeed ZeRO-3 has partitioned: call it before deepspeed.initialize or "
-            "accelerator.prepare, or choose the supports in a run without ZeRO-3 (loft_rs.save_supports(path, report.layers)) and build "
+            "accelerator.prepare, or choose the supports in a run without ZeRO-3 (loft_rs.save_supports(path, report.supports)) and build "
             "the adapter with LoftConfig(support=path)"
         )
 
@@ -113,7 +113,7 @@ def set_ranks(layers: dict[str, Linear], adapter: str, ranks: dict[str, int]) ->
     held = {name: layer.adapters[adapter].rank for name, layer in layers.items()}
     for layer in layers.values():
         config = layer.adapters[adapter].config
-        config.rank_pattern = {full_name(name): rank for name, rank in held.items() if rank != config.r}
+        config.rank_pattern = {full_name(name): rank for name, rank in held.items() if rank != config.rank}
 
 
 def configs_of(layers: dict[str, Linear], adapter: str) -> list[LoftConfig]:

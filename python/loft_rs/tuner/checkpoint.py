@@ -8,7 +8,9 @@ import torch
 from torch import nn
 
 from .._format import SLOTS
-from ..layer.kinds import Householder
+from ..layer.adapter import LayerAdapter
+from ..layer.kinds import ReflectionsKind
+from ..support.budget import Budget
 from .adapters import configs_of, note_frozen_ranks, note_sides, set_ranks, unset_factor
 from .config import full_name
 from .layer import Linear
@@ -22,7 +24,7 @@ def check_state(model: nn.Module, state_dict: dict, prefix: str, *_: Any) -> Non
     Every tensor of each adapter that the state names must be there, with its shape, finite, and P orthonormal to half precision or
     all zero (not yet calibrated); an adapter that waits for its checkpoint must be named. ValueError lists the first problems.
     What `refresh` has frozen has the size that the state gives it, or is not there: room for it is made, or taken back, at the end. So is
-    a rank among the adapter's `loadable_ranks`.
+    a rank that the adapter may take (`_may_bring`): the ranks of a loaded adapter come from its tensors.
     """
     expected: dict[str, dict[str, torch.Tensor]] = {}
     refreshed: dict[str, tuple[str, str]] = {}
@@ -39,15 +41,15 @@ def check_state(model: nn.Module, state_dict: dict, prefix: str, *_: Any) -> Non
             place = {slot.name: f"{prefix}{name}.{slot.key}.{key}" for slot in SLOTS}
             own = {slot.name: tensor for slot, tensor in adapter.tensors().items() if slot.when != "refreshed"}
             expected.setdefault(key, {}).update({place[slot]: tensor for slot, tensor in own.items()})
-            if isinstance(adapter.kind, Householder):
+            if isinstance(adapter.kind, ReflectionsKind):
                 vectors.add(place["theta"])
             if "support" not in own:
                 continue
             theta, support = place["theta"], place["support"]
             refreshed[theta] = (place["frozen_basis"], place["frozen_delta"])
             basis = state_dict.get(support)
-            rank = basis.shape[1] if basis is not None and basis.dim() == 2 else adapter.rank
-            if rank != adapter.rank and rank in adapter.loadable_ranks:
+            rank = basis.shape[1] if basis is not None and basis.dim() == 2 else None
+            if rank is not None and rank != adapter.rank and _may_bring(adapter, rank):
                 brought.setdefault(key, {})[name] = rank
                 expected[key][theta], expected[key][support] = adapter.of_rank(rank)
             width = module.support_width(_stated_side(state_dict, prefix, name, module, key))
@@ -78,6 +80,16 @@ def check_state(model: nn.Module, state_dict: dict, prefix: str, *_: Any) -> Non
         layers = {n: m for n, m in model.named_modules() if isinstance(m, Linear) and m.has_adapter(key)}
         set_ranks(layers, key, ranks)
     _make_room(model, state_dict, prefix)
+
+
+def _may_bring(adapter: LayerAdapter, rank: int | None) -> bool:
+    """Whether a checkpoint may bring this rank: one that waits for its checkpoint, or for its `Budget` to be shared out, takes what
+    fits, any other what it was told."""
+    if rank in adapter.loadable_ranks:
+        return True
+    config = adapter.config
+    waits = config is not None and (config.supports_from_checkpoint or isinstance(config.r, Budget))
+    return waits and not adapter.owner.ready and rank is not None and 1 <= rank <= adapter.largest_rank
 
 
 def _stated_side(state_dict: dict, prefix: str, name: str, layer: Linear, adapter: str) -> str:

@@ -21,6 +21,7 @@ from ..layer.placement import SHARED_INPUT, named_groups
 from ..transform.transforms import get_transform
 from .adapters import note_sides, owners, require_supports, unset_factor
 from .checkpoint import check_state
+from .checks import check
 from .config import LoftConfig
 from .layer import Linear, LoftLayer
 from .supports import choose_supports, load_named_supports, match_supports
@@ -42,6 +43,7 @@ class LoftModel(BaseTuner):
             raise TypeError(f"peft_config must be a LoftConfig, got {type(config).__name__}")
         self._lowered: dict[str, tuple[int, int]] = {}
         self._in_file = _supports_in_file(config)
+        _note_halves(config, self._in_file)
         trainable = [(p, p.requires_grad) for p in model.parameters()]
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
@@ -117,15 +119,11 @@ class LoftModel(BaseTuner):
                     f"side of {key} is {side!r}, but {config.support} holds a support of side {held.side!r}"
                 )
             # A layer that a pilot did not reach has a random one; custom ones are the user's own.
-            if config.halves and held.method not in ("pilot", "random", "custom"):
-                raise ValueError(
-                    f"halves needs supports of a pilot in halves, but {config.support} holds {held.method} ones"
-                )
-            if held.rank != config.r:
+            if held.rank != config.rank:
                 config.rank_pattern[key] = held.rank
             return held.side, held.rank
         side = "input" if side == "auto" else side
-        wanted = config.rank_pattern.get(get_pattern_key(list(config.rank_pattern), key), config.r)
+        wanted = config.rank_pattern.get(get_pattern_key(list(config.rank_pattern), key), config.rank)
         base = target.get_base_layer() if isinstance(target, Linear) else target
         own, other = feature_sizes(base)[:: 1 if side == "input" else -1]
         try:
@@ -243,6 +241,26 @@ def _supports_in_file(config: LoftConfig) -> dict[str, Any] | None:
     if not config.support_file or config.supports_from_checkpoint:
         return None
     return load_named_supports(config.support_file)
+
+
+def _note_halves(config: LoftConfig, supports: dict[str, Any] | None) -> None:
+    """Let the transform be in halves where the supports of a file are."""
+    if supports is None:
+        return
+    halved = {name: support.halves for name, support in supports.items()}
+    if any(halved.values()) and not all(halved.values()):
+        odd = next(name for name, has in halved.items() if not has)
+        raise ValueError(
+            f"{config.support} holds supports in halves and others, such as that of {odd}: make two adapters"
+        )
+    if any(halved.values()):
+        config.transform = str(config.named_transform._replace(halves=True))
+        check(config)
+    elif config.named_transform.halves:  # a file of an earlier version does not say so
+        if wrong := {s.method for s in supports.values()} - {"pilot", "random", "custom"}:
+            raise ValueError(
+                f"halves needs supports of a pilot in halves, but {config.support} holds {', '.join(sorted(wrong))} ones"
+            )
 
 
 def _choose_for_model(model: nn.Module, config: LoftConfig, adapter: str) -> None:

@@ -29,7 +29,7 @@ def choose_supports(layers: Mapping[str, AdapterHolder], config: LoftConfig, ada
     """
     if config.support_file:
         supports = match_supports(load_named_supports(config.support_file), layers)
-    elif config.support == "principal":
+    elif config.method == "principal":
         weights = {name: _stacked(layer.adapters[adapter].tied_layers, adapter) for name, layer in layers.items()}
         ranks = {name: layer.adapters[adapter].rank for name, layer in layers.items()}
         supports = {}
@@ -44,7 +44,7 @@ def choose_supports(layers: Mapping[str, AdapterHolder], config: LoftConfig, ada
         for name, layer in layers.items():
             side, rank, seed = layer.adapters[adapter].side, layer.adapters[adapter].rank, _seed(layer, config, adapter)
             width = layer.support_width(side)
-            supports[name] = blind_support(width, rank, method=config.support, side=side, seed=seed)
+            supports[name] = blind_support(width, rank, method=config.method, side=side, seed=seed)
     for name, layer in layers.items():
         layer.adapters[adapter].set_basis(supports[name].basis, supports[name].energy)
     return {name: supports[name] for name in layers}

@@ -6,7 +6,7 @@ use std::fmt;
 use libfuzzer_sys::arbitrary::{Arbitrary, Result, Unstructured};
 use libfuzzer_sys::fuzz_target;
 use loft_core::svd::randomized_svd;
-use loft_core::{Dtype, Error, Free, Par, Params, Real};
+use loft_core::{Call, Dtype, Error, Free, Par, Params, Real};
 use loft_fuzz::{
     Matrix, ROOTS, SMALL, Unit, check_fraction, check_orthonormal, check_values, eigenvalues, shape, tolerance, top,
 };
@@ -35,7 +35,8 @@ impl fmt::Debug for Case {
         writeln!(f, "#[test]\nfn found_by_fuzzing() {{\n    let a = {:?};", self.a)?;
         let Params { seed, left, .. } = self.params;
         writeln!(f, "    let params = Params {{ tol: {tol}, seed: {seed}, left: {left} }};")?;
-        writeln!(f, "    let found = randomized_svd::<{real}>(a, {}, params, &Free, Par::Seq).unwrap();\n}}", self.rank)
+        let call = format!("Call {{ rank: {}, params, control: &Free, par: Par::Seq }}", self.rank);
+        writeln!(f, "    let found = randomized_svd::<{real}>(a, {call}).unwrap();\n}}")
     }
 }
 
@@ -47,7 +48,8 @@ impl Case {
     }
 
     fn check<T: Real>(&self) {
-        let outcome = randomized_svd::<T>(self.a.view(), self.rank, self.params, &Free, Par::Seq);
+        let call = Call { rank: self.rank, params: self.params, control: &Free, par: Par::Seq };
+        let outcome = randomized_svd::<T>(self.a.view(), call);
         if self.wrong() {
             let error = outcome.expect_err("wrong input was taken");
             return assert!(!matches!(error, Error::Interrupted | Error::NoConvergence(_)), "{error}");

@@ -8,29 +8,23 @@ use faer::Mat;
 
 use crate::control::{Control, abandonable};
 use crate::error::Result;
-use crate::krylov::{Truncated, Work, fix_signs};
+use crate::krylov::{Call, Truncated, Work, fix_signs};
+use crate::op::Dense;
 use crate::orth::orthonormalize;
 use crate::panel::{Panel, cross, times};
 use crate::par::Par;
 use crate::scalar::Real;
 use crate::small::{self, SQUARE_HIDES};
-use crate::view::View;
 
-/// The `rank` leading triplets of `2^-exponent A`, exact to the rounding of `T`.
+/// The `call.rank` leading triplets of `op` (`2^-e A`), exact to the rounding of `T`.
 ///
 /// # Errors
-/// What `control` returns, and non-convergence of the decomposition.
-pub fn exact_svd<T: Real>(
-    view: View<'_>,
-    exponent: i32,
-    rank: usize,
-    want_left: bool,
-    control: &dyn Control,
-    par: Par,
-) -> Result<Truncated<T>> {
-    let a = Panel::from_rows(view.rows(), view.cols(), view.copied::<f64>(exponent, par));
-    let (left, values, right) =
-        if T::EPS < SQUARE_HIDES { by_svd(&a, rank, control)? } else { by_gram(&a, rank, control, par)? };
+/// What `call.control` returns, and non-convergence of the decomposition.
+pub fn exact_svd<T: Real>(op: Dense<'_>, call: Call<'_>) -> Result<Truncated<T>> {
+    let Call { rank, params, par, .. } = call;
+    let view = op.view;
+    let a = Panel::from_rows(view.rows(), view.cols(), view.copied::<f64>(op.exponent, par));
+    let (left, values, right) = if T::EPS < SQUARE_HIDES { by_svd(&a, call)? } else { by_gram(&a, call)? };
     let (mut left, mut right) = (left, right);
     fix_signs(&mut right, Some(&mut left));
     let back = times(a.mat().transpose(), left.mat(), par);
@@ -39,7 +33,7 @@ pub fn exact_svd<T: Real>(
         (0..rank).for_each(|j| row[j] = image[j] - values[j] * row[j]);
     }
     Ok(Truncated {
-        left: want_left.then(|| left.cast()),
+        left: params.left.then(|| left.cast()),
         right: right.cast(),
         next: values.get(rank).copied(),
         // The vectors are handed out rounded.
@@ -51,17 +45,19 @@ pub fn exact_svd<T: Real>(
 
 type Triplets = (Panel<f64>, Vec<f64>, Panel<f64>);
 
-fn by_svd(a: &Panel<f64>, rank: usize, control: &dyn Control) -> Result<Triplets> {
+fn by_svd(a: &Panel<f64>, call: Call<'_>) -> Result<Triplets> {
+    let Call { rank, control, .. } = call;
     let whole = a.mat().to_owned();
     let (u, values, v) = abandonable(control, move || small::svd(&whole))??;
     Ok((Panel::from_mat(u.subcols(0, rank)), values, Panel::from_mat(v.subcols(0, rank))))
 }
 
-fn by_gram(a: &Panel<f64>, rank: usize, control: &dyn Control, par: Par) -> Result<Triplets> {
+fn by_gram(a: &Panel<f64>, call: Call<'_>) -> Result<Triplets> {
     if a.cols > a.rows {
-        let (right, values, left) = by_gram(&a.transposed(), rank, control, par)?;
+        let (right, values, left) = by_gram(&a.transposed(), call)?;
         return Ok((left, values, right));
     }
+    let Call { rank, control, par, .. } = call;
     let gram = gram(a, control, par)?;
     let (squares, v) = abandonable(control, move || small::eigen(&gram))??;
     let values: Vec<f64> = squares.into_iter().map(|x| x.max(0.0).sqrt()).collect();

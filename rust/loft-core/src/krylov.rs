@@ -49,6 +49,20 @@ pub struct Params {
     pub left: bool,
 }
 
+/// One call of a solver, handed on unchanged from a driver down to the loop over passes: what is
+/// asked for, who may stop it, and which threads work on it.
+#[derive(Clone, Copy)]
+pub struct Call<'c> {
+    /// Columns `r` of the basis.
+    pub rank: usize,
+    /// What the solver may be told.
+    pub params: Params,
+    /// Who is asked between two passes whether to go on.
+    pub control: &'c dyn Control,
+    /// Who does the work.
+    pub par: Par,
+}
+
 /// Leading singular triplets and what is known about them.
 #[derive(Debug, Clone)]
 pub struct Truncated<T> {
@@ -184,20 +198,14 @@ pub(crate) fn missing(values: &[f64], residuals: &[f64], next: f64) -> f64 {
         .sum()
 }
 
-/// The `rank` leading singular triplets of `op`, whose squared Frobenius norm is `square`.
+/// The `call.rank` leading singular triplets of `op`, whose squared Frobenius norm is `square`.
 ///
 /// `None` if the Krylov space would fill the whole, so that a dense decomposition is called for.
 ///
 /// # Errors
-/// What `control` returns, and non-convergence of a small eigenproblem.
-pub fn truncated_svd<T: Real>(
-    op: &impl Operator<T>,
-    rank: usize,
-    square: f64,
-    params: Params,
-    control: &dyn Control,
-    par: Par,
-) -> Result<Option<Truncated<T>>> {
+/// What `call.control` returns, and non-convergence of a small eigenproblem.
+pub fn truncated_svd<T: Real>(op: &impl Operator<T>, square: f64, call: Call<'_>) -> Result<Option<Truncated<T>>> {
+    let Call { rank, params, control, par } = call;
     let (m, n) = (op.rows(), op.cols());
     let Some(depth) = Depth::new(rank, n.min(m), 1.65, 1.9) else { return Ok(None) };
     let short = n > m && rank >= SHORT_PAYS;
@@ -462,7 +470,11 @@ mod tests {
         let view = View::row_major(&a.data, a.rows, a.cols);
         let scan = view.scan("a", Par::Seq).unwrap();
         assert_eq!(scan.exponent, 0, "the tests here are at unit scale");
-        truncated_svd(&Dense::new(view, 0), rank, scan.square, params, &Free, Par::Seq).unwrap().unwrap()
+        truncated_svd(&Dense::new(view, 0), scan.square, call(rank, params)).unwrap().unwrap()
+    }
+
+    fn call(rank: usize, params: Params) -> Call<'static> {
+        Call { rank, params, control: &Free, par: Par::Seq }
     }
 
     fn unit(a: Panel<f64>) -> Panel<f64> {
@@ -557,7 +569,7 @@ mod tests {
         let (top, low) = (View::row_major(&a.data, 200, 300), View::row_major(&b.data, 150, 300));
         let op = Stacked { upper: &Dense::new(top, 3), lower: &Dense::new(low, 3) };
         let square = whole.data.iter().map(|x| x * x / 64.0).sum();
-        let found = truncated_svd::<f64>(&op, 6, square, PARAMS, &Free, Par::Seq).unwrap().unwrap();
+        let found = truncated_svd::<f64>(&op, square, call(6, PARAMS)).unwrap().unwrap();
         let exact = singular_values(&whole);
         // A Gaussian matrix has a flat spectrum, the hardest to rank; the values still come close.
         let ratios: Vec<f64> = (0..6).map(|i| found.values[i] * 8.0 / exact[i]).collect();
@@ -574,7 +586,7 @@ mod tests {
         }
         let a = gaussian_panel::<f32>(400, 400, 1);
         let op = Dense::new(View::row_major(&a.data, 400, 400), 3);
-        let stopped = truncated_svd::<f32>(&op, 4, 1.0, PARAMS, &Stop, Par::Seq);
+        let stopped = truncated_svd::<f32>(&op, 1.0, Call { control: &Stop, ..call(4, PARAMS) });
         assert_eq!(stopped.err(), Some(crate::Error::Interrupted));
     }
 }

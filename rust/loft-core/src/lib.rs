@@ -31,8 +31,9 @@ pub mod view;
 
 pub use control::{Control, Free};
 pub use error::{Error, Result};
-pub use krylov::Params;
+pub use krylov::{Call, Params};
 pub use panel::Panel;
 pub use par::Par;
-pub use scalar::Real;
-pub use view::{Dtype, View};
+pub use scalar::{Dtype, Real};
+pub use skew::Side;
+pub use view::View;

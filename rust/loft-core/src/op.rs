@@ -38,8 +38,8 @@ pub trait Operator<T: Real>: Sync {
 /// `2^-e A` for a borrowed matrix of any dtype and strides.
 #[derive(Debug, Clone, Copy)]
 pub struct Dense<'a> {
-    view: View<'a>,
-    exponent: i32,
+    pub(crate) view: View<'a>,
+    pub(crate) exponent: i32,
     before: f64,
     after: f64,
 }
@@ -213,18 +213,14 @@ fn sandwich<T: Real>(mats: &[Dense<'_>], terms: &[(usize, usize, f64)], x: &Pane
     total
 }
 
-/// `S = (W^T G - G^T W) / 2`, never formed: 8 m n operations a column.
+/// `S = (W^T G - G^T W) / 2`, `n x n`, as the solvers hand it on: by its factors, both `m x n`.
+/// As an operator it is never formed: 8 m n operations a column.
 #[derive(Debug, Clone, Copy)]
 pub struct SkewProduct<'a> {
-    weight: Dense<'a>,
-    grad: Dense<'a>,
-}
-
-impl<'a> SkewProduct<'a> {
-    /// From two operators of the same shape `(m, n)`.
-    pub fn new(weight: Dense<'a>, grad: Dense<'a>) -> Self {
-        Self { weight, grad }
-    }
+    /// `W`.
+    pub weight: Dense<'a>,
+    /// `G`.
+    pub grad: Dense<'a>,
 }
 
 impl<T: Real> Operator<T> for SkewProduct<'_> {
@@ -266,11 +262,12 @@ pub struct SkewDense<T> {
 }
 
 impl<T: Real> SkewDense<T> {
-    /// Forms `(W^T G - G^T W) / 2`, a block of rows at a time: 2 m n^2 operations.
+    /// Forms `S = (W^T G - G^T W) / 2`, a block of rows at a time: 2 m n^2 operations.
     ///
     /// # Errors
     /// What `control` returns.
-    pub fn form(weight: Dense<'_>, grad: Dense<'_>, control: &dyn Control, par: Par) -> Result<Self> {
+    pub fn form(skew: SkewProduct<'_>, control: &dyn Control, par: Par) -> Result<Self> {
+        let SkewProduct { weight, grad } = skew;
         let (m, n) = (weight.view.rows(), weight.view.cols());
         let mut product = Panel::zeros(n, n);
         let factor = T::of(weight.factor() * grad.factor());

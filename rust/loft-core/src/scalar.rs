@@ -1,8 +1,20 @@
-//! The two precisions in which anything is computed: f32 (also for half inputs) and f64.
+//! The four types in which a matrix may be given, and the two precisions in which anything is
+//! computed: f32 (also for half inputs) and f64.
 
 use std::ops::{Add, AddAssign, Div, Mul, MulAssign, Neg, Sub, SubAssign};
 
-use crate::view::Dtype;
+/// The element type of a matrix that is read.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Dtype {
+    /// IEEE single.
+    F32,
+    /// IEEE double.
+    F64,
+    /// bfloat16.
+    Bf16,
+    /// IEEE half.
+    F16,
+}
 
 /// f32 or f64.
 pub trait Real:
@@ -24,7 +36,7 @@ pub trait Real:
 {
     /// Unit roundoff times two, as `f64`.
     const EPS: f64;
-    /// The tag of a [`crate::view::View`] that holds this type.
+    /// The tag of a matrix that holds this type.
     const DTYPE: Dtype;
     /// Rounds to this type.
     fn of(x: f64) -> Self;

@@ -13,13 +13,16 @@ use std::time::Instant;
 
 use crate::control::Control;
 use crate::error::{Error, Result, invalid};
-use crate::krylov::{Params, Truncated, Work};
+use crate::krylov::{Call, Params, Truncated, Work};
+use crate::op::{Dense, SkewProduct};
 use crate::panel::Panel;
 use crate::par::Par;
-use crate::scalar::Real;
+use crate::scalar::{Dtype, Real};
 use crate::skew::{SkewSubspace, skew_subspace};
 use crate::svd::{check_rank, check_tol, fraction, leading, relative_gap, rescale};
-use crate::view::{Dtype, Scan, View};
+use crate::view::{Scan, View};
+
+pub use crate::skew::Side;
 
 /// How a support is chosen.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -30,15 +33,6 @@ pub enum Method {
     SkewGrad,
     /// Top singular vectors of the weight.
     Principal,
-}
-
-/// Which side of W0 is rotated.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Side {
-    /// `W0 R`: the basis is `n x r`.
-    Input,
-    /// `R W0`: the basis is `m x r`.
-    Output,
 }
 
 /// One layer. Both matrices are `(out, in)`.
@@ -182,23 +176,25 @@ fn check_entries<'a>(jobs: &[Job<'a>], options: Options, par: Par) -> Result<Vec
 
 fn solve(job: &Job<'_>, checked: &Checked<'_>, options: Options, control: &dyn Control, par: Par) -> Result<Selection> {
     let params = Params { tol: options.tol, seed: options.seed, left: false };
+    let call = Call { rank: job.rank, params, control, par };
     let double = [&checked.grad, &checked.weight].into_iter().flatten().any(|(view, _)| view.dtype() == Dtype::F64);
     match (&checked.weight, &checked.grad) {
         (Some(weight), Some(grad)) => {
             let exponent = weight.1.exponent + grad.1.exponent;
             let product = (weight.1.square * grad.1.square).sqrt();
-            let (w, g) = ((weight.0, weight.1.exponent), *grad);
+            let [w, g] = [weight, grad].map(|(view, scan)| Dense::new(*view, scan.exponent));
+            let (skew, square) = (SkewProduct { weight: w, grad: g }, grad.1.square);
             if double {
-                planes(skew_subspace::<f64>(w, g, job.rank, params, control, par)?, exponent, product, &job.name)
+                planes(skew_subspace::<f64>(skew, square, call)?, exponent, product, &job.name)
             } else {
-                planes(skew_subspace::<f32>(w, g, job.rank, params, control, par)?, exponent, product, &job.name)
+                planes(skew_subspace::<f32>(skew, square, call)?, exponent, product, &job.name)
             }
         }
         (Some((view, scan)), None) | (None, Some((view, scan))) => {
             if double {
-                Ok(vectors(leading::<f64>(*view, *scan, job.rank, params, control, par)?, *scan))
+                Ok(vectors(leading::<f64>(*view, *scan, call)?, *scan))
             } else {
-                Ok(vectors(leading::<f32>(*view, *scan, job.rank, params, control, par)?, *scan))
+                Ok(vectors(leading::<f32>(*view, *scan, call)?, *scan))
             }
         }
         (None, None) => invalid("a job needs a matrix"),

@@ -19,18 +19,26 @@ use faer::Mat;
 
 use crate::control::{Control, abandonable};
 use crate::error::{Result, invalid};
-use crate::krylov::{Depth, Params, Space, Verdict, Work, missing};
+use crate::krylov::{Call, Depth, Space, Verdict, Work, missing};
 use crate::op::{Dense, Operator, SkewDense, SkewProduct};
 use crate::orth::{orthonormalize_with_r, polish};
 use crate::panel::{Basis, Panel, cross, times};
 use crate::par::Par;
 use crate::planes::{Planes, fix_rotations, split};
 use crate::rng::{Stream, gaussians};
-use crate::scalar::{Real, pow2};
-use crate::select::Side;
-use crate::view::{Dtype, Scan, View};
+use crate::scalar::{Dtype, Real, pow2};
+use crate::view::View;
 
 const PROBES: usize = 16;
+
+/// Which side of W0 is rotated.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Side {
+    /// `W0 R`: the basis is `n x r`.
+    Input,
+    /// `R W0`: the basis is `m x r`.
+    Output,
+}
 
 /// Leading invariant planes and what is known about them.
 #[derive(Debug, Clone)]
@@ -49,28 +57,20 @@ pub struct SkewSubspace<T> {
     pub work: Work,
 }
 
-/// A matrix and the exponent of its largest entry.
-pub type Scaled<'a> = (View<'a>, i32);
-
-/// The top-`rank` subspace of `Skew(W^T G)` at unit scale (each matrix times `2^-exponent`).
+/// The top-`call.rank` subspace of `S = Skew(W^T G)` at unit scale (each matrix times
+/// `2^-exponent`); `square` is `||G||_F^2` at that scale.
 ///
 /// # Errors
-/// What `control` returns, and non-convergence of a small SVD.
-pub fn skew_subspace<T: Real>(
-    weight: Scaled<'_>,
-    grad: (View<'_>, Scan),
-    rank: usize,
-    params: Params,
-    control: &dyn Control,
-    par: Par,
-) -> Result<SkewSubspace<T>> {
-    control.check()?;
-    let (fewer, spent) = fewer_rows::<T>(weight, grad, rank, params.seed, par);
+/// What `call.control` returns, and non-convergence of a small SVD.
+pub fn skew_subspace<T: Real>(skew: SkewProduct<'_>, square: f64, call: Call<'_>) -> Result<SkewSubspace<T>> {
+    call.control.check()?;
+    let (fewer, spent) = fewer_rows::<T>(skew, square, call);
     let found = if let Some([weight, grad]) = fewer {
-        let [weight, grad] = [&weight, &grad].map(|a| (View::row_major(&a.data, a.rows, a.cols).transpose(), 0));
-        subspace::<T>(weight, grad, rank, params, control, par)?
+        let views = [&weight, &grad].map(|a| View::row_major(&a.data, a.rows, a.cols).transpose());
+        let [weight, grad] = views.map(|view| Dense::new(view, 0));
+        subspace::<T>(SkewProduct { weight, grad }, call)?
     } else {
-        subspace(weight, (grad.0, grad.1.exponent), rank, params, control, par)?
+        subspace(skew, call)?
     };
     Ok(SkewSubspace { work: spent + found.work, ..found })
 }
@@ -79,21 +79,16 @@ pub fn skew_subspace<T: Real>(
 const SEARCHED: usize = 512;
 
 /// `W^T Q` and `G^T Q` where `G = Q Q^T G` to rounding with a `Q` of few columns, and what the search took.
-fn fewer_rows<T: Real>(
-    weight: Scaled<'_>,
-    grad: (View<'_>, Scan),
-    rank: usize,
-    seed: u64,
-    par: Par,
-) -> (Option<[Panel<T>; 2]>, Work) {
-    let (m, n) = (grad.0.rows(), grad.0.cols());
+fn fewer_rows<T: Real>(skew: SkewProduct<'_>, square: f64, call: Call<'_>) -> (Option<[Panel<T>; 2]>, Work) {
+    let SkewProduct { weight: w, grad: g } = skew;
+    let Call { rank, params, par, .. } = call;
+    let (m, n) = (g.view.rows(), g.view.cols());
     // Planes come in pairs, so a gradient of half the rank already fills the support.
     let samples = (rank / 2).next_multiple_of(8) + 8;
-    if m.min(n) < SEARCHED.max(4 * samples) || matches!(grad.0.dtype(), Dtype::Bf16 | Dtype::F16) {
+    if m.min(n) < SEARCHED.max(4 * samples) || matches!(g.view.dtype(), Dtype::Bf16 | Dtype::F16) {
         return (None, Work::default());
     }
-    let (w, g) = (Dense::new(weight.0, weight.1), Dense::new(grad.0, grad.1.exponent));
-    let sample = g.apply(&gaussians::<T>(seed, Stream::Sample, n, samples, 0, par), par);
+    let sample = g.apply(&gaussians::<T>(params.seed, Stream::Sample, n, samples, 0, par), par);
     let work = Work::of(1, samples);
     let (q, r) = orthonormalize_with_r(sample, par);
     let floor = 64.0 * T::EPS * r[(0, 0)].abs();
@@ -105,45 +100,37 @@ fn fewer_rows<T: Real>(
     let q = Panel::from_mat(q.mat().subcols(0, found.max(rank.div_ceil(2))));
     let inside: Panel<T> = g.adjoint(&q, par);
     let work = work + Work::of(1, q.cols);
-    let square: f64 = inside.norms().iter().map(|x| x * x).sum();
+    let captured: f64 = inside.norms().iter().map(|x| x * x).sum();
     // What the samples may have missed must be rounding of the whole.
-    if square < (1.0 - 8.0 * T::EPS) * grad.1.square {
+    if captured < (1.0 - 8.0 * T::EPS) * square {
         return (None, work);
     }
     (Some([w.adjoint(&q, par), inside]), work + Work::of(1, q.cols))
 }
 
-fn subspace<T: Real>(
-    weight: Scaled<'_>,
-    grad: Scaled<'_>,
-    rank: usize,
-    params: Params,
-    control: &dyn Control,
-    par: Par,
-) -> Result<SkewSubspace<T>> {
-    let (m, n) = (weight.0.rows(), weight.0.cols());
-    let depth = Depth::new(rank, n, 2.6, 4.6);
+fn subspace<T: Real>(skew: SkewProduct<'_>, call: Call<'_>) -> Result<SkewSubspace<T>> {
+    let (m, n) = (skew.weight.view.rows(), skew.weight.view.cols());
+    let depth = Depth::new(call.rank, n, 2.6, 4.6);
     let k = depth.map_or(n, Depth::columns);
     if 2 * m <= n && 2 * m <= k {
-        return row_space(weight, grad, rank, control, par);
+        return row_space(skew, call);
     }
-    let (w, g) = (Dense::new(weight.0, weight.1), Dense::new(grad.0, grad.1));
-    let formed = || SkewDense::form(w, g, control, par);
-    let Some(depth) = depth else { return dense(&formed()?, rank, control, par) };
+    let formed = || SkewDense::form(skew, call.control, call.par);
+    let Some(depth) = depth else { return dense(&formed()?, call) };
     if m * n + n * k < 4 * m * k {
         let op = formed()?;
-        control.check()?;
+        call.control.check()?;
         // A formed S is all that reads the data.
-        return match lanczos(&op, rank, depth, params, Some(op.square()), control, par)? {
+        return match lanczos(&op, depth, Some(op.square()), call)? {
             Ok(found) => Ok(SkewSubspace { work: Work::DENSE, ..found }),
-            Err(_) => dense(&op, rank, control, par),
+            Err(_) => dense(&op, call),
         };
     }
     let twice = |work: Work| work + work;
-    match lanczos::<T>(&SkewProduct::new(w, g), rank, depth, params, None, control, par)? {
+    match lanczos::<T>(&skew, depth, None, call)? {
         Ok(found) => Ok(SkewSubspace { work: twice(found.work), ..found }),
         Err(spent) => {
-            let found = dense(&formed()?, rank, control, par)?;
+            let found = dense(&formed()?, call)?;
             Ok(SkewSubspace { work: twice(spent) + found.work, ..found })
         }
     }
@@ -178,11 +165,11 @@ pub fn skew_project<T: Real>(
         Side::Output => (weight.transpose(), grad.transpose()),
     };
     let (weight, grad) = (Dense::new(weight, exponents[0]), Dense::new(grad, exponents[1]));
-    let (first, second) = match side {
-        Side::Input => (weight, grad),
-        Side::Output => (grad, weight),
+    let skew = match side {
+        Side::Input => SkewProduct { weight, grad },
+        Side::Output => SkewProduct { weight: grad, grad: weight },
     };
-    let mut matrix = SkewDense::<T>::form(first, second, control, par)?.matrix;
+    let mut matrix = SkewDense::<T>::form(skew, control, par)?.matrix;
     // In two factors and in f64: the scale may lie outside the range of T where the entries do not.
     let exponent = exponents[0] + exponents[1];
     let (half, rest) = (pow2(exponent / 2), pow2(exponent - exponent / 2));
@@ -190,7 +177,8 @@ pub fn skew_project<T: Real>(
     Ok(matrix)
 }
 
-fn dense<T: Real>(op: &SkewDense<T>, rank: usize, control: &dyn Control, par: Par) -> Result<SkewSubspace<T>> {
+fn dense<T: Real>(op: &SkewDense<T>, call: Call<'_>) -> Result<SkewSubspace<T>> {
+    let Call { rank, control, par, .. } = call;
     let small = op.matrix.mat();
     let k = Mat::from_fn(small.nrows(), small.ncols(), |i, j| small[(i, j)].f64());
     let ritz = abandonable(control, move || Ritz::whole(k, rank))??;
@@ -198,15 +186,10 @@ fn dense<T: Real>(op: &SkewDense<T>, rank: usize, control: &dyn Control, par: Pa
     Ok(assemble(basis, &ritz, (op.square(), 0.0), Work::DENSE, par))
 }
 
-fn row_space<T: Real>(
-    weight: Scaled<'_>,
-    grad: Scaled<'_>,
-    rank: usize,
-    control: &dyn Control,
-    par: Par,
-) -> Result<SkewSubspace<T>> {
-    let (m, n) = (weight.0.rows(), weight.0.cols());
-    let [w, g] = [weight, grad].map(|(view, e)| view.transpose().copied::<f64>(e, par));
+fn row_space<T: Real>(skew: SkewProduct<'_>, call: Call<'_>) -> Result<SkewSubspace<T>> {
+    let Call { rank, control, par, .. } = call;
+    let (m, n) = (skew.weight.view.rows(), skew.weight.view.cols());
+    let [w, g] = [skew.weight, skew.grad].map(|a| a.view.transpose().copied::<f64>(a.exponent, par));
     let rows = w.chunks(m).zip(g.chunks(m)).flat_map(|(w, g)| w.iter().chain(g).copied());
     let (q, r) = orthonormalize_with_r(Panel::from_rows(n, 2 * m, rows.collect()), par);
     let (r_w, r_g) = (r.subcols(0, m), r.subcols(m, m));
@@ -220,13 +203,11 @@ fn row_space<T: Real>(
 /// What was spent, if the Krylov space came near the whole space.
 fn lanczos<T: Real>(
     op: &impl Operator<T>,
-    rank: usize,
     depth: Depth,
-    params: Params,
     square: Option<f64>,
-    control: &dyn Control,
-    par: Par,
+    call: Call<'_>,
 ) -> Result<std::result::Result<SkewSubspace<T>, Work>> {
+    let Call { rank, params, control, par } = call;
     let n = op.cols();
     let mut space = Space::start(n, depth, params.seed, None, par);
     for step in 1.. {
@@ -352,6 +333,7 @@ fn assemble<T: Real>(mut basis: Panel<T>, ritz: &Ritz, square: (f64, f64), work:
 mod tests {
     use super::*;
     use crate::control::Free;
+    use crate::krylov::Params;
     use crate::orth::orthogonality_error;
     use crate::testing::{captured_skew, gaussian_panel, skew_of, with_spectrum};
 
@@ -362,9 +344,10 @@ mod tests {
             let view = View::row_major(&a.data, a.rows, a.cols);
             let scan = view.scan("a", Par::Seq).unwrap();
             assert_eq!(scan.exponent, 0, "the tests here are at unit scale");
-            (view, scan)
+            (Dense::new(view, 0), scan.square)
         });
-        skew_subspace((w.0, 0), g, rank, params, &Free, Par::Seq).unwrap()
+        let skew = SkewProduct { weight: w.0, grad: g.0 };
+        skew_subspace(skew, g.1, Call { rank, params, control: &Free, par: Par::Seq }).unwrap()
     }
 
     fn unit(a: Panel<f64>) -> Panel<f64> {

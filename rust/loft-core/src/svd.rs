@@ -3,28 +3,19 @@
 
 use std::time::Instant;
 
-use crate::control::Control;
 use crate::error::{Result, invalid};
 use crate::exact::exact_svd;
-use crate::krylov::{Params, Truncated, truncated_svd};
+use crate::krylov::{Call, Truncated, truncated_svd};
 use crate::op::Dense;
-use crate::par::Par;
 use crate::scalar::{Real, pow2};
 use crate::view::{Scan, View};
 
 /// Leading triplets at unit scale: Krylov, or the dense SVD where that would fill the space.
-pub(crate) fn leading<T: Real>(
-    view: View<'_>,
-    scan: Scan,
-    rank: usize,
-    params: Params,
-    control: &dyn Control,
-    par: Par,
-) -> Result<Truncated<T>> {
+pub(crate) fn leading<T: Real>(view: View<'_>, scan: Scan, call: Call<'_>) -> Result<Truncated<T>> {
     let op = Dense::new(view, scan.exponent);
-    match truncated_svd(&op, rank, scan.square, params, control, par)? {
+    match truncated_svd(&op, scan.square, call)? {
         Some(found) => Ok(found),
-        None => exact_svd(view, scan.exponent, rank, params.left, control, par),
+        None => exact_svd(op, call),
     }
 }
 
@@ -41,22 +32,17 @@ pub struct Svd<T> {
     pub seconds: f64,
 }
 
-/// The `rank` leading singular triplets of a dense matrix.
+/// The `call.rank` leading singular triplets of a dense matrix.
 ///
 /// # Errors
-/// A rank outside `1..=min(m, n)`, a `tol` outside (0, 1), non-finite entries, what `control` returns.
-pub fn randomized_svd<T: Real>(
-    view: View<'_>,
-    rank: usize,
-    params: Params,
-    control: &dyn Control,
-    par: Par,
-) -> Result<Svd<T>> {
+/// A rank outside `1..=min(m, n)`, a `tol` outside (0, 1), non-finite entries, what `call.control`
+/// returns.
+pub fn randomized_svd<T: Real>(view: View<'_>, call: Call<'_>) -> Result<Svd<T>> {
     let start = Instant::now();
-    check_tol(params.tol)?;
-    check_rank(rank, view.rows(), view.cols(), " a")?;
-    let scan = view.scan("a", par)?;
-    let mut triplets = leading::<T>(view, scan, rank, params, control, par)?;
+    check_tol(call.params.tol)?;
+    check_rank(call.rank, view.rows(), view.cols(), " a")?;
+    let scan = view.scan("a", call.par)?;
+    let mut triplets = leading::<T>(view, scan, call)?;
     let energy = fraction(triplets.values.iter().map(|x| x * x).sum(), scan.square);
     let gap = relative_gap::<T>(&triplets.values, triplets.next);
     rescale(&mut triplets.values, scan.exponent);

@@ -16,18 +16,7 @@ use crate::error::{Error, Result};
 use crate::par::Par;
 use crate::scalar::{Real, pow2};
 
-/// The element type of a [`View`].
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Dtype {
-    /// IEEE single.
-    F32,
-    /// IEEE double.
-    F64,
-    /// bfloat16.
-    Bf16,
-    /// IEEE half.
-    F16,
-}
+pub use crate::scalar::Dtype;
 
 /// A read-only `rows x cols` matrix that someone else owns; strides are in bytes and may be
 /// negative, zero or unaligned.

@@ -4,8 +4,8 @@
 mod door;
 mod matrix;
 
-use loft_core::select::{Job, Method, Options, Selection, Side};
-use loft_core::{Dtype, Panel, Params, Real, View};
+use loft_core::select::{Job, Method, Options, Selection};
+use loft_core::{Call, Dtype, Panel, Params, Real, Side, View};
 use numpy::{Element, PyArray1, PyArray2, PyArrayMethods};
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
@@ -119,8 +119,10 @@ fn svd<'py, T: Real + Element>(
     params: Params,
     threads: Option<i64>,
 ) -> PyResult<SvdParts<'py>> {
-    let found =
-        door(py, threads, None, |control, par| loft_core::svd::randomized_svd::<T>(a, rank, params, control, par))?;
+    let work = |control: &dyn loft_core::Control, par| {
+        loft_core::svd::randomized_svd::<T>(a, Call { rank, params, control, par })
+    };
+    let found = door(py, threads, None, work)?;
     let triplets = found.triplets;
     let info = PyDict::new(py);
     info.set_item("energy", found.energy)?;

@@ -1,0 +1,63 @@
+"""Advice: a learning rate to start from, by what the runs of `bench/quality` say.
+
+    lr = c / r      c = .16 pilot, also in halves      .064 principal, gradsvd      .026 skewgrad      `exp`: twice that
+
+Thirteen tasks, Adam with `cayley`. At c the mean loss against the rate that was tuned for a task is `COSTS`, in the score of a task.
+"""
+
+from __future__ import annotations
+
+import warnings
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .tuner.config import LoftConfig
+
+__all__ = ["suggest_lr", "warn_of_low_rate"]
+
+# lr * r of the best single rate over 13 tasks, and what it costs on average against the rate tuned for each.
+RATES = {"pilot": 0.16, "principal": 0.064, "gradsvd": 0.064, "skewgrad": 0.026}
+COSTS = {"pilot": 0.010, "principal": 0.016, "gradsvd": 0.010, "skewgrad": 0.010}
+_TRANSFORMS = {"cayley": 1.0, "exp": 2.0}
+_LOW = 3.0  # times below the suggestion: worth a warning
+
+
+def suggest_lr(config: LoftConfig) -> float:
+    """A learning rate for Adam to start from: c / r, c by the support (see `advice.py`). Then try one three times larger.
+
+    Provisional: c is from runs of ranks 34 to 86 on small models, and 1/r was in their grids, not measured for itself.
+
+    config: a `LoftConfig` with an integer r. Returns the rate.
+    ValueError where no run says anything: other supports (random, coordinate, activation, files), OFT, BOFT, HRA, the transforms `free`
+    and `cayley_neumann`, a `Budget`.
+
+    >>> from loft_rs import LoftConfig, suggest_lr
+    >>> suggest_lr(LoftConfig(r=64))
+    0.001
+    """
+    name = config.named_transform
+    if config.method not in RATES:
+        raise ValueError(
+            f"suggest_lr knows the supports {', '.join(sorted(RATES))}, from runs; none says anything of {config.method!r}: try "
+            "rates from .001 to .1 divided by r"
+        )
+    if name.base not in _TRANSFORMS:
+        raise ValueError(
+            f"suggest_lr knows the transforms cayley and exp; no run says anything of {config.transform!r}"
+        )
+    if not isinstance(config.r, int):
+        raise ValueError("suggest_lr needs an integer r: under a Budget the ranks of the layers differ")
+    return float(f"{RATES[config.method] * _TRANSFORMS[name.base] / config.r:.2g}")
+
+
+def warn_of_low_rate(config: LoftConfig, rate: float | None) -> None:
+    """Warn where training starts at a third of the suggested rate or less, as at a Trainer's default."""
+    try:
+        suggested = suggest_lr(config)
+    except ValueError:
+        return
+    if rate and rate * _LOW <= suggested:
+        warnings.warn(
+            f"learning_rate={rate:g} is low for this adapter: rotations are small numbers, and loft_rs.suggest_lr gives {suggested:g}",
+            stacklevel=3,
+        )

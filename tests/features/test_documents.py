@@ -1,0 +1,83 @@
+"""The documents: every block of Python runs, every link leads somewhere, every quoted message is in the source."""
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+from documents import blocks, run, setups
+from pages import DEFAULTS, SETUPS
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+pytestmark = pytest.mark.skipif(not (ROOT / "mkdocs.yml").is_file(), reason="needs the checkout's docs")
+
+
+def _name(page):
+    return page.name
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if page.is_file() and "```python" in page.read_text()], ids=_name)
+def test_the_code_of_a_page_runs(page, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    namespace = {"__name__": "__main__"}
+    for name in setups(page) or DEFAULTS.get(page.name, []):
+        namespace |= SETUPS[name]()
+    run(page, namespace)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=_name)
+def test_links_lead_somewhere(page):
+    text = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.S)
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        if "://" in target:
+            assert re.fullmatch(r"https://[\w.-]+\.[a-z]+(/[\w./#%?=&~:@-]*)?", target), target
+            continue
+        file, _, anchor = target.partition("#")
+        there = (page.parent / file).resolve() if file else page
+        assert there.exists(), f"{page.name}: {target}"
+        assert not anchor or anchor in _anchors(there), f"{page.name}: {target}"
+
+
+def _anchors(page):
+    headings = re.findall(r"^#+ (.+)$", page.read_text(encoding="utf-8"), re.M)
+    return {re.sub(r"[\s-]+", "-", re.sub(r"[^\w\s-]", "", heading).strip().lower()) for heading in headings}
+
+
+def test_every_page_is_in_the_navigation():
+    nav = (ROOT / "mkdocs.yml").read_text(encoding="utf-8").partition("\nnav:")[2]
+    assert sorted(re.findall(r": ([\w-]+\.md)$", nav, re.M)) == sorted(page.name for page in PAGES[1:])
+
+
+def test_messages_of_the_faq_are_in_the_source():
+    strings = [
+        node.value
+        for file in (ROOT / "python" / "loft_rs").rglob("*.py")
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Constant) and isinstance(node.value, str)
+    ]
+    source = "\n".join(strings)
+    messages = re.findall(r"^### `(.+)`$", (ROOT / "docs" / "faq.md").read_text(encoding="utf-8"), re.M)
+    assert len(messages) > 15
+    for message in messages:
+        for part in filter(None, (part.strip() for part in message.split("..."))):
+            assert part in source, message
+
+
+def test_a_fence_that_would_not_run_is_refused(tmp_path):
+    page = tmp_path / "page.md"
+    for fence in ("```python notest", "```py", '```python title="not run"', "    ```python"):
+        page.write_text(f"text\n\n{fence}\nx = 1\n```\n")
+        with pytest.raises(ValueError, match="page.md"):
+            blocks(page)
+    page.write_text('```python title="not run: needs a GPU"\nx = 1\n```\n')
+    assert [block.reason for block in blocks(page)] == ["needs a GPU"]
+
+
+def test_output_that_differs_is_seen(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text('```python\nprint("loss", 0.25)\n```\n\n```text title="output"\nloss 0.31\n```\n')
+    run(page, {})
+    page.write_text('```python\nprint("loss", 0.25)\n```\n\n```text title="output"\naccuracy 0.31\n```\n')
+    with pytest.raises(AssertionError, match="loss 0.25"):
+        run(page, {})

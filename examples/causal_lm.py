@@ -46,7 +46,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, help="folder of a causal language model with its tokenizer")
     parser.add_argument("--file", type=Path, default=Path(__file__), help="text to train on (default: this program)")
-    parser.add_argument("--out", type=Path, default=Path("causal-lm-example"), help="folder for everything that is written")
+    parser.add_argument(
+        "--out", type=Path, default=Path("causal-lm-example"), help="folder for everything that is written"
+    )
     parser.add_argument("--steps", type=int, default=40)
     options = parser.parse_args()
     folder = options.model or options.out / "base"
@@ -81,7 +83,9 @@ def main() -> None:
     with torch.no_grad():
         prompt = rows[0]["input_ids"][None, :16].to(model.device)
         difference = (lora.to(model.device).eval()(prompt).logits - model.eval()(prompt).logits).abs().max()
-    print(f"{options.out / 'adapter-lora'}: a LoRA of rank {lora.peft_config['default'].r}; logits differ by {difference:.1e}")
+    print(
+        f"{options.out / 'adapter-lora'}: a LoRA of rank {lora.peft_config['default'].r}; logits differ by {difference:.1e}"
+    )
 
 
 if __name__ == "__main__":

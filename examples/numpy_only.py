@@ -39,9 +39,10 @@ def main() -> None:
         file = Path(folder) / "supports.safetensors"
         loft_rs.save_supports(file, supports)
         loaded = loft_rs.load_supports(file)
-        print(f"{file.name}: {file.stat().st_size:,} bytes; equal bits:", all(
-            np.array_equal(loaded[name].basis, each.basis) for name, each in supports.items()
-        ))
+        print(
+            f"{file.name}: {file.stat().st_size:,} bytes; equal bits:",
+            all(np.array_equal(loaded[name].basis, each.basis) for name, each in supports.items()),
+        )
 
 
 if __name__ == "__main__":

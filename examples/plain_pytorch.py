@@ -47,7 +47,9 @@ def main() -> None:
     network = nn.Sequential(nn.Linear(WIDTH, 128), nn.ReLU(), nn.Linear(128, CLASSES))
     train(network, x, labels, 100, 1e-3)
     new = turned(x, centres)
-    print(f"accuracy on its own inputs {accuracy(network, x, labels):.3f}, on new ones {accuracy(network, new, labels):.3f}")
+    print(
+        f"accuracy on its own inputs {accuracy(network, x, labels):.3f}, on new ones {accuracy(network, new, labels):.3f}"
+    )
 
     nn.functional.cross_entropy(network(new), labels).backward()
     first: nn.Linear = network[0]

@@ -54,7 +54,9 @@ def write_example(path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("file", nargs="?", type=Path, help="CSV with the columns text and label")
-    parser.add_argument("--out", type=Path, default=Path("trainer-example"), help="folder for everything that is written")
+    parser.add_argument(
+        "--out", type=Path, default=Path("trainer-example"), help="folder for everything that is written"
+    )
     parser.add_argument("--steps", type=int, default=80)
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
@@ -62,7 +64,8 @@ def main() -> None:
         options.file = options.out / "docstrings.csv"
         write_example(options.file)
 
-    rows = list(csv.DictReader(options.file.open(newline="", encoding="utf-8")))
+    with options.file.open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
     random.Random(0).shuffle(rows)
     labels = sorted({row["label"] for row in rows})
     tokenizer = AutoTokenizer.from_pretrained(MODEL)

@@ -1,7 +1,10 @@
 """The documents: every block of Python runs, every link leads somewhere, every quoted message is in the source."""
 
 import ast
+import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -17,7 +20,9 @@ def _name(page):
     return page.name
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if page.is_file() and "```python" in page.read_text()], ids=_name)
+@pytest.mark.parametrize(
+    "page", [page for page in PAGES if page.is_file() and "```python" in page.read_text()], ids=_name
+)
 def test_the_code_of_a_page_runs(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     namespace = {"__name__": "__main__"}
@@ -81,3 +86,46 @@ def test_output_that_differs_is_seen(tmp_path):
     page.write_text('```python\nprint("loss", 0.25)\n```\n\n```text title="output"\naccuracy 0.31\n```\n')
     with pytest.raises(AssertionError, match="loss 0.25"):
         run(page, {})
+    page.write_text('```python\nprint("one\\ntwo\\nthree")\n```\n\n```text title="output"\n...\nthree\n```\n')
+    run(page, {})
+
+
+def test_the_table_of_sizes_is_that_of_files(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "bench"))
+    import sizes
+    from peft import get_peft_model
+    from reference import make_llama
+    from safetensors.torch import load_file
+
+    from loft_rs import LoftConfig, export_lora
+
+    assert sizes.on_page(sizes.PAGE.read_text(encoding="utf-8")) == sizes.PAGE.read_text(encoding="utf-8")
+    layers = ((32, 32), (16, 32), (16, 32), (32, 32), (80, 32), (80, 32), (32, 80))
+    shape = sizes.Model("Llama of two layers", layers, 2, 4)
+    model = get_peft_model(make_llama(), LoftConfig(r=8, target_modules="all-linear"))
+    model.save_pretrained(tmp_path / "adapter")
+    export_lora(model, tmp_path / "lora")
+    held = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    held = {name: tensor for name, tensor in held.items() if not name.endswith("loft_energy")}
+    assert sum(tensor.nbytes for tensor in held.values()) == sizes.adapter_bytes(shape, 8)
+    assert sum(p.numel() for p in model.parameters() if p.requires_grad) == sizes.trained(shape, 8)
+    factors = load_file(tmp_path / "lora" / "adapter_model.safetensors")
+    assert sum(tensor.numel() for tensor in factors.values()) == sizes.lora_trained(shape, 8)
+
+
+@pytest.mark.parametrize("name", ["causal_lm.py", "plain_pytorch.py", "numpy_only.py"])
+def test_an_example_runs(name, tmp_path):
+    command = [sys.executable, str(ROOT / "examples" / name)]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert "differ by" in done.stdout or "equal bits: True" in done.stdout
+    assert not re.search(r"differ by \d\.\de-0[1-4]", done.stdout), done.stdout
+
+
+def test_the_notebook_and_the_trainer_example_compile():
+    notebook = json.loads((ROOT / "examples" / "quickstart.ipynb").read_text(encoding="utf-8"))
+    cells = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
+    assert notebook["nbformat"] == 4 and all(cell["outputs"] or cell["execution_count"] for cell in cells)
+    for source in ["".join(cell["source"]) for cell in cells]:
+        compile(source, "quickstart.ipynb", "exec")
+    compile((ROOT / "examples" / "trainer.py").read_text(encoding="utf-8"), "trainer.py", "exec")

@@ -1,9 +1,9 @@
 """The Python of a Markdown page: its blocks, its hidden set-up, and their run in one namespace.
 
-    <!-- setup: causal_lm -->             names of `pages.SETUPS`, whose values the page's blocks find
-    ```python                             runs, after the blocks before it
-    ```python title="not run: needs TRL"  is compiled only; the reason is what a reader sees
-    ```text title="output"                what the block before it prints, numbers aside
+<!-- setup: causal_lm -->             names of `pages.SETUPS`, whose values the page's blocks find
+```python                             runs, after the blocks before it
+```python title="not run: needs TRL"  is compiled only; the reason is what a reader sees
+```text title="output"                what the block before it prints, numbers aside; a line ... is any lines
 """
 
 from __future__ import annotations
@@ -52,7 +52,9 @@ def blocks(page: Path) -> list[Block]:
         line = fence.map[0] + 2
         marked = _NOT_RUN.match(info)
         if language != "python" or (info and not marked):
-            raise ValueError(f'{page.name}:{line - 1}: "{fence.info}": write ```python, or ```python title="not run: REASON"')
+            raise ValueError(
+                f'{page.name}:{line - 1}: "{fence.info}": write ```python, or ```python title="not run: REASON"'
+            )
         after = fences[number + 1] if number + 1 < len(fences) else None
         output = after.content if after and after.info.strip() == f"text {_OUTPUT}" else None
         found.append(Block(line, fence.content, marked and marked["reason"], output))
@@ -72,10 +74,16 @@ def run(page: Path, namespace: dict[str, Any]) -> None:
         with contextlib.redirect_stdout(printed):
             exec(code, namespace)
         if block.output is not None:
-            assert _masked(printed.getvalue()) == _masked(block.output), f"{page.name}:{block.line} prints\n{printed.getvalue()}"
+            where = f"{page.name}:{block.line}"
+            assert re.fullmatch(_pattern(block.output), _masked(printed.getvalue())), f"{where} prints\n{printed.getvalue()}"
 
 
-def _masked(text: str) -> list[list[str]]:
+def _masked(text: str) -> str:
     """Words line by line, numbers as #: these differ with machines and versions."""
     number = re.compile(r"[-+]?\d[\d,]*\.?\d*(?:e[-+]?\d+)?")
-    return [number.sub("#", line).split() for line in text.strip().splitlines()]
+    return "".join(" ".join(number.sub("#", line).split()) + "\n" for line in text.strip().splitlines())
+
+
+def _pattern(shown: str) -> str:
+    """What a page shows as a pattern for `_masked` text; a line of three dots stands for any lines."""
+    return re.escape(_masked(shown)).replace(re.escape("...\n"), "(?:.*\n)*")

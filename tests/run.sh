@@ -9,9 +9,10 @@ if [ -z "${VIRTUAL_ENV:-}" ]; then
 fi
 # Spinning OpenMP threads make a busy two-core machine many times slower.
 export OMP_WAIT_POLICY=PASSIVE
-python -m pip install --quiet --disable-pip-version-check ".[test,demo]"
-ruff check python tests bench
-ruff format --check python tests bench
+python -m pip install --quiet --disable-pip-version-check ".[test,demo,docs]"
+ruff check python tests bench examples
+ruff format --check python tests bench examples
+NO_MKDOCS_2_WARNING=1 mkdocs build --quiet --strict
 cargo fmt --all --check
 cargo clippy --quiet --workspace --all-targets -- -D warnings
 cargo test --quiet --workspace --exclude loft-python

@@ -20,10 +20,10 @@ def _name(page):
     return page.name
 
 
-@pytest.mark.parametrize(
-    "page", [page for page in PAGES if page.is_file() and "```python" in page.read_text()], ids=_name
-)
+@pytest.mark.filterwarnings("ignore:the LoRA has rank")  # as a page at the usual rank would show
+@pytest.mark.parametrize("page", PAGES, ids=_name)
 def test_the_code_of_a_page_runs(page, tmp_path, monkeypatch):
+    assert blocks(page) or page.name != "README.md"
     monkeypatch.chdir(tmp_path)
     namespace = {"__name__": "__main__"}
     for name in setups(page) or DEFAULTS.get(page.name, []):

@@ -75,7 +75,9 @@ def run(page: Path, namespace: dict[str, Any]) -> None:
             exec(code, namespace)
         if block.output is not None:
             where = f"{page.name}:{block.line}"
-            assert re.fullmatch(_pattern(block.output), _masked(printed.getvalue())), f"{where} prints\n{printed.getvalue()}"
+            assert re.fullmatch(_pattern(block.output), _masked(printed.getvalue())), (
+                f"{where} prints\n{printed.getvalue()}"
+            )
 
 
 def _masked(text: str) -> str:

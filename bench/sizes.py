@@ -71,7 +71,7 @@ def table() -> str:
             lines.append("| " + " | ".join([str(rank), *numbers, *map(_megabytes, sizes)]) + " |")
         few = lora_trained(model, 8)
         lines += ["", f"PEFT's LoRA of r=8 there: {few:,} trained numbers, {_megabytes(4 * few)} in float32.", ""]
-    return "\n".join(lines)
+    return "\n" + "\n".join(lines) + "\n"
 
 
 def on_page(text: str) -> str:

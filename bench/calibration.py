@@ -218,7 +218,7 @@ def from_gradients(gradients: list[np.ndarray], w: np.ndarray, support: str, ran
     while not sketch.finished:
         for number, g in enumerate(gradients):
             sketch.begin_batch(number % 2)
-            sketch.collect(sketch.keep(torch.from_numpy(g), None), other, 0)
+            sketch.on_backward(sketch.on_forward(torch.from_numpy(g), None), other, 0)
         sketch.end_pass("a layer")
     return sketch.support(2).basis.astype(np.float64), sketch.evidence
 

@@ -31,7 +31,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 import loft_rs
-from loft_rs.calibration.memory import Survey
+from loft_rs.calibration.memory import MemorySurvey
 from loft_rs.calibration.passes import require_finite
 from loft_rs.sketch.base import Sketch
 from loft_rs.sketch.plan import OVERSAMPLING, plan_for, sketch_for
@@ -173,7 +173,7 @@ class Tapped:
         self.adapter, self.layers = adapted_layers(model)
         options = {"order": "input_pca", "seed": 0}
         self.plans = {n: plan_for("skewgrad", each, self.adapter, **options) for n, each in self.layers.items()}
-        self.survey = Survey(self.plans, model, self.layers, self.adapter, False, {})
+        self.survey = MemorySurvey(self.plans, model, self.layers, self.adapter, False, {})
         for name, layer in self.layers.items():
             layer.tap = self.survey.tap([name], self.adapter)
         self.sketches: dict[str, Sketch] = {}

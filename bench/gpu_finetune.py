@@ -287,6 +287,10 @@ def main() -> None:
                     )
                 summaries.append(key | found)
                 _write(file, {"summary": True, **key, **found})
+    print_table(machine, arguments, summaries)
+
+
+def print_table(machine: dict[str, Any], arguments: argparse.Namespace, summaries: list[dict[str, Any]]) -> None:
     print(
         f"{machine['device']}, torch {machine['torch']}, peft {machine['peft']}, {arguments.steps} steps, seed {arguments.seed}\n"
     )

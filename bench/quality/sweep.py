@@ -160,8 +160,13 @@ def sweep(arguments: argparse.Namespace) -> None:
     for worker in workers:
         worker.terminate()
     left = len(due(lines, plan))
+    print(f"{written} runs written in {time.monotonic() - begun:.0f} s; {left} known to be due", end="; ")
+    print_failed(lines)
+
+
+def print_failed(lines: list[dict]) -> None:
     failed = [line for line in lines if line.get("error")]
-    print(f"{written} runs written in {time.monotonic() - begun:.0f} s; {left} known to be due; {len(failed)} failed")
+    print(f"{len(failed)} failed")
     for line in failed[:10]:
         print(f"  {line['task']} {line['method']}: {line['error']}")
 

@@ -9,8 +9,10 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from typing import Any, NamedTuple
 
+from ._transforms import TransformName
+
 __all__ = ["CONFIG_FILE", "FORMAT_VERSION", "ORTHONORMAL", "SLOTS", "SUPPORT_GRAM", "UNKNOWN_ENERGY", "WEIGHTS_FILE"]
-__all__ += ["READABLE_VERSIONS", "RETIRED_FIELDS", "Described", "Slot", "TransformName", "of_this_version", "slots_of"]
+__all__ += ["READABLE_VERSIONS", "RETIRED_FIELDS", "Described", "Slot", "of_this_version", "slots_of"]
 
 FORMAT_VERSION = 2
 READABLE_VERSIONS = (1, 2)  # 1: options of the support and of the transform were fields of their own
@@ -51,31 +53,6 @@ SLOTS = (
 def slots_of(traits: Collection[str]) -> list[Slot]:
     """The slots of an adapter with these traits, each one of "scaled", "supported", "movable" and "refreshed"."""
     return [slot for slot in SLOTS if slot.when == "always" or slot.when in traits]
-
-
-class TransformName(NamedTuple):
-    """A transform's name taken apart, `base[:terms][+magnitudes][+halves]`, as in "cayley_neumann:5" and "cayley+halves"."""
-
-    base: str
-    terms: int | None = None
-    magnitudes: bool = False
-    halves: bool = False
-
-    @classmethod
-    def of(cls, name: str) -> TransformName:
-        """ValueError for a name that is not so built. Whether its base is known is not looked at."""
-        base, *more = str(name).split("+")
-        base, colon, terms = base.partition(":")
-        known = {"magnitudes", "halves"}
-        if set(more) - known or len(set(more)) < len(more) or (colon and not (terms.isdigit() and int(terms) > 0)):
-            raise ValueError(
-                f"transform must be as in 'cayley', 'cayley_neumann:5' or 'cayley+magnitudes', got {name!r}"
-            )
-        return cls(base, int(terms) if colon else None, "magnitudes" in more, "halves" in more)
-
-    def __str__(self) -> str:
-        terms = "" if self.terms is None else f":{self.terms}"
-        return self.base + terms + "+magnitudes" * self.magnitudes + "+halves" * self.halves
 
 
 # What version 1 had as fields -> where it is said now.

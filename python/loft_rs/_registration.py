@@ -11,6 +11,7 @@ import importlib.abc
 import importlib.util
 import sys
 import threading
+from typing import Any
 
 __all__ = ["register", "register_when_imported"]
 
@@ -24,7 +25,7 @@ def register() -> None:
         tuner, "LoftModel"
     ):  # a tuner half imported registers at its own end
         return
-    member = str.__new__(PeftType, "LOFT")
+    member: Any = str.__new__(PeftType, "LOFT")
     member._name_ = member._value_ = "LOFT"
     member.__objclass__ = PeftType
     member._sort_order_ = len(PeftType.__members__)
@@ -60,7 +61,7 @@ class _AfterPeft(importlib.abc.MetaPathFinder):
                     sys.meta_path.remove(self)
                 register()
 
-            spec.loader.exec_module = exec_module
+            spec.loader.exec_module = exec_module  # type: ignore[method-assign]  # of this loader alone
         return spec
 
 

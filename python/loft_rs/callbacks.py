@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 from itertools import islice
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from transformers import TrainerCallback
 from transformers.training_args import ParallelMode
 
@@ -60,10 +60,10 @@ class LoftCalibrationCallback(TrainerCallback):
     ):
         _check_options(max_batches, memory, head_steps)
         self.adapter_name = adapter_name
-        self.options = {"max_batches": max_batches, "head_steps": head_steps, "memory": memory}
+        self.options: dict[str, Any] = {"max_batches": max_batches, "head_steps": head_steps, "memory": memory}
         self.options |= {"offload": offload, "progress": progress}
         self.report: CalibrationReport | None = None
-        self._built: dict[Linear, nn.Parameter] = {}  # with the theta that an optimiser given to the Trainer has
+        self._built: dict[Linear, Tensor] = {}  # with the theta that an optimiser given to the Trainer has
 
     def on_init_end(self, args, state, control, model=None, **kwargs):
         if any(isinstance(module, Linear) for module in model.modules()):  # else the adapter may come later
@@ -124,8 +124,8 @@ class LoftRefreshCallback(TrainerCallback):
         if dataloader is not None and train_step is not None:
             raise ValueError("give at most one of dataloader and train_step")
         self.every, self.batches, self.adapter_name = every, batches, adapter_name
-        self.data = {"dataloader": dataloader, "train_step": train_step}
-        self.options = {"memory": memory, "offload": offload, "progress": progress}
+        self.data: dict[str, Any] = {"dataloader": dataloader, "train_step": train_step}
+        self.options: dict[str, Any] = {"memory": memory, "offload": offload, "progress": progress}
         self.reports: list[tuple[int, CalibrationReport]] = []
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
@@ -141,7 +141,11 @@ class LoftRefreshCallback(TrainerCallback):
         if data["dataloader"] is None and data["train_step"] is None:
             draw = random.Random(f"{args.seed} {state.global_step} {args.process_index}")
             data["dataloader"] = _draw(train_dataloader, args.train_batch_size, self.batches, draw)
-        options = {"max_batches": self.batches, "optimizer": optimizer, "adapter_name": self.adapter_name}
+        options: dict[str, Any] = {
+            "max_batches": self.batches,
+            "optimizer": optimizer,
+            "adapter_name": self.adapter_name,
+        }
         self.reports.append((state.global_step, refresh(model, **data, **options, **self.options)))
 
 
@@ -166,7 +170,7 @@ class LoftNarrowCallback(TrainerCallback):
             raise ValueError(f"rank must be an even integer of at least 2, got {rank!r}")
         self.rank, self.step, self.adapter_name = rank, step, adapter_name
         self.report: NarrowReport | None = None
-        self._built: dict[Linear, nn.Parameter] = {}  # with the theta that an optimiser given to the Trainer has
+        self._built: dict[Linear, Tensor] = {}  # with the theta that an optimiser given to the Trainer has
 
     def _layers(self, model: nn.Module) -> tuple[str, dict[str, Linear]]:
         """(adapter, its layers that hold a support of their own), ready for a checkpoint of the rank they have, or of `rank`."""

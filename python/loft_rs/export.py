@@ -81,8 +81,8 @@ def export_lora(
     with whole_directory(path) as folder:
         tensors = _stored(factors, rank, dtype)
         save_file(tensors, os.path.join(folder, "adapter_model.safetensors"), metadata={"format": "pt"})
-        lora.target_modules = sorted(lora.target_modules)  # a set has no order, and the file should have one
-        lora.save_pretrained(folder)
+        lora.target_modules = _target_modules(model, layers)  # PEFT made a set of it, and the file should have an order
+        lora.save_pretrained(os.fspath(folder))
     return errors
 
 
@@ -123,13 +123,13 @@ def _lora_forms(
 ) -> tuple[dict[str, tuple[Tensor, Tensor]], dict[str, float]]:
     """(A, B) of every layer, and how far B A is from its change; a warning names the furthest."""
     factors, errors = {}, dict.fromkeys(layers, 0.0)
-    full = [name for name, layer in layers.items() if layer.adapters[adapter].full_rank]
     for name, layer in layers.items():
-        if name in full:
-            *factors[name], errors[name] = _nearest_lora(layer, adapter, approximate_rank)
+        if approximate_rank is not None and layer.adapters[adapter].full_rank:
+            a, b, errors[name] = _nearest_lora(layer, adapter, approximate_rank)
+            factors[name] = a, b
         else:
             factors[name] = merging.lora_factors(layer.adapters[adapter])
-    if full:
+    if approximate_rank is not None:
         worst = max(errors, key=errors.__getitem__)
         warnings.warn(
             f"the LoRA of rank {approximate_rank} is approximate: relative error up to {errors[worst]:.2g}, in {worst}; merging is exact",

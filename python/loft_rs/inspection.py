@@ -28,9 +28,10 @@ from ._format import (
     UNKNOWN_ENERGY,
     WEIGHTS_FILE,
     Described,
-    TransformName,
     slots_of,
 )
+from ._transforms import TransformName
+from ._transforms import delta as delta_of
 
 
 @dataclass(frozen=True)
@@ -233,45 +234,10 @@ def _with_gram_root(gram: np.ndarray, delta: np.ndarray) -> np.ndarray:
 
 
 def _delta(what: str, theta: np.ndarray, rank: int, name: TransformName) -> np.ndarray:
-    """D = T - I of one theta (`transform/` has the formulas)."""
-    transform, terms, magnitudes, halves = name
-    generator = (rank * (rank - 1) // 2,)
-    shapes = {"cayley": generator, "cayley_neumann": generator, "exp": generator, "free": (rank, rank)}
-    if transform not in shapes:
-        raise ValueError(f"{what}: transform {transform!r} is not one of {', '.join(shapes)}")
-    shape = (generator[0] + 2 * rank,) if magnitudes else shapes[transform]
-    if halves:
-        if magnitudes or transform not in ("cayley", "exp"):
-            raise ValueError(
-                f"{what} has a config with halves that {transform} with magnitudes={magnitudes} does not have"
-            )
-        shape = (rank // 2, rank - rank // 2)
-    if theta.shape != shape:
-        raise ValueError(
-            f"{what} has a theta of shape {theta.shape}; {transform}{' in halves' * bool(halves)} at rank {rank} needs {shape}"
-        )
-    if transform == "free":
-        return theta
-    lower = np.zeros((rank, rank))
-    if halves:
-        lower[rank - rank // 2 :, : rank - rank // 2] = theta
-    else:
-        lower[np.tril_indices(rank, -1)] = theta[: generator[0]]
-    delta = _skew_delta(lower - lower.T, transform, terms)
-    if not magnitudes:
-        return delta
-    a, b = theta[-2 * rank : -rank], theta[-rank:]
-    return (1 + b)[:, None] * delta * (1 + a) + np.diag(a + b + a * b)
-
-
-def _skew_delta(skew: np.ndarray, transform: str, terms: int | None) -> np.ndarray:
-    if transform == "cayley":
-        return -2 * np.linalg.solve((np.eye(len(skew)) + skew).T, skew.T).T
-    if transform == "cayley_neumann":
-        powers = [np.linalg.matrix_power(-skew, k) for k in range(1, int(terms or 1) + 2)]
-        return 2 * sum(powers[:-1]) + powers[-1]
-    values, vectors = np.linalg.eigh(1j * skew)  # skew = -i * Hermitian
-    return ((vectors * np.expm1(-1j * values)) @ vectors.conj().T).real
+    try:
+        return delta_of(name, theta, rank)
+    except ValueError as error:
+        raise ValueError(f"{what} has {error}") from None
 
 
 def _angles(turned: np.ndarray) -> np.ndarray:

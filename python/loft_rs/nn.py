@@ -65,4 +65,5 @@ class LoftLinear(AdaptedLinear):
 
     def extra_repr(self) -> str:
         adapter = self.adapters[self.ADAPTER]
+        assert adapter.transform is not None
         return f"rank={adapter.rank}, transform={adapter.transform.name}, side={adapter.side}"

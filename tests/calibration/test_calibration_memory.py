@@ -145,7 +145,7 @@ def test_the_memory_known_beforehand_is_what_it_takes(support, side, dtype, chec
     alive = []
     for name, layer in layers.items():
         layer.tap = LayerTap(sketches[name], adapter)
-        keep = sketches[name].keep
+        keep = sketches[name].on_forward
 
         def watched(x, y0, keep=keep):
             value = keep(x, y0)
@@ -153,7 +153,7 @@ def test_the_memory_known_beforehand_is_what_it_takes(support, side, dtype, chec
             alive.append(value)
             return value
 
-        sketches[name].keep = watched
+        sketches[name].on_forward = watched
     model.eval()
     model(**batch)
     blocks = 1 if checkpointing is None else 2  # alike: what one of them keeps

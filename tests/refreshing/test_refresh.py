@@ -59,9 +59,7 @@ def test_a_refresh_with_a_wrong_option_changes_nothing(wrong):
     optimiser = train(model)
     before = snapshot(model, optimiser)
     (name,) = wrong
-    error, message = (
-        (TypeError, rf"refresh\(\) no longer takes {name}: ") if name in RETIRED else (ValueError, name)
-    )
+    error, message = (TypeError, rf"refresh\(\) no longer takes {name}: ") if name in RETIRED else (ValueError, name)
     with pytest.raises(error, match=message):
         refresh(model, token_batches(2, seed=5), optimizer=optimiser, **wrong)
     assert same(snapshot(model, optimiser), before)

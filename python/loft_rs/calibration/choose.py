@@ -6,6 +6,7 @@ import logging
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 
@@ -94,7 +95,12 @@ def choose(job: Job) -> Chosen:
 
 def plans_of(job: Job, run: Passes) -> dict[ModuleSide, Plan]:
     """What is sketched at every place, and how wide."""
-    options = {"order": job.order, "seed": job.config.seed, "oversampling": job.oversampling, "single": job.single}
+    options: dict[str, Any] = {
+        "order": job.order,
+        "seed": job.config.seed,
+        "oversampling": job.oversampling,
+        "single": job.single,
+    }
     options["loss_scale"] = run.loss_scale if job.needs_gradient else 1.0
     return {
         place: plan_for(job.method, layer, job.adapter, side=place.side, rank=job.trial.get(place.module), **options)

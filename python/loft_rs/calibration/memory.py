@@ -12,6 +12,7 @@ batch shows. It is a bound: what the model itself keeps for its backward, X amon
 
 from __future__ import annotations
 
+import math
 import re
 from collections import defaultdict
 from collections.abc import Mapping
@@ -27,6 +28,7 @@ from ..sketch.base import Plan, Sketch
 from ..sketch.plan import sketch_for
 from ..sketch.tap import output_product
 from .pilot import LowRankChange
+from .sides import ModuleSide
 
 __all__ = ["Footprint", "MemorySurvey", "byte_count", "checkpointed_blocks"]
 
@@ -74,7 +76,7 @@ def byte_count(memory: int | str | None) -> int | None:
     return size
 
 
-def checkpointed_blocks(model: nn.Module) -> list[nn.Module]:
+def checkpointed_blocks(model: nn.Module) -> list[Any]:
     """The transformers blocks for which gradient checkpointing is switched on."""
     return [
         module
@@ -89,16 +91,16 @@ class MemorySurvey:
 
     def __init__(
         self,
-        plans: Mapping[str, Plan],
+        plans: Mapping[ModuleSide, Plan],
         model: nn.Module,
-        layers: Mapping[str, AdaptedLinear],
+        layers: Mapping[ModuleSide, AdaptedLinear],
         adapter: str,
         offload: bool,
-        changes: Mapping[str, LowRankChange],
+        changes: Mapping[ModuleSide, LowRankChange],
     ):
         self.layers, self.offload, self.seen, self.pilot = layers, offload, False, bool(changes)
         first = {name: sketch_for(plans[name], layer, adapter, "meta") for name, layer in layers.items()}
-        self.passes: list[Mapping[str, Sketch | LowRankChange]] = [changes, first] if changes else [first]
+        self.passes: list[Mapping[ModuleSide, Sketch | LowRankChange]] = [changes, first] if changes else [first]
         if any(sketch.basis is None and not sketch.plan.single for sketch in first.values()):
             second = {name: sketch_for(plans[name], layer, adapter, "meta") for name, layer in layers.items()}
             for sketch in second.values():
@@ -107,12 +109,12 @@ class MemorySurvey:
         blocks = checkpointed_blocks(model)
         self.block = {id(module): i for i, block in enumerate(blocks) for module in block.modules()}
         # By pass: layer -> {tensor: (its block or None, bytes)}; of all passes: layer -> bytes.
-        self.kept: list[dict[str, dict[int, tuple[int | None, int]]]] = [defaultdict(dict) for _ in self.passes]
-        self.workspace: dict[str, int] = defaultdict(int)
+        self.kept: list[dict[ModuleSide, dict[int, tuple[int | None, int]]]] = [defaultdict(dict) for _ in self.passes]
+        self.workspace: dict[ModuleSide, int] = defaultdict(int)
         self.inputs = WeakIdKeyDictionary()  # each X while it lives -> its number
         self.count = 0
 
-    def tap(self, names: list[str], adapter: str):
+    def tap(self, names: list[ModuleSide], adapter: str):
         """Of the sketches of these names, all of the one layer that is tapped."""
 
         def run(layer: AdaptedLinear, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -123,7 +125,7 @@ class MemorySurvey:
 
         return run
 
-    def _note(self, name: str, layer: AdaptedLinear, x: Tensor, y: Tensor) -> None:
+    def _note(self, name: ModuleSide, layer: AdaptedLinear, x: Tensor, y: Tensor) -> None:
         self.seen = True
         self.count += 1
         number = self.inputs.setdefault(x, self.count)
@@ -137,11 +139,11 @@ class MemorySurvey:
             taken = sketch.workspace(x.shape[:-1].numel(), x.dtype, x.device.type, self.offload)
             self.workspace[name] = max(self.workspace[name], taken)
 
-    def footprint(self, names: list[str]) -> Footprint:
+    def footprint(self, names: list[ModuleSide]) -> Footprint:
         """Of these layers together, in the pass that takes most."""
         return max((self._of_pass(i, names) for i in range(len(self.passes))), key=lambda footprint: footprint.total)
 
-    def _of_pass(self, i: int, names: list[str]) -> Footprint:
+    def _of_pass(self, i: int, names: list[ModuleSide]) -> Footprint:
         sketches = [self.passes[i][name] for name in names]
         omegas = {id(drawn): drawn.nbytes for sketch in sketches for drawn in sketch.gaussians()}
         held = 0 if self.offload else sum(sketch.held() for sketch in sketches) + sum(omegas.values())
@@ -153,22 +155,23 @@ class MemorySurvey:
         activations = by_block.pop(None, 0) + max(by_block.values(), default=0)
         return Footprint(held, activations, max(self.workspace[name] for name in names))
 
-    def groups(self, limit: int | None) -> tuple[list[list[str]], Footprint]:
+    def groups(self, limit: int | None) -> tuple[list[list[ModuleSide]], Footprint]:
         """The layers in as few groups of neighbours as the limit allows, and what the largest takes. ValueError where one, or the pilot of
         all, is too much."""
+        bound = math.inf if limit is None else limit
         whole = limit is None or self.pilot
-        groups: list[list[str]] = [list(self.layers)] if whole else []
-        if self.pilot and limit is not None and (needed := self.footprint(groups[0])).total > limit:
+        groups: list[list[ModuleSide]] = [list(self.layers)] if whole else []
+        if self.pilot and (needed := self.footprint(groups[0])).total > bound:
             raise ValueError(
                 f"memory={limit} bytes is too little for a pilot, which trains all layers at once: {needed}; give {needed.total} bytes or "
                 "more, smaller batches, or a Pilot of a lower rank"
             )
         for name in () if whole else self.layers:
-            if groups and self.footprint([*groups[-1], name]).total <= limit:
+            if groups and self.footprint([*groups[-1], name]).total <= bound:
                 groups[-1].append(name)
                 continue
             alone = self.footprint([name])
-            if alone.total > limit:
+            if alone.total > bound:
                 raise ValueError(
                     f"memory={limit} bytes is too little for layer {name} alone: {alone}; give {alone.total} bytes or more, smaller "
                     "batches, or offload=True"

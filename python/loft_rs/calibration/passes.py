@@ -111,7 +111,7 @@ class Passes:
         return ValueError(f"{where}: no adapted layer {what}; {how}")
 
     def _forward(self, batch: Any, backward: bool, where: str = "a batch") -> None:
-        if batch is None:
+        if self.train_step is not None:
             with torch.enable_grad():
                 self.train_step()
         elif backward:

@@ -31,6 +31,7 @@ from torch import Tensor
 
 from .._torch import no_autocast
 from ..layer.base_layer import dense_weight
+from ..layer.merging import dense_or_raise
 from ..linalg import NonFiniteError, orthonormalize
 from ..sketch.products import as_it_is, inner_product, product
 from ..support.methods import PILOT_RANK, Pilot
@@ -145,7 +146,7 @@ class LowRankChange:
 
     def _with_partners(self, v: np.ndarray, u: np.ndarray) -> np.ndarray:
         """[V, Y] (n x r) of V and the u_i that Y's columns are to be partners of."""
-        weights = [dense_weight(layer.get_base_layer()).detach() for layer in self.layers]
+        weights = [dense_or_raise(layer, "a pilot in halves").detach() for layer in self.layers]
         weight = torch.cat(weights) if self.side == "input" else weights[0].mT
         y = partners(weight, torch.from_numpy(u)).cpu().numpy()
         lengths = np.linalg.norm(y, axis=0)

@@ -24,10 +24,11 @@ def _train(module: nn.Module, *_: Any) -> None:
     module.training = True
 
 
-def _evaluating(block: nn.Module) -> tuple[Callable[..., None], Callable[..., Any]]:
+def _evaluating(block: Any) -> tuple[Callable[..., None], Callable[..., Any]]:
     """(forward pre-hook, checkpoint function) with which a block is checkpointed, as transformers does in training mode alone, and yet
     runs in evaluation mode."""
-    checkpoint, running = block._gradient_checkpointing_func, []
+    checkpoint = block._gradient_checkpointing_func
+    running: list[bool] = []
 
     def hook(*_: Any) -> None:
         block.training = torch.is_grad_enabled() and not running
@@ -62,14 +63,15 @@ def calibrating(model: nn.Module, layers: Mapping[str, Linear], head: list[nn.Pa
         for module in model.modules()
         if module not in blocks
     ]
-    configs = {id(c): c for m in model.modules() if getattr(c := getattr(m, "config", None), "use_cache", False)}
+    held: list[Any] = [getattr(module, "config", None) for module in model.modules()]
+    configs = {id(config): config for config in held if getattr(config, "use_cache", False)}
     for config in configs.values():  # with a cache transformers does not see that sequences are packed
         config.use_cache = False
     model.eval()
     checkpoints = [(block, block._gradient_checkpointing_func) for block in blocks]
     for block in blocks:
-        hook, block._gradient_checkpointing_func = _evaluating(block)
-        hooks.append(block.register_forward_pre_hook(hook))
+        evaluate, block._gradient_checkpointing_func = _evaluating(block)
+        hooks.append(block.register_forward_pre_hook(evaluate))
     for parameter, _ in gradients:  # backward would add to it in place
         parameter.grad = None
     try:

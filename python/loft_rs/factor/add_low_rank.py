@@ -10,7 +10,7 @@ The adapter's term is laid down first and the base product accumulates on it. Wh
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -53,7 +53,8 @@ class JoinedInputs(NamedTuple):
     @classmethod
     def of(cls, layers: tuple[AddInputs, ...]) -> JoinedInputs:
         lefts: list[Tensor] = []
-        columns, width = [], 0
+        columns: list[slice] = []
+        width = 0
         for layer in layers:
             if any(layer.left is left for left in lefts):
                 columns.append(columns[-1])
@@ -98,7 +99,7 @@ def few_rows(x: Tensor, weight: Tensor, bias: Tensor | None, factor: LowRank, si
     Twice the rows cost less than W0 P as long as there are fewer rows than columns of P. Without a gradient.
     """
     rows, (p, e) = x.reshape(-1, x.shape[-1]), factor
-    wide = {"out_dtype": torch.float32} if x.is_cuda and x.dtype in HALF else {}
+    wide: dict[str, Any] = {"out_dtype": torch.float32} if x.is_cuda and x.dtype in HALF else {}
     if side == "input":
         y, turned = torch.mm(torch.cat([rows, ((rows @ p) @ e.mT) @ p.mT]), weight.mT, **wide).chunk(2)
     else:

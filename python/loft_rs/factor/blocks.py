@@ -5,7 +5,7 @@ RotateBlocks   Y = X ... F_1^T F_0^T    keeps X (N x n) for the backward pass, o
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -50,7 +50,7 @@ class Blocks(NamedTuple):
             return Blocks(self.delta.expand(m, n // b, b, b), self.permutations)
         sizes = range(max(stretch, _LEAST_BLOCK // stretch * stretch), stretch - 1, -stretch)
         width = next(size for size in sizes if n % size == 0)
-        product = None
+        product: Tensor | None = None
         for i, d in enumerate(self.delta):
             eye = torch.eye(width // b, dtype=d.dtype, device=d.device)
             d = d.expand(n // b, b, b).unflatten(0, (n // width, width // b))
@@ -59,6 +59,7 @@ class Blocks(NamedTuple):
                 places = self.permutations[i, :width].argsort()
                 wide = wide[:, places][:, :, places]
             product = wide if product is None else product + wide + product @ wide  # (I + D)(I + D') - I
+        assert product is not None
         return Blocks(product[None])
 
     def orthogonality_error(self) -> float:
@@ -102,7 +103,7 @@ def _rotate_by_block_backward(
     if not torch.compiler.is_compiling() and kernels.rotates(rows, b):
         return kernels.rotate_blocks_backward(g, rows, d, order, needs_x)
     left, right = (_by_block(r if order is None else r.index_select(1, order), b) for r in (g, rows))
-    half = {"out_dtype": torch.float32} if g.dtype in HALF and g.is_cuda else {}
+    half: dict[str, Any] = {"out_dtype": torch.float32} if g.dtype in HALF and g.is_cuda else {}
     return _rotate_by_block(g, d, order) if needs_x else None, torch.bmm(left.mT, right, **half)
 
 
@@ -130,7 +131,7 @@ class RotateBlocks(torch.autograd.Function):
     def backward(ctx, g: Tensor):
         (rows,) = ctx.saved_tensors
         m = len(ctx.blocks)
-        dx, d_delta = g.reshape(-1, g.shape[-1]), [None] * m
+        dx, d_delta = g.reshape(-1, g.shape[-1]), {}
         with no_autocast(g.device.type):
             inputs = [rows]
             for i in reversed(range(1, m)):
@@ -138,12 +139,15 @@ class RotateBlocks(torch.autograd.Function):
             for i in range(m):
                 needs_x = ctx.needs_input_grad[0] or i + 1 < m
                 if ctx.needs_input_grad[1]:
-                    dx, d_delta[i] = _rotate_by_block_backward(dx, inputs.pop(), ctx.blocks[i], ctx.orders[i], needs_x)
+                    rotated, d_delta[i] = _rotate_by_block_backward(
+                        dx, inputs.pop(), ctx.blocks[i], ctx.orders[i], needs_x
+                    )
+                    dx = dx if rotated is None else rotated
                 elif needs_x:
                     dx = _rotate_by_block(dx, ctx.blocks[i], ctx.orders[i])
         return (
             dx.view(g.shape) if ctx.needs_input_grad[0] else None,
-            torch.stack(d_delta).to(ctx.delta_dtype) if ctx.needs_input_grad[1] else None,
+            torch.stack([d_delta[i] for i in range(m)]).to(ctx.delta_dtype) if ctx.needs_input_grad[1] else None,
             None,
         )
 

@@ -7,8 +7,9 @@ everything else about an adapter is. Layers that are tied share the tensors of t
 from __future__ import annotations
 
 import contextlib
+import weakref
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,45 +20,61 @@ from .._torch import no_autocast
 from ..factor.blocks import Blocks
 from ..factor.low_rank import Frozen, LowRank, gram_root, gram_root_in_graph
 from ..transform.transforms import Halves, Transform
+from .base_layer import innermost
+from .containers import BufferSlot, Kept, ParameterSlot
 from .kinds import BlocksKind, Kind
 
-__all__ = ["Kept", "LayerAdapter"]
+__all__ = ["AdapterHolder", "LayerAdapter"]
 
 
-class Kept(NamedTuple):
-    """A value made of frozen tensors. It is dropped when one of them is another tensor, has another version or lies elsewhere."""
+class AdapterHolder(nn.Module):
+    """What a layer is to its adapters (`AdaptedLinear`): the containers of their tensors, one for each slot, and its sizes.
 
-    sources: tuple[Tensor, ...]
-    marks: list[tuple[int, int]]
-    evaluation: object
-    value: Any
+    original: W0's bits, on the CPU, while an adapter is merged. tap: set by `calibrate` for the length of a pass. placement: None:
+    by shape. root: of the model, for what a checkpoint computes again.
+    """
 
-    @classmethod
-    def of(cls, sources: tuple[Tensor, ...], evaluation: object, value: Any) -> Kept | None:
-        """None where a source does not count its versions, as those that inference mode made."""
-        if any(source.is_inference() for source in sources):
-            return None
-        return cls(sources, [(source._version, source.data_ptr()) for source in sources], evaluation, value)
+    in_features: int
+    out_features: int
+    base_layer: nn.Module
+    adapters: dict[str, LayerAdapter]
+    original: Tensor | None
+    tap: Any
+    placement: str | None
+    root: weakref.ref | None
+    replica_of: AdapterHolder | None
 
-    def stands(self, sources: tuple[Tensor, ...], evaluation: object) -> bool:
-        if self.evaluation is not evaluation or len(sources) != len(self.sources):
-            return False
-        for source, held, (version, address) in zip(sources, self.sources, self.marks, strict=True):
-            if source is not held or source._version != version or source.data_ptr() != address:
-                return False
-        return True
+    loft_theta: ParameterSlot
+    loft_scale: ParameterSlot
+    loft_support: BufferSlot
+    loft_energy: BufferSlot
+    loft_output_side: BufferSlot
+    loft_frozen_basis: BufferSlot
+    loft_frozen_delta: BufferSlot
+
+    def applied(self) -> list[LayerAdapter]:
+        """The adapters that a forward pass would apply now."""
+        raise AssertionError("each kind of layer says which of its adapters are active")
+
+    def support_width(self, side: str) -> int:
+        """The number of rows of P: n on the input side, m on the output side."""
+        return self.in_features if side == "input" else self.out_features
+
+    def get_base_layer(self) -> nn.Module:
+        """The innermost wrapped layer."""
+        return innermost(self.base_layer)
 
 
 class LayerAdapter:
     """An adapter of a layer, `layer.adapters[name]`.
 
-    layer: the `AdaptedLinear` that holds its tensors. kind: what it consists of (`kinds.py`). transform: of theta; None for a kind
+    layer: the one that holds its tensors. kind: what it consists of (`kinds.py`). transform: of theta; None for a kind
     without one. side: "input" (W0 R) or "output" (R W0).
     config: the tuner's, which it saves with the adapter. loadable_ranks: others than its own that a checkpoint may bring.
     has_own_support: whether P is set, or the kind has none.
     """
 
-    def __init__(self, layer: nn.Module, name: str, kind: Kind, transform: Transform | None, side: str):
+    def __init__(self, layer: AdapterHolder, name: str, kind: Kind, transform: Transform | None, side: str):
         self.layer, self.name, self.kind, self.transform, self.side = layer, name, kind, transform, side
         self.members: list[LayerAdapter] = [self]
         self.config: Any = None
@@ -85,7 +102,7 @@ class LayerAdapter:
         return self.members[0]
 
     @property
-    def tied_layers(self) -> list[Any]:
+    def tied_layers(self) -> list[AdapterHolder]:
         """The layers that share this one's support and transform, the owner's first; the layer alone if none does."""
         return [member.layer for member in self.members]
 
@@ -99,13 +116,14 @@ class LayerAdapter:
         for member in (members := [self, *others]):
             member.members = members
 
-    def container(self, slot: Slot) -> nn.Module:
+    def container(self, slot: Slot) -> BufferSlot | ParameterSlot:
         """The layer's own container of a slot."""
-        return self.layer._modules[slot.key]
+        return getattr(self.layer, slot.key)
 
-    def _parameter(self, layer: nn.Module, key: str) -> Tensor:
+    def _parameter(self, layer: AdapterHolder, key: str) -> Tensor:
         # Not through `__getattr__`, here and below, which at this rate costs as much as the products of a small model.
-        container = layer._modules[key]
+        modules: dict[str, Any] = layer._modules
+        container = modules[key]
         held = container._parameters.get(self.name)
         return getattr(container, self.name) if held is None else held  # a DataParallel replica has plain attributes
 
@@ -122,7 +140,8 @@ class LayerAdapter:
     @property
     def support(self) -> Tensor:
         """P (n x r), all zero until it is set, of an adapter that has one."""
-        return self.members[0].layer._modules["loft_support"]._buffers[self.name]
+        modules: dict[str, Any] = self.members[0].layer._modules
+        return modules["loft_support"]._buffers[self.name]
 
     @property
     def energy(self) -> float:
@@ -154,7 +173,8 @@ class LayerAdapter:
         if not tensor.is_meta:
             return tensor
         holder = self if slot == "scale" else self.owner  # a scale is each layer's own
-        return holder.layer._modules[f"loft_{slot}"](self.name)
+        modules: dict[str, Any] = holder.layer._modules
+        return modules[f"loft_{slot}"](self.name)
 
     # -- what it is ------------------------------------------------------------------------------------------------------
 
@@ -193,7 +213,7 @@ class LayerAdapter:
     @property
     def frozen_factor(self) -> LowRank | None:
         """R_f = I + P_f E_f P_f^T, which `refresh` has kept of the supports before the present one; None where there is none."""
-        modules = self.members[0].layer._modules
+        modules: dict[str, Any] = self.members[0].layer._modules
         basis = modules["loft_frozen_basis"]._buffers.get(self.name)
         return None if basis is None else LowRank(basis, modules["loft_frozen_delta"]._buffers[self.name])
 
@@ -347,6 +367,7 @@ class LayerAdapter:
             return own
         with no_autocast(own.delta.device.type):
             frozen = self.frozen(dtype)
+            assert frozen is not None
             return LowRank(frozen.basis, frozen.times(own.delta))
 
     # -- state -----------------------------------------------------------------------------------------------------------

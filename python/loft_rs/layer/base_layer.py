@@ -2,9 +2,19 @@
 
 from __future__ import annotations
 
+from typing import Any, TypeGuard
+
 from torch import Tensor, nn
 
-__all__ = ["dense_weight", "feature_sizes", "fusible_weight", "is_conv1d"]
+__all__ = ["dense_weight", "feature_sizes", "fusible_weight", "innermost", "is_conv1d"]
+
+
+def innermost(layer: nn.Module) -> nn.Module:
+    """The layer inside all wrappers."""
+    inner: Any = layer
+    while hasattr(inner, "base_layer"):
+        inner = inner.base_layer
+    return inner
 
 
 def is_conv1d(base: nn.Module) -> bool:
@@ -12,7 +22,7 @@ def is_conv1d(base: nn.Module) -> bool:
     return type(base).__name__ == "Conv1D" and hasattr(base, "nf")
 
 
-def feature_sizes(base: nn.Module) -> tuple[int, int]:
+def feature_sizes(base: Any) -> tuple[int, int]:
     """(n, m) = (in, out) features of a linear layer; TypeError for anything else."""
     if is_conv1d(base):
         return base.weight.shape[0], base.weight.shape[1]
@@ -25,7 +35,7 @@ def feature_sizes(base: nn.Module) -> tuple[int, int]:
 
 def dense_weight(base: nn.Module) -> Tensor | None:
     """W (m x n) of an ordinary dense linear layer, without a copy; None where the weight is quantised, sharded or a subclass."""
-    weight = getattr(base, "weight", None)
+    weight: Any = getattr(base, "weight", None)
     if type(weight) not in (nn.Parameter, Tensor) or not weight.dtype.is_floating_point or weight.dim() != 2:
         return None
     if not (isinstance(base, nn.Linear) or is_conv1d(base)):
@@ -33,7 +43,7 @@ def dense_weight(base: nn.Module) -> Tensor | None:
     return weight.mT if is_conv1d(base) else weight
 
 
-def _is_dense(weight: Tensor | None) -> bool:
+def _is_dense(weight: Tensor | None) -> TypeGuard[Tensor]:
     """Whether this is torch's own tensor, or what stands for one while a model is exported; subclasses are quantised or sharded."""
     return type(weight) in (nn.Parameter, Tensor) or type(weight).__name__ == "FakeTensor"
 

@@ -16,14 +16,14 @@ import sys
 import weakref
 from collections.abc import Iterable, Mapping
 from types import FrameType
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from .._torch import compiles_next, in_backward, inlined_only, plain
 from ..transform.batch import attach, differentiable_delta
-from .adapter import LayerAdapter
+from .adapter import AdapterHolder, LayerAdapter
 from .values import Solved, Value, alike, capturing, solve_all, steps, values_in_graph
 
 __all__ = ["Root", "Scope", "current", "delta_of", "forget_products", "unwatch", "value_of", "watch"]
@@ -36,7 +36,7 @@ class Root:
     """
 
     def __init__(
-        self, layers: Iterable[nn.Module], *, whole: bool = True, groups: Mapping[nn.Module, list] | None = None
+        self, layers: Iterable[AdapterHolder], *, whole: bool = True, groups: Mapping[nn.Module, list] | None = None
     ):
         self.layers = list(layers)
         self.whole, self.groups = whole, dict(groups or {})
@@ -56,7 +56,7 @@ class Root:
         return {"layers": self.layers, "whole": self.whole, "groups": self.groups}
 
     def __setstate__(self, state: dict) -> None:  # a copy, deep or pickled: of the layers that were copied with it
-        self.__init__(**state)
+        Root.__init__(self, **state)
 
     def wanted(self) -> list[LayerAdapter]:
         """The adapters whose E a pass would take now, each tensor's owner once."""
@@ -75,11 +75,11 @@ class Scope:
 
     __slots__ = ("again", "complete", "derived", "evaluation", "frame", "module", "outer", "root", "shared", "values")
 
-    def __init__(self, module: nn.Module, root: Root, outer: Scope | None, frame: FrameType | None):
+    def __init__(self, module: nn.Module, root: Root, outer: Scope | None, frame: FrameType):
         self.module, self.root, self.outer, self.frame = module, root, outer, frame
         self.values: dict[LayerAdapter, Value] = {} if outer is None else outer.values
-        self.again = in_backward() if outer is None else outer.again  # a checkpoint computes again
-        self.evaluation = None if outer is None else outer.evaluation
+        self.again: bool = in_backward() if outer is None else outer.again  # a checkpoint computes again
+        self.evaluation: object | None = None if outer is None else outer.evaluation
         self.complete: Root | None = None if outer is None else outer.complete  # whose layers all have their values
         self.derived: dict[tuple, Any] = {} if outer is None else outer.derived  # of this pass alone
         self.shared: dict[nn.Module, tuple] = {}  # results that wait to be claimed: `placement._lead`
@@ -111,24 +111,32 @@ def _runs(frame: FrameType) -> bool:
 # -- the hooks of a root: they read nothing but the module that they are called with ------------------------------------------
 
 
+class Watched(nn.Module):
+    """What `watch` makes of any module: its root, the ids of its hooks, and whether a graph solves here."""
+
+    _loft_root: Root
+    _loft_hooks: tuple[int, int]
+    _loft_solves: bool
+
+
 def watch(module: nn.Module, root: Root, *, solves: bool = True) -> None:
     """Let passes begin at `module`, whose root takes the place of the one it may have.
 
     solves: whether a graph that holds a call of this module solves here for all its layers; of a whole model one module does.
     """
+    watched = cast(Watched, module)
     if "_loft_root" not in module.__dict__:  # a PEFT model answers for the model inside it
-        handles = (
-            module.register_forward_pre_hook(_enter, with_kwargs=True),
-            module.register_forward_hook(_leave, always_call=True),
-        )
-        module._loft_hooks = tuple(handle.id for handle in handles)
-    module._loft_root, module._loft_solves = root, solves and root.whole
+        before = watched.register_forward_pre_hook(_enter, with_kwargs=True)
+        after = watched.register_forward_hook(_leave, always_call=True)
+        watched._loft_hooks = before.id, after.id
+    watched._loft_root, watched._loft_solves = root, solves and root.whole
 
 
 def unwatch(module: nn.Module) -> None:
     """Undo `watch`."""
     if "_loft_root" in module.__dict__:
-        before, after = module._loft_hooks
+        watched = cast(Watched, module)
+        before, after = watched._loft_hooks
         for hooks, key in (
             (module._forward_pre_hooks, before),
             (module._forward_pre_hooks_with_kwargs, before),
@@ -136,11 +144,11 @@ def unwatch(module: nn.Module) -> None:
             (module._forward_hooks_always_called, after),
         ):
             hooks.pop(key, None)
-        del module._loft_root, module._loft_solves, module._loft_hooks
+        del watched._loft_root, watched._loft_solves, watched._loft_hooks
 
 
 @inlined_only
-def _enter(module: nn.Module, args: tuple, kwargs: dict) -> None:
+def _enter(module: Watched, args: tuple, kwargs: dict) -> None:
     root = module._loft_root
     if torch.compiler.is_compiling():
         if module._loft_solves:
@@ -188,7 +196,7 @@ def _solved(root: Root, adapters: list[LayerAdapter]) -> dict[LayerAdapter, Valu
 
 
 @inlined_only
-def _leave(module: nn.Module, args: tuple, output: Any) -> None:
+def _leave(module: Watched, args: tuple, output: Any) -> None:
     if torch.compiler.is_compiling():
         if module._loft_solves:
             _leave_traced(module._loft_root)
@@ -206,7 +214,8 @@ def _leave(module: nn.Module, args: tuple, output: Any) -> None:
 
 def _of_replica(module: nn.Module) -> Root:
     """The root of an `nn.DataParallel` replica, which torch makes anew for every pass and whose attributes are its original's."""
-    layers = {layer.replica_of: layer for layer in module.modules() if getattr(layer, "replica_of", None) is not None}
+    replicas = [layer for layer in module.modules() if isinstance(layer, AdapterHolder)]
+    layers = {layer.replica_of: layer for layer in replicas if layer.replica_of is not None}
     for layer in layers.values():
         for adapter in layer.adapters.values():
             adapter.members = [layers[m.layer].adapters[m.name] if m.layer in layers else m for m in adapter.members]
@@ -243,7 +252,7 @@ def _leave_traced(root: Root) -> None:
 # -- evaluations -----------------------------------------------------------------------------------------------------------------
 
 
-def forget_products(layers: Iterable[nn.Module]) -> None:
+def forget_products(layers: Iterable[AdapterHolder]) -> None:
     """From here on, products of these layers' frozen tensors are made anew."""
     for layer in layers:
         for adapter in layer.adapters.values():
@@ -302,21 +311,29 @@ def delta_of(adapter: LayerAdapter, scope: Scope | None = None) -> Tensor | None
         return None
     owner = adapter.members[0]
     if plain():
+        assert owner.transform is not None
         return differentiable_delta(owner.transform, owner.present("theta", owner.theta), owner.gram_root())
     return value_of(adapter, scope).delta
+
+
+def _values_of_task(root: Root, task: int) -> dict[LayerAdapter, Value]:
+    """What a backward pass has solved below this root; dropped when it ends."""
+    values = root.recomputed.get(task)
+    if values is None:
+        values = root.recomputed[task] = {}
+        # A backward pass that fails runs no callback.
+        for old in sorted(root.recomputed)[:-8]:
+            root.recomputed.pop(old, None)
+        engine = torch.autograd.Variable._execution_engine
+        engine.queue_callback(lambda: root.recomputed.pop(task, None))  # type: ignore[arg-type]  # what it returns is dropped
+    return values
 
 
 def _recomputed(owner: LayerAdapter) -> Value:
     """E for what a checkpoint computes again, from the numbers of theta now: one solve a backward pass."""
     root = None if owner.layer.root is None else owner.layer.root()
     task = torch._C._current_graph_task_id()
-    values = {} if root is None else root.recomputed.get(task)
-    if values is None:
-        values = root.recomputed[task] = {}
-        # A backward pass that fails runs no callback.
-        for old in sorted(root.recomputed)[:-8]:
-            root.recomputed.pop(old, None)
-        torch.autograd.Variable._execution_engine.queue_callback(lambda: root.recomputed.pop(task, None))
+    values = {} if root is None else _values_of_task(root, task)
     if owner not in values:
         wanted = [] if root is None else [adapter for adapter in root.wanted() if adapter not in values]
         values |= solve_all(wanted if owner in wanted else [owner], attaching=False)

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -27,20 +27,25 @@ __all__ = ["BlocksKind", "Kind", "ReflectionsKind", "SubspaceKind", "butterfly"]
 
 
 class Kind(Protocol):
-    """One kind of adapter. `has_support`: whether it has a frozen P, chosen before training."""
+    """One kind of adapter. `has_support`: whether it has a frozen P, chosen before training. `full_rank`: whether its
+    change of the weight has no low-rank form.
+
+    A kind without a support or a transform is handed None for it: what is `Any` here, each kind's own signature says.
+    """
 
     has_support: bool
+    full_rank: bool
 
     def fit(self, rank: int, own: int, other: int) -> int:
         """`rank`, or the nearest that fits a layer whose turned side is `own` wide and whose other side is `other` wide."""
 
-    def theta(self, transform: Transform | None, width: int, rank: int, seed: int, identity: bool) -> Tensor:
+    def theta(self, transform: Any, width: int, rank: int, seed: int, identity: bool) -> Tensor:
         """The trained tensor at the start, float64: the identity, or a small random rotation."""
 
-    def rank(self, theta: Tensor, transform: Transform | None) -> int:
+    def rank(self, theta: Tensor, transform: Any) -> int:
         """The rank, or the size of the blocks, of an adapter with this trained tensor."""
 
-    def factor(self, theta: Tensor, basis: Tensor | None, delta: Tensor | None, width: int) -> LowRank | Blocks:
+    def factor(self, theta: Any, basis: Any, delta: Any, width: int) -> LowRank | Blocks:
         """R, differentiable in theta and delta, of a side `width` wide.
 
         basis: P, of a kind that has one. delta: E, or D of all blocks, of a kind with a transform.
@@ -55,7 +60,7 @@ def _start(shape: tuple[int, ...], rank: int, identity: bool) -> Tensor:
 class SubspaceKind:
     """R = I + P E P^T: a frozen support and a trained transform."""
 
-    has_support = True
+    has_support, full_rank = True, False
 
     def fit(self, rank: int, own: int, other: int) -> int:
         limit = min(own, other)
@@ -77,7 +82,7 @@ class BlocksKind:
     The rank is the size b of the blocks. One factor: blocks of neighbours. More: those of a butterfly.
     """
 
-    has_support = False
+    has_support, full_rank = False, True
 
     def __init__(self, factors: int = 1, share: bool = False):
         self.factors, self.share = factors, share
@@ -117,7 +122,7 @@ class BlocksKind:
 class ReflectionsKind:
     """R = H_0 H_1 ... of trained vectors; `reflection`: R = I - 2 Q Q^T of an orthonormal basis Q of them."""
 
-    has_support = False
+    has_support, full_rank = False, False
 
     def __init__(self, reflection: bool = False):
         self.reflection = reflection

@@ -1,12 +1,11 @@
 """Layers: a frozen linear layer and its rotations, y = x (W0 R)^T + b or y = x (R W0)^T + b, in LOFT's own case R = I + P E P^T.
 
-`AdaptedLinear` has the containers of its adapters' tensors; the PEFT tuner (`tuner/layer.py`) and the plain-PyTorch `nn.LoftLinear` are
+`AdaptedLinear` holds its adapters' tensors; the PEFT tuner (`tuner/layer.py`) and the plain-PyTorch `nn.LoftLinear` are
 both it, so there is one path to every result. `adapter.py` says what an adapter is, `placement.py` how the output is computed.
 """
 
 from __future__ import annotations
 
-import weakref
 from typing import Any
 
 import torch
@@ -17,51 +16,18 @@ from .._torch import HALF
 from ..support.methods import SIDES
 from ..transform.transforms import Transform
 from . import placement
-from .adapter import LayerAdapter
-from .base_layer import feature_sizes
+from .adapter import AdapterHolder, LayerAdapter
+from .base_layer import feature_sizes, innermost
+from .containers import BufferSlot, ParameterSlot
 from .kinds import Kind, SubspaceKind
 
 __all__ = ["AdaptedLinear"]
 
 
-class BufferSlot(nn.Module):
-    """Persistent buffers by adapter name. Not PEFT's BufferDict, whose tensors PEFT casts to the base's or to float32."""
-
-    def __getitem__(self, key: str) -> Tensor:
-        return self._buffers[key]
-
-    def __setitem__(self, key: str, value: Tensor) -> None:
-        self.register_buffer(key, value)
-
-    def __delitem__(self, key: str) -> None:
-        del self._buffers[key]
-
-    def __contains__(self, key: str) -> bool:
-        return key in self._buffers
-
-    def keys(self):
-        return self._buffers.keys()
-
-    def forward(self, key: str) -> Tensor:
-        """The tensor, by a call: accelerate's offloading brings the tensors of modules that are called."""
-        return self._buffers[key]
-
-
-class ParameterSlot(nn.ParameterDict):
-    """Trained parameters by adapter name."""
-
-    def __call__(self, key: str) -> Tensor:  # torch refuses to call a ParameterDict
-        return nn.Module.__call__(self, key)
-
-    def forward(self, key: str) -> Tensor:
-        """The parameter, by a call, as of `BufferSlot`."""
-        return self[key]
-
-
 _SUPPORTED = SubspaceKind()
 
 
-class AdaptedLinear(nn.Module):
+class AdaptedLinear(AdapterHolder):
     """A frozen linear layer and its LOFT adapters, by name.
 
     State: the tensors of `SLOTS`, each in a container `loft_<slot>` by adapter name. Everything else is derived from these and the
@@ -70,19 +36,14 @@ class AdaptedLinear(nn.Module):
 
     def __init__(self, base_layer: nn.Module):
         super().__init__()
-        base = base_layer
-        while hasattr(base, "base_layer"):
-            base = base.base_layer
-        self.in_features, self.out_features = feature_sizes(base)
+        self.in_features, self.out_features = feature_sizes(innermost(base_layer))
         self.base_layer = base_layer
         for slot in SLOTS:
             self.add_module(slot.key, ParameterSlot() if slot.trained else BufferSlot())
-        self.adapters: dict[str, LayerAdapter] = {}
-        self.original: Tensor | None = None  # W0's bits, on the CPU, while an adapter is merged
-        self.tap: Any = None  # set by `calibrate` for the length of a pass
-        self.placement: str | None = None  # None: by shape
-        self.root: weakref.ref | None = None  # of the model, for what a checkpoint computes again
-        self.replica_of: AdaptedLinear | None = None
+        self.adapters = {}
+        self.original = None
+        self.tap = self.placement = self.root = None
+        self.replica_of = None
         self.register_load_state_dict_post_hook(_settle)
 
     def __getstate__(self) -> dict:
@@ -145,21 +106,13 @@ class AdaptedLinear(nn.Module):
     def remove_adapter(self, name: str) -> None:
         """Forget an adapter and its tensors."""
         for slot in SLOTS:
-            container = self._modules[slot.key]
+            container = getattr(self, slot.key)
             if name in container:
                 del container[name]
         self.adapters.pop(name, None)
 
     def has_adapter(self, name: str) -> bool:
         return name in self.adapters
-
-    def applied(self) -> list[LayerAdapter]:
-        """The adapters that a forward pass would apply now."""
-        raise AssertionError("each kind of layer says which of its adapters are active")
-
-    def support_width(self, side: str) -> int:
-        """The number of rows of P: n on the input side, m on the output side."""
-        return self.in_features if side == "input" else self.out_features
 
     @property
     def loft_device(self) -> torch.device:
@@ -168,16 +121,10 @@ class AdaptedLinear(nn.Module):
     def support_device_dtype(self) -> tuple[torch.device, torch.dtype]:
         """Where a new support of this layer lives, and in which dtype."""
         base = self.get_base_layer()
-        weight = base.weight if getattr(base, "weight", None) is not None else next(base.parameters())
+        weight = getattr(base, "weight", None)
+        weight = next(base.parameters()) if weight is None else weight
         dtype = getattr(base, "compute_dtype", None) or weight.dtype
         return weight.device, dtype if dtype in (*HALF, torch.float64) else torch.float32
-
-    def get_base_layer(self) -> nn.Module:
-        """The innermost wrapped layer."""
-        base = self.base_layer
-        while hasattr(base, "base_layer"):
-            base = base.base_layer
-        return base
 
     def at_identity(self, x: Tensor, name: str, *args: Any, **kwargs: Any) -> Tensor:
         """The layer with the transform at the identity, as `calibrate` sees it: the base layer, and what `refresh` has frozen."""

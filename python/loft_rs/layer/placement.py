@@ -136,15 +136,14 @@ def _add(layer: Any, adapter: LayerAdapter, x: Tensor) -> Tensor | None:
         return _add_in_graph(layer, adapter, x)
     scope = current()
     group = None if scope is None else scope.root.groups.get(layer)
-    if group is not None and (y := _claim(scope, layer, adapter, x)) is not None:
+    if scope is not None and group is not None and (y := _claim(scope, layer, adapter, x)) is not None:
         return y
     with no_autocast(x.device.type) as autocast:
         part = _part(layer, adapter, x, scope, autocast)
         if part is None:
             return None
-        if (
-            group is None or x.is_inference()
-        ):  # nothing tells whether that is changed in place before the others are called
+        # Nothing tells whether an inference tensor is changed in place before the others are called.
+        if scope is None or group is None or x.is_inference():
             return _node(x, [part], scope, JoinedInputs.of((part.inputs,)))
         return _lead(scope, group, part, x, autocast)
 
@@ -158,6 +157,7 @@ def _add_in_graph(layer: Any, adapter: LayerAdapter, x: Tensor) -> Tensor | None
         x = x.to(part.inputs.left.dtype)
         if plain():
             delta = delta_of(adapter)
+            assert delta is not None
             return add_low_rank_plainly(x, part.inputs, _with_frozen(part, delta, x.dtype))
         value = value_of(adapter, None)
         delta = _with_frozen(part, value.delta, x.dtype)
@@ -171,7 +171,8 @@ def _add_in_graph(layer: Any, adapter: LayerAdapter, x: Tensor) -> Tensor | None
 
 def _with_frozen(part: _Part, delta: Tensor, dtype: torch.dtype) -> Tensor:
     """E of the adapter, or of its product with what is frozen."""
-    return part.adapter.frozen(dtype).times(delta) if part.refreshed else delta
+    frozen = part.adapter.frozen(dtype) if part.refreshed else None
+    return delta if frozen is None else frozen.times(delta)
 
 
 def _part(

@@ -57,6 +57,7 @@ def alike(adapters: Iterable[LayerAdapter]) -> dict[tuple, list[LayerAdapter]]:
     for adapter in adapters:
         theta = adapter.theta
         if _is_there(theta):
+            assert adapter.transform is not None
             key = adapter.transform.name, theta.shape, theta.device, theta.dtype
             found.setdefault(key, []).append(adapter)
     return found
@@ -98,19 +99,21 @@ def solve_all(adapters: Sequence[LayerAdapter], *, attaching: bool = True) -> di
 
 def values_in_graph(adapters: Sequence[LayerAdapter]) -> dict[LayerAdapter, Value]:
     """E of adapters that one solve can serve."""
-    thetas = [adapter.theta for adapter in adapters]
+    thetas, transform = [adapter.theta for adapter in adapters], adapters[0].transform
+    assert transform is not None
     stored = [adapter.support.dtype for adapter in adapters if adapter.kind.has_support]
     half = next((dtype for dtype in stored if dtype in HALF), None)
-    solution = solve(adapters[0].transform, torch.stack([t.detach() for t in thetas]), gram_roots(adapters), half)
+    solution = solve(transform, torch.stack([t.detach() for t in thetas]), gram_roots(adapters), half)
     attached = attach(solution, range(len(thetas)), thetas)
     return {adapter: Value(solution, i, attached[i], False) for i, adapter in enumerate(adapters)}
 
 
 def _solve_alike(adapters: Sequence[LayerAdapter], thetas: list[Tensor], attaching: bool) -> dict[LayerAdapter, Value]:
-    roots, grads = gram_roots(adapters), torch.is_grad_enabled()
+    roots, grads, transform = gram_roots(adapters), torch.is_grad_enabled(), adapters[0].transform
+    assert transform is not None
     # Values outlive an evaluation under inference mode, so they must not be inference tensors.
     with torch.inference_mode(False), torch.no_grad():
-        solution = solve(adapters[0].transform, torch.stack([theta.detach() for theta in thetas]), roots)
+        solution = solve(transform, torch.stack([theta.detach() for theta in thetas]), roots)
         identity = _identities(adapters, solution.thetas, grads)
     attached: dict[int, Tensor] = {}
     if grads and attaching:

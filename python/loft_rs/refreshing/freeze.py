@@ -6,17 +6,15 @@ import torch
 from torch import Tensor
 
 from ..factor.low_rank import Frozen, LowRank, gram_root
+from ..layer.adapter import LayerAdapter
 from ..linalg import NonFiniteError
+from ..transform.transforms import Transform
 from ..tuner.layer import Linear
 from .optimizer_state import transported
 
-__all__ = []
-
+__all__ = ["change_of_basis", "frozen_product", "orthonormal", "own_factor"]
 
 _NOT_ORTHOGONAL = 1e-4  # ||R_f^T R_f - I||_2 of a frozen factor in float32 is below 1e-6
-
-
-# -- model -----------------------------------------------------------------------------------------------------------------
 
 
 def orthonormal(basis: Tensor) -> Tensor:
@@ -26,20 +24,25 @@ def orthonormal(basis: Tensor) -> Tensor:
     return p if root is None else p @ root
 
 
+def _transform(adapter: LayerAdapter) -> Transform:
+    """Of the kinds that can be refreshed (`conditions.py`), all of which have one."""
+    assert adapter.transform is not None
+    return adapter.transform
+
+
 @torch.no_grad()
 def own_factor(layer: Linear, adapter: str) -> LowRank:
     """R = I + (P C) D (P C)^T of the present support in float64 on the CPU, D = T - I."""
     # Anew from theta: what the forward passes use is rounded to float32.
-    theta, transform = layer.adapters[adapter].theta.detach().cpu().double(), layer.adapters[adapter].transform
-    return LowRank(
-        orthonormal(layer.adapters[adapter].support), transform.delta(theta[None], layer.adapters[adapter].rank)[0][0]
-    )
+    held = layer.adapters[adapter]
+    theta = held.theta.detach().cpu().double()
+    return LowRank(orthonormal(held.support), _transform(held).delta(theta[None], held.rank)[0][0])
 
 
 @torch.no_grad()
 def frozen_product(name: str, layer: Linear, adapter: str) -> LowRank | None:
     """R_f R (or R R_f) as one factor, float32 or as wide as theta, on the CPU; None where nothing is turned."""
-    own, transform = own_factor(layer, adapter), layer.adapters[adapter].transform
+    own, transform = own_factor(layer, adapter), _transform(layer.adapters[adapter])
     held = layer.adapters[adapter].frozen_factor
     if held is not None:
         held = LowRank(held.basis.cpu().double(), held.delta.cpu().double())

@@ -95,7 +95,12 @@ def refresh(
             supports = {} if config.needs_calibration else choose_supports(layers, config, adapter)
         report = CalibrationReport(config.method, "natural", 0, None, 0, time.perf_counter() - started, supports)
         if data:
-            options = {"memory": memory, "offload": offload, "adapter_name": adapter, "progress": progress}
+            options: dict[str, Any] = {
+                "memory": memory,
+                "offload": offload,
+                "adapter_name": adapter,
+                "progress": progress,
+            }
             report = calibrate(model, **data, **options, head_steps=0)
         with processes.stage():
             carried = change_of_basis(carried, layers, adapter, bases)
@@ -103,6 +108,7 @@ def refresh(
     for name, layer in layers.items():
         layer.adapters[adapter].theta.grad = None
         for key, value in carried.get(name, {}).items():
+            assert optimizer is not None
             optimizer.state[layer.adapters[adapter].theta][key].copy_(value)
     return report
 

@@ -38,13 +38,13 @@ class ActivationSketch(Sketch):
     def moment(self, p: np.ndarray) -> np.ndarray:
         if self.plan.single:
             return nystroem(p.T @ self.whole, self.drawn.T @ self.whole)
-        return moment_within(p, self.basis, self.numpy("moment"))
+        return moment_within(p, self.q, self.numpy("moment"))
 
     def solve(self) -> tuple[np.ndarray, np.ndarray, float, float]:
         if self.plan.single:
             q = left_vectors(self.whole, min(self.whole.shape))
             moment = self.moment(q)
         else:
-            q, moment = self.basis.double().cpu().numpy(), self.numpy("moment")
+            q, moment = self.q, self.numpy("moment")
         squares, v = descending(moment)
         return q @ v[:, : self.rank], np.sqrt(squares), float(self.sums["norm"]), 0.0

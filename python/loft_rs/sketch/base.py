@@ -125,6 +125,7 @@ class Sketch:
         """Accumulate what the backward shows. part: which of the tied layers shows it."""
         self.gradient_seen = True
         if self.backward:
+            assert kept is not None
             self.seen += 1
             self.add_gradient(kept, rows_of(gradient), part)
 
@@ -133,7 +134,10 @@ class Sketch:
         raise AssertionError("each kind of sketch that waits for gradients says what it takes")
 
     def activations(self, x: Tensor, y0: Tensor | None) -> Tensor:
-        return rows_of(x if self.side == "input" else y0)
+        if self.side == "input":
+            return rows_of(x)
+        assert y0 is not None
+        return rows_of(y0)
 
     def zeros(self, *shape: int) -> Tensor:
         return torch.zeros(shape, dtype=self.dtype, device=self.home)
@@ -171,7 +175,7 @@ class Sketch:
     def to_cpu(self) -> None:
         """Leave the device: what is still to be done is done on the CPU."""
         self.home, self.pending = torch.device("cpu"), {}
-        self.omega = gaussian(*self.omega.shape, self.plan.seed)
+        self.omega = gaussian(self.omega.shape[0], self.omega.shape[1], self.plan.seed)
         self.__dict__.pop("test", None)
         self.basis = None if self.basis is None else self.basis.cpu()
 
@@ -185,7 +189,7 @@ class Sketch:
         self.require_finite(name, "calibration")
         forget_products()
         self.sums |= {what: value.cpu() for what, value in self.pending.items()}
-        main = self.sums.get("sketch", self.sums.get("moment"))
+        main = self.sums["sketch" if "sketch" in self.sums else "moment"]
         if not bool(main.any()):
             self.unreached = self.finished = True
         elif self.basis is None:
@@ -202,6 +206,12 @@ class Sketch:
 
     def numpy(self, name: str) -> np.ndarray:
         return self.sums[name].double().numpy()
+
+    @property
+    def q(self) -> np.ndarray:
+        """Q (n x k), once the first pass of two is over."""
+        assert self.basis is not None
+        return self.basis.double().cpu().numpy()
 
     @property
     def drawn(self) -> np.ndarray:
@@ -243,7 +253,7 @@ class Sketch:
     def moment(self, p: np.ndarray) -> np.ndarray:
         """P^T M P (r x r) of a basis P (n x r)."""
         image = self.numpy("moments")
-        test = self.drawn if self.plan.single else self.basis.double().cpu().numpy()
+        test = self.drawn if self.plan.single else self.q
         return nystroem(p.T @ image, test.T @ image)
 
     def ordered(self, p: np.ndarray, moment: np.ndarray | None) -> np.ndarray:
@@ -279,7 +289,7 @@ def rows_of(tensor: Tensor) -> Tensor:
     return tensor.reshape(-1, tensor.shape[-1])
 
 
-def moment_within(p: np.ndarray, basis: Tensor, moment: np.ndarray) -> np.ndarray:
+def moment_within(p: np.ndarray, q: np.ndarray, moment: np.ndarray) -> np.ndarray:
     """P^T M P of a P in span(Q), from Q^T M Q."""
-    v = basis.double().cpu().numpy().T @ p
+    v = q.T @ p
     return v.T @ moment @ v

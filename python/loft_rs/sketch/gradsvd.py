@@ -60,7 +60,8 @@ class GradientSketch(Sketch):
 
     def rotation_energy(self, rank: int, weight: Tensor | None) -> float:
         """Of two passes: P^T W0^T G P = (W0 P)^T (G P), on the output side (W0^T P)^T (G^T P), transposed."""
-        q, p = self.basis.double().cpu().numpy(), self.solved()[0][:, :rank]
+        q, p = self.q, self.solved()[0][:, :rank]
+        assert weight is not None
         w = weight.detach() if self.side == "input" else weight.detach().mT
         left = product(w, torch.from_numpy(np.ascontiguousarray(p)).to(self.dtype)).double().cpu().numpy()
         c = left.T @ (self.numpy("image") @ (q.T @ p)) / self.plan.loss_scale
@@ -70,7 +71,7 @@ class GradientSketch(Sketch):
         if self.plan.single:
             image = self.numpy("moments")
             return nystroem(p.T @ image, self.test.double().cpu().numpy().T @ image)
-        return moment_within(p, self.basis, self.numpy("moment"))
+        return moment_within(p, self.q, self.numpy("moment"))
 
     def solve(self) -> tuple[np.ndarray, np.ndarray, float, float]:
         probes, _ = self.probes()
@@ -82,7 +83,7 @@ class GradientSketch(Sketch):
             # Y's values are too large by what P was fitted to; of the probes, which had no part in that, P captures what is there.
             values = np.sqrt(squares[: self.rank] * max(captured.mean(), 0) / np.sum(squares[: self.rank]))
             return p, values, float(total.mean()), standard_error(total)
-        image, q = self.numpy("image"), self.basis.double().cpu().numpy()
+        image, q = self.numpy("image"), self.q
         squares, v = descending(image.T @ image)
         missed = np.sum((probes - q @ (q.T @ probes)) ** 2, 0)
         total = float(np.sum(image**2)) + float(missed.mean())

@@ -45,12 +45,13 @@ class MomentSketch(Sketch):
         self.pending = {"moment": self.zeros(self.rank, self.rank)}
 
     def on_forward(self, x: Tensor, y0: Tensor | None) -> None:
+        assert self.basis is not None
         self.seen += 1
         z = product(self.activations(x, y0), self.basis)
         self.plus("moment", inner_product(z, z))
 
     def solve(self) -> tuple[np.ndarray, np.ndarray, float, float]:
-        return self.basis.double().cpu().numpy(), np.full(self.rank, math.nan), math.nan, 0.0
+        return self.q, np.full(self.rank, math.nan), math.nan, 0.0
 
     def moment(self, p: np.ndarray) -> np.ndarray:
         return self.numpy("moment")

@@ -38,8 +38,8 @@ class SkewSketch(Sketch):
         return self.activations(x, y0)
 
     def add_gradient(self, kept: Tensor, gradient: Tensor, part: int) -> None:
-        first = self.basis is None
-        test, rounded = self.omega if first else self.basis, as_it_is(kept, gradient)
+        first, rounded = self.basis is None, as_it_is(kept, gradient)
+        test = self.omega if self.basis is None else self.basis
         mine = (shared_skinny_product if first else skinny_product)(kept, test, rounded)
         its = skinny_product(gradient, test, rounded)
         back = inner_product(kept, torch.cat([its, mine], 1) if "moments" in self.pending else its)
@@ -67,7 +67,7 @@ class SkewSketch(Sketch):
             y, omega = self.whole[:, : None if complete else k], self.drawn[:, : None if complete else k]
             q = left_vectors(y, k if complete else min(k, self.rank + (k - self.rank) // 3))
             return q, skew_core(q.T @ omega, q.T @ y)
-        q, image = self.basis.double().cpu().numpy(), self.numpy("image")
+        q, image = self.q, self.numpy("image")
         inner = q.T @ image
         if k == n:
             return q, (inner - inner.T) / 2

@@ -14,11 +14,29 @@ from .._checks import of
 from ..linalg import NonFiniteError, row_blocks
 from .support import Support
 
-__all__ = ["blind_support"]
+__all__ = ["BLIND", "blind_support"]
+
+
+def _random(width: int, rank: int, seed: int) -> np.ndarray:
+    from .. import _core
+
+    return _core.random_basis(width, rank, seed)
+
+
+def _coordinate(width: int, rank: int, seed: int) -> np.ndarray:
+    from .. import _core
+
+    basis = np.zeros((width, rank), np.float32)
+    basis[_core.coordinate_indices(width, rank, seed), np.arange(rank)] = 1
+    return basis
+
+
+# By name: the basis (width x rank) of a seed.
+BLIND: dict[str, Callable[[int, int, int], np.ndarray]] = {"random": _random, "coordinate": _coordinate}
 
 
 def select_blind(jobs: list, method: str, side: str, seed: int, progress: Callable | None) -> list[Support]:
-    """random and coordinate: the matrix gives the shape, and the energy that was captured by chance."""
+    """Those of `BLIND`: the matrix gives the shape, and the energy that was captured by chance."""
     scales = []
     for name, grad, weight, _ in jobs:
         given = [_scale(name, what, each) for what, each in (("grads", grad), ("weights", weight)) if each is not None]
@@ -51,14 +69,7 @@ def _blind(matrix: Any, scale: float, rank: int, method: str, side: str, seed: i
 
 def blind_support(width: int, rank: int, *, method: str, side: str, seed: int) -> Support:
     """A `random` or `coordinate` support of a layer `width` wide, chosen without any matrix, so of unknown energy."""
-    from .. import _core
-
-    if method == "random":
-        basis = _core.random_basis(width, rank, seed)
-    else:
-        basis = np.zeros((width, rank), np.float32)
-        basis[_core.coordinate_indices(width, rank, seed), np.arange(rank)] = 1
-    unknown = np.full(rank, math.nan)
+    unknown, basis = np.full(rank, math.nan), BLIND[method](width, rank, seed)
     return Support(basis, math.nan, math.nan, unknown, unknown.copy(), math.nan, 0, 0.0, method, side, seed)
 
 

@@ -21,17 +21,14 @@ from typing import Any, TypeVar
 import numpy as np
 
 from .._checks import check_names, is_int, of
+from .._transforms import TABLE
 
 __all__ = ["PARAMETERS", "Allocation", "Budget", "T", "share_ranks"]
 
 
 T = TypeVar("T")
 
-PARAMETERS: dict[str, Callable[[Any], Any]] = {
-    "cayley": lambda r: r * (r - 1) // 2,
-    "exp": lambda r: r * (r - 1) // 2,
-    "free": lambda r: r * r,
-}
+PARAMETERS: dict[str, Callable[[Any], Any]] = {name: each.count for name, each in TABLE.items() if each.shared}
 # Partial choices held at once. The narrow searches find a good choice, which leaves the next one little to look at.
 _WIDTHS = (1 << 6, 1 << 10, 1 << 14)
 # Sums of a few hundred float64 energies: what differs by less is equal.

@@ -12,7 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from ..linalg import NonFiniteError, as_matrix, row_blocks
+from ..linalg import Matrix, NonFiniteError, as_matrix, row_blocks
+from .blind import BLIND
 
 __all__ = ["Factored"]
 
@@ -39,12 +40,13 @@ class Factored:
 
     def problem(self, weight: Any, method: str, side: str) -> tuple[np.ndarray, Any]:
         """(gradient, weight) of a dense problem with the same support on the same side."""
-        if 2 * len(self.x) >= min(self.shape) or method in ("random", "coordinate"):
+        if 2 * len(self.x) >= min(self.shape) or method in BLIND:
             return self.dense(), weight
         if method == "gradsvd":
             if side == "input":
                 return np.linalg.qr(self.dy.T, mode="r") @ self.x, None
-            return self.dy.T @ np.linalg.qr(self.x.T, mode="r").T, None
+            triangle = np.linalg.qr(self.x.T, mode="r")
+            return self.dy.T @ triangle.T, None  # type: ignore[attr-defined]  # NumPy's stubs know no mode "r"
         if side == "input":
             dx = sum(self.dy[:, start : start + len(rows)] @ rows for start, rows in row_blocks(weight))
             return self.x, dx.astype(self.x.dtype, copy=False)
@@ -52,7 +54,7 @@ class Factored:
         return self.dy.T, y0.astype(self.x.dtype, copy=False)
 
 
-def padded(matrix: np.ndarray | None, rank: int, side: str) -> np.ndarray | None:
+def padded(matrix: Matrix | None, rank: int, side: str) -> Matrix | None:
     """The few rows (input side) or columns filled up with zeros to `rank`, which changes no support."""
     axis = 0 if side == "input" else 1
     if not isinstance(matrix, np.ndarray) or matrix.shape[axis] >= rank:

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from .._checks import check_names, is_int, of
 from ..linalg import as_matrix
-from .blind import select_blind, shape_of
+from .blind import BLIND, select_blind, shape_of
 from .gradient_factors import Factored, padded
 from .methods import METHODS, SIDES
 from .support import Support
@@ -65,7 +65,7 @@ def select_support(
     from .budget import Budget
 
     _check_options(method, side, tol, seed, threads, progress)
-    if isinstance(rank, Budget) and method in ("random", "coordinate"):
+    if isinstance(rank, Budget) and method in BLIND:
         raise ValueError(f"rank may not be a Budget with {method!r}, which has no spectrum to share it by")
     single, layers = _layers(grads, weights, method)
     ranks = {} if isinstance(rank, Budget) else _ranks(rank, single, layers)
@@ -73,8 +73,11 @@ def select_support(
     shapes = {name: _common_shape(name, grad, weight) for name, (grad, weight) in matrices.items()}
 
     def solve(ranks: Mapping[str, int], progress: Callable | None) -> dict[str, Support]:
-        jobs = [(name, *(padded(each, rank, side) for each in matrices[name]), rank) for name, rank in ranks.items()]
-        if method in ("random", "coordinate"):
+        jobs = []
+        for name, rank in ranks.items():
+            grad, weight = matrices[name]
+            jobs.append((name, padded(grad, rank, side), padded(weight, rank, side), rank))
+        if method in BLIND:
             chosen = select_blind(jobs, method, side, seed, progress)
         else:
             from .. import _core

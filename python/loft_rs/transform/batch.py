@@ -98,6 +98,11 @@ LIBRARY.impl("solve", _solve_and_cast, "CompositeExplicitAutograd")
 torch.library.register_fake("loft_rs::solve", _fake_solve, lib=LIBRARY)
 
 
+def _members(stack: Tensor, indices: Sequence[int]) -> Tensor:
+    # Not by a list of indices, which would wait for its own copy to the device.
+    return torch.stack([stack[i] for i in indices])
+
+
 class Deltas(torch.autograd.Function):
     """E of several thetas, so that one batched backward serves them all; a theta whose E nobody used gets no gradient.
 
@@ -119,9 +124,8 @@ class Deltas(torch.autograd.Function):
         if given:
             saved, roots = ctx.saved, ctx.roots
             if len(given) < len(grads):
-                # Not by a list of indices, which would wait for its own copy to the device.
-                saved, roots = (None if t is None else torch.stack([t[k] for k in given]) for t in (saved, roots))
-            g = torch.stack([grads[k] for k in given])
+                saved, roots = _members(saved, given), None if roots is None else _members(roots, given)
+            g = torch.stack([g for g in grads if g is not None])
             with no_autocast(g.device.type):
                 if roots is not None:
                     roots = roots.to(g.dtype)
@@ -136,9 +140,8 @@ def attach(solution: Solution, indices: Sequence[int], thetas: Sequence[Tensor])
     """E of the members `indices`, with the gradients of their thetas in one node."""
     deltas, saved, roots = solution.deltas, solution.saved, solution.roots
     if len(indices) < len(deltas):
-        deltas, saved, roots = (
-            None if t is None else torch.stack([t[i] for i in indices]) for t in (deltas, saved, roots)
-        )
+        deltas, saved = _members(deltas, indices), _members(saved, indices)
+        roots = None if roots is None else _members(roots, indices)
     return Deltas.apply(solution.transform.name, deltas, saved, roots, *thetas)
 
 

@@ -20,7 +20,8 @@ Gradients are closed forms, so no graph runs through a solver. `batch.py` solves
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Callable
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -171,7 +172,7 @@ class Magnitudes:
 
     orthogonal = False
 
-    def __init__(self, inner: _Skew):
+    def __init__(self, inner: Transform):
         self.inner, self.name = inner, f"{inner.name}+magnitudes"
 
     def parameter_shape(self, r: int) -> tuple[int, ...]:
@@ -247,7 +248,10 @@ def _make_transform(name: str) -> Transform:
     found = TRANSFORMS.get(plain)
     if kind == "cayley_neumann" and colon and terms.isdecimal() and int(terms) > 0:
         found = CayleyNeumann(int(terms))
-    kinds = {"magnitudes": (Magnitudes, _Skew), "halves": (Halves, (Cayley, Exp))}
+    kinds: dict[str, tuple[Callable[[Any], Transform], tuple[type, ...]]] = {
+        "magnitudes": (Magnitudes, (_Skew,)),
+        "halves": (Halves, (Cayley, Exp)),
+    }
     if found is None or (plus and (option not in kinds or not isinstance(found, kinds[option][1]))):
         raise ValueError(
             f"transform must be one of {sorted(TRANSFORMS)}, the first two also with +magnitudes or +halves, got {name!r}"

@@ -49,7 +49,7 @@ def check_state(model: nn.Module, state_dict: dict, prefix: str, *_: Any) -> Non
             refreshed[theta] = (place["frozen_basis"], place["frozen_delta"])
             basis = state_dict.get(support)
             rank = basis.shape[1] if basis is not None and basis.dim() == 2 else None
-            if rank != adapter.rank and _may_bring(adapter, rank):
+            if rank is not None and rank != adapter.rank and _may_bring(adapter, rank):
                 brought.setdefault(key, {})[name] = rank
                 expected[key][theta], expected[key][support] = adapter.of_rank(rank)
             width = module.support_width(_stated_side(state_dict, prefix, name, module, key))
@@ -76,9 +76,9 @@ def check_state(model: nn.Module, state_dict: dict, prefix: str, *_: Any) -> Non
         if any(".loft_output_side." in problem for problem in problems):
             more += ". One of the two was made with side='auto' or a side_pattern, the other without: build the model with the saved config"
         raise ValueError("the adapter does not fit this model: " + "; ".join(problems[:8]) + more)
-    for adapter, ranks in brought.items():
-        layers = {n: m for n, m in model.named_modules() if isinstance(m, Linear) and m.has_adapter(adapter)}
-        set_ranks(layers, adapter, ranks)
+    for key, ranks in brought.items():
+        layers = {n: m for n, m in model.named_modules() if isinstance(m, Linear) and m.has_adapter(key)}
+        set_ranks(layers, key, ranks)
     _make_room(model, state_dict, prefix)
 
 
@@ -166,17 +166,14 @@ def _frozen_problems(places: tuple[str, str], tensors: list[torch.Tensor | None]
     basis, delta = tensors
     if basis is None and delta is None:
         return []
-    missing = [f"{place} is missing" for place, tensor in zip(places, tensors, strict=True) if tensor is None]
-    if missing:
-        return missing
+    if basis is None or delta is None:
+        return [f"{places[0 if basis is None else 1]} is missing"]
     if basis.dim() != 2 or basis.shape[0] != width or not 1 <= basis.shape[1] <= width:
         return [f"{places[0]} has shape {tuple(basis.shape)}, expected ({width}, 1 to {width})"]
     square = (basis.shape[1], basis.shape[1])
     if delta.shape != square:
         return [f"{places[1]} has shape {tuple(delta.shape)}, expected {square}"]
-    problems = [
-        p for place, tensor in zip(places, tensors, strict=True) for p in _tensor_problems(place, tensor, tensor)
-    ]
+    problems = _tensor_problems(places[0], basis, basis) + _tensor_problems(places[1], delta, delta)
     return problems or _basis_problems(places[0], basis)
 
 

@@ -8,7 +8,8 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from .._format import READABLE_VERSIONS, TransformName
+from .._format import READABLE_VERSIONS
+from .._transforms import TABLE, TransformName
 from ..support.budget import PARAMETERS, Budget
 from ..support.methods import (
     CALIBRATED_SUPPORTS,
@@ -18,12 +19,10 @@ from ..support.methods import (
     WITHOUT_SUPPORT,
     name_of,
 )
-from ..transform.transforms import TRANSFORMS
 
 __all__ = ["check"]
 
 ORDERS = ("auto", "natural", "input_pca")
-_TRANSFORMS = (*TRANSFORMS, "cayley_neumann")
 
 
 def check(config: Any) -> None:
@@ -53,7 +52,7 @@ def _check_choices(config: Any) -> None:
         except (TypeError, re.error) as error:
             raise ValueError(f"side_pattern[{name!r}] must be a name or a regular expression: {error}") from None
     for name, value, choices in (
-        ("transform", TransformName.of(config.transform).base, _TRANSFORMS),
+        ("transform", TransformName.of(config.transform).base, TABLE),
         ("side", config.side, (*SIDES, "auto")),
         *((f"side_pattern[{key!r}]", side, SIDES) for key, side in config.side_pattern.items()),
         ("order", config.order, ORDERS),
@@ -144,7 +143,7 @@ def _check_together(config: Any) -> None:
             f"halves needs support=Pilot(halves=True), which finds both halves, or a file of such supports, got {config.method!r}",
         ),
         (
-            transform.halves and (transform.base not in ("cayley", "exp") or transform.magnitudes),
+            transform.halves and (not TABLE[transform.base].halves or transform.magnitudes),
             f"halves needs the transform 'cayley' or 'exp' without magnitudes, got {config.transform!r}",
         ),
         (

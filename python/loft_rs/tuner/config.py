@@ -14,7 +14,8 @@ from peft.config import PeftConfig
 from peft.utils import PeftType
 from peft.utils.other import get_pattern_key
 
-from .._format import FORMAT_VERSION, RETIRED_FIELDS, TransformName, of_this_version
+from .._format import FORMAT_VERSION, RETIRED_FIELDS, of_this_version
+from .._transforms import TransformName
 from ..layer.kinds import BlocksKind, Kind, ReflectionsKind, SubspaceKind
 from ..support.budget import Budget
 from ..support.methods import (
@@ -112,7 +113,7 @@ class LoftConfig(PeftConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        self.peft_type = PeftType.LOFT
+        self.peft_type = PeftType.LOFT  # type: ignore[attr-defined]  # our registration's
         if isinstance(self.support, os.PathLike):
             self.support = os.fspath(self.support)
         if isinstance(self.support, dict):
@@ -246,7 +247,7 @@ class LoftConfig(PeftConfig):
         if name_of(self.support) is not None:
             saved["support"] = as_dict(self.support)
         if isinstance(self.r, Budget):
-            saved["r"] = {"name": "budget"} | saved["r"]
+            saved["r"] = {"name": "budget", **saved["r"]}  # type: ignore[dict-item]
         return saved
 
 
@@ -270,4 +271,4 @@ def _init(self: LoftConfig, *args: Any, **fields: Any) -> None:
     _from_fields(self, *args, **fields)
 
 
-LoftConfig.__init__ = _init
+LoftConfig.__init__ = _init  # type: ignore[method-assign]

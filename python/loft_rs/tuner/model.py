@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import warnings
 import zlib
+from collections.abc import Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -33,7 +34,7 @@ class LoftModel(BaseTuner):
 
     prefix = "loft_"
     tuner_layer_cls = LoftLayer
-    target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+    target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING  # type: ignore[assignment]  # PEFT's own table
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """As PEFT's, with supports that need no data chosen at the end. A failure leaves `model` as it was."""
@@ -69,9 +70,9 @@ class LoftModel(BaseTuner):
             warnings.warn(f"r was {what} that fits in: {listed}", stacklevel=2)
         if not getattr(model, "_loft_checks_loading", False):
             model.register_load_state_dict_pre_hook(check_state)
-            model._loft_checks_loading = True
+            model._loft_checks_loading = True  # type: ignore[assignment]  # our mark on any module
 
-    def _create_and_replace(
+    def _create_and_replace(  # type: ignore[override]  # PEFT hands each tuner its own config
         self,
         peft_config: LoftConfig,
         adapter_name: str,
@@ -138,7 +139,7 @@ class LoftModel(BaseTuner):
         parent, dot, child = key.rpartition(".")
         names = [n for group in tied_names(config) if child in group for n in group]
         keys = [key, *(f"{parent}{dot}{name}" for name in names)]
-        return next((k for k in keys if any(_same_module(held, k) for held in self._in_file)), key)
+        return next((k for k in keys if any(_same_module(held, k) for held in self._in_file or ())), key)
 
     def _watch(self) -> None:
         """Let passes begin at the model, whether it is called through PEFT or not, and at every module with layers of one input."""
@@ -149,7 +150,7 @@ class LoftModel(BaseTuner):
             return
         root = Root(layers)
         for module in self.model.modules():
-            groups = {}
+            groups: dict[nn.Module, list] = {}
             for names in named_groups(module, Linear, (*SHARED_INPUT, *_all_tied_names(self.peft_config))):
                 members = [getattr(module, name) for name in names]
                 groups |= {layer: members for layer in members if layer not in groups}
@@ -171,7 +172,7 @@ class LoftModel(BaseTuner):
         self._check_merge(adapter_names, safe_merge)
         super().merge_adapter(adapter_names, safe_merge)
 
-    def _unload_and_optionally_merge(
+    def _unload_and_optionally_merge(  # type: ignore[override]  # PEFT's returns the model too, and is annotated None
         self,
         merge: bool = True,
         progressbar: bool = False,
@@ -180,7 +181,7 @@ class LoftModel(BaseTuner):
     ) -> nn.Module:
         if merge:
             self._check_merge(adapter_names, safe_merge)
-        model = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
+        model: Any = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
         self._watch()
         return model
 
@@ -201,7 +202,7 @@ class LoftModel(BaseTuner):
                         rotated_weight(layer, [layer.adapters[name] for name in new], safe=True)
 
     @classmethod
-    def _remap_adapter_state_dict_for_load(
+    def _remap_adapter_state_dict_for_load(  # type: ignore[override]  # PEFT hands each tuner its own config
         cls, model: nn.Module, config: LoftConfig, adapter_name: str, state_dict: dict
     ):
         """As PEFT's, which since 0.21 knows only names that the model has already; room for a frozen factor is made by `check_state`."""
@@ -278,7 +279,7 @@ def tied_names(config: LoftConfig) -> tuple[tuple[str, ...], ...]:
     return SHARED_INPUT if config.tied is True else tuple(map(tuple, config.tied or ()))
 
 
-def _all_tied_names(configs: dict[str, LoftConfig]) -> tuple[tuple[str, ...], ...]:
+def _all_tied_names(configs: Mapping[str, object]) -> tuple[tuple[str, ...], ...]:
     loft = (config for config in configs.values() if isinstance(config, LoftConfig))
     return tuple(dict.fromkeys(names for config in loft for names in tied_names(config)))
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..layer import AdaptedLinear
+from ..layer.adapter import AdapterHolder
 from ..layer.merging import dense_or_raise, rotated_weight
 from ..support.blind import blind_support
 from ..support.files import load_supports
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 __all__ = ["choose_supports", "load_named_supports", "match_supports"]
 
 
-def choose_supports(layers: Mapping[str, AdaptedLinear], config: LoftConfig, adapter: str) -> dict[str, Support]:
+def choose_supports(layers: Mapping[str, AdapterHolder], config: LoftConfig, adapter: str) -> dict[str, Support]:
     """Select `principal`, `random` or `coordinate` supports for `layers`, or read them from the config's file; store and return them.
 
     Of a refreshed adapter: those of its current weight, and a fresh draw of a random one.
@@ -32,30 +32,31 @@ def choose_supports(layers: Mapping[str, AdaptedLinear], config: LoftConfig, ada
     elif config.method == "principal":
         weights = {name: _stacked(layer.adapters[adapter].tied_layers, adapter) for name, layer in layers.items()}
         ranks = {name: layer.adapters[adapter].rank for name, layer in layers.items()}
-        options = {"method": "principal", "seed": config.seed}
         supports = {}
         for side in SIDES:
             if own := {name: rank for name, rank in ranks.items() if layers[name].adapters[adapter].side == side}:
                 some = {name: weights[name] for name in own}
-                supports |= select_support(None, own, weights=some, side=side, **options)
+                found = select_support(None, own, method="principal", weights=some, side=side, seed=config.seed)
+                assert isinstance(found, dict)
+                supports |= found
     else:
         supports = {}
         for name, layer in layers.items():
-            side = layer.adapters[adapter].side
-            options = {"method": config.method, "side": side, "seed": _seed(layer, config, adapter)}
-            supports[name] = blind_support(layer.support_width(side), layer.adapters[adapter].rank, **options)
+            side, rank, seed = layer.adapters[adapter].side, layer.adapters[adapter].rank, _seed(layer, config, adapter)
+            width = layer.support_width(side)
+            supports[name] = blind_support(width, rank, method=config.method, side=side, seed=seed)
     for name, layer in layers.items():
         layer.adapters[adapter].set_basis(supports[name].basis, supports[name].energy)
     return {name: supports[name] for name in layers}
 
 
-def _seed(layer: AdaptedLinear, config: LoftConfig, adapter: str) -> int:
+def _seed(layer: AdapterHolder, config: LoftConfig, adapter: str) -> int:
     """The config's seed; where there is a support already, one that depends on it, so that a resumed run draws what the run would have."""
     held = layer.adapters[adapter].support
     return config.seed + (zlib.crc32(held.double().cpu().numpy().tobytes()) if layer.adapters[adapter].ready else 0)
 
 
-def _stacked(tied: list[AdaptedLinear], adapter: str) -> torch.Tensor:
+def _stacked(tied: list[AdapterHolder], adapter: str) -> torch.Tensor:
     """The weight of a layer, W0 R_f; of tied ones, which read the same input, all of theirs, one above the other."""
     weights = [dense_or_raise(layer, "support='principal'").detach() for layer in tied]
     if tied[0].adapters[adapter].frozen_rank:

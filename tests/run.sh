@@ -2,7 +2,7 @@
 # tests/run.sh [all | quick | long]     A virtual environment in .venv is made if none is active.
 #
 #   all     the default, and what CI runs: builds and installs the package, then checks everything
-#   quick   of a tree that is built (pip install -e ".[test,demo]"): under 2 minutes on two cores
+#   quick   of a tree that is built (pip install -e ".[test,demo,docs]"): under 2 minutes on two cores
 #   long    of such a tree too: the tests that have a long form, in it; not in CI
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -34,16 +34,18 @@ tests() { OMP_NUM_THREADS=1 python -m pytest -q -n 2 -p no:cacheprovider -c ../p
 
 if [ "$mode" = all ]; then
   stage "build and install"
-  python -m pip install --quiet --disable-pip-version-check ".[test,demo]"
+  python -m pip install --quiet --disable-pip-version-check ".[test,demo,docs]"
 else # what is checked is the tree itself
   export PYTHONPATH="$PWD/python" MYPYPATH="$PWD/python"
   python -c "import loft_rs._core" 2>/dev/null ||
-    { echo 'tests/run.sh: build the tree first: pip install -e ".[test,demo]"' >&2 && exit 2; }
+    { echo 'tests/run.sh: build the tree first: pip install -e ".[test,demo,docs]"' >&2 && exit 2; }
 fi
 if [ "$mode" != long ]; then
   stage "ruff"
-  ruff check --quiet python tests bench
-  ruff format --quiet --check python tests bench
+  ruff check --quiet python tests bench examples
+  ruff format --quiet --check python tests bench examples
+  stage "documents"
+  NO_MKDOCS_2_WARNING=1 mkdocs build --quiet --strict
   stage "rustfmt, clippy"
   cargo fmt --all --check
   cargo clippy --quiet --workspace --all-targets -- -D warnings

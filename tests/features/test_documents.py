@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from documents import blocks, run, setups
-from pages import DEFAULTS, SETUPS
+from page_setups import DEFAULTS, SETUPS
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -47,6 +47,14 @@ def test_links_lead_somewhere(page):
 def _anchors(page):
     headings = re.findall(r"^#+ (.+)$", page.read_text(encoding="utf-8"), re.M)
     return {re.sub(r"[\s-]+", "-", re.sub(r"[^\w\s-]", "", heading).strip().lower()) for heading in headings}
+
+
+def test_the_readme_can_be_taken_in():
+    text = re.sub(r"```.*?```|^    [^\n]*$|<!--.*?-->", "", PAGES[0].read_text(encoding="utf-8"), flags=re.S | re.M)
+    assert len(text.split()) <= 900
+    paragraphs = [part for part in re.split(r"\n\s*\n", text) if not part.lstrip().startswith("|")]
+    assert max(len(part.split()) for part in paragraphs) <= 90
+    assert len(re.findall(r"(?<![\w.])\d*\.\d+(?![\w.]*\.)", re.sub(r"\d{4}\.\d{5}", "", text))) < 40
 
 
 def test_every_page_is_in_the_navigation():
@@ -88,29 +96,6 @@ def test_output_that_differs_is_seen(tmp_path):
         run(page, {})
     page.write_text('```python\nprint("one\\ntwo\\nthree")\n```\n\n```text title="output"\n...\nthree\n```\n')
     run(page, {})
-
-
-def test_the_table_of_sizes_is_that_of_files(tmp_path, monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "bench"))
-    import sizes
-    from peft import get_peft_model
-    from reference import make_llama
-    from safetensors.torch import load_file
-
-    from loft_rs import LoftConfig, export_lora
-
-    assert sizes.on_page(sizes.PAGE.read_text(encoding="utf-8")) == sizes.PAGE.read_text(encoding="utf-8")
-    layers = ((32, 32), (16, 32), (16, 32), (32, 32), (80, 32), (80, 32), (32, 80))
-    shape = sizes.Model("Llama of two layers", layers, 2, 4)
-    model = get_peft_model(make_llama(), LoftConfig(r=8, target_modules="all-linear"))
-    model.save_pretrained(tmp_path / "adapter")
-    export_lora(model, tmp_path / "lora")
-    held = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
-    held = {name: tensor for name, tensor in held.items() if not name.endswith("loft_energy")}
-    assert sum(tensor.nbytes for tensor in held.values()) == sizes.adapter_bytes(shape, 8)
-    assert sum(p.numel() for p in model.parameters() if p.requires_grad) == sizes.trained(shape, 8)
-    factors = load_file(tmp_path / "lora" / "adapter_model.safetensors")
-    assert sum(tensor.numel() for tensor in factors.values()) == sizes.lora_trained(shape, 8)
 
 
 @pytest.mark.parametrize("name", ["causal_lm.py", "plain_pytorch.py", "numpy_only.py"])

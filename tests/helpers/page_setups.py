@@ -9,7 +9,8 @@ import numpy as np
 import torch
 from peft import OFTConfig, get_peft_model
 from reference import make_llama, token_batches
-from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, TrainingArguments
 
 import loft_rs
 from loft_rs import LoftConfig
@@ -65,12 +66,20 @@ def peft_oft() -> dict[str, Any]:
     return {}
 
 
-def readme() -> dict[str, Any]:
-    """As `causal_lm`, with a Trainer and its arguments made."""
-    made = causal_lm()
-    return made | {"Trainer": Trainer, "arguments": made["arguments"](learning_rate=0.001)}
+def small_smollm() -> dict[str, Any]:
+    """A Llama of two layers that reads bytes, in a folder with the name of the model that the README loads."""
+    bytes_alone = Tokenizer(models.BPE())
+    bytes_alone.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bytes_alone.decoder = decoders.ByteLevel()
+    bytes_alone.train_from_iterator(
+        [], trainers.BpeTrainer(special_tokens=["<end>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+    )
+    folder = "HuggingFaceTB/SmolLM2-135M-Instruct"
+    PreTrainedTokenizerFast(tokenizer_object=bytes_alone, pad_token="<end>", eos_token="<end>").save_pretrained(folder)
+    make_llama(vocab_size=257, hidden_size=64, bos_token_id=0, eos_token_id=0).save_pretrained(folder)
+    return {}
 
 
-SETUPS = {each.__name__: each for each in (matrices, causal_lm, adapted, plain_model, peft_oft, readme)}
+SETUPS = {each.__name__: each for each in (matrices, causal_lm, adapted, plain_model, peft_oft, small_smollm)}
 # Of pages that name none in a comment.
-DEFAULTS = {"README.md": ["matrices", "readme", "peft_oft"]}
+DEFAULTS = {"README.md": ["matrices", "small_smollm", "peft_oft"]}

@@ -34,8 +34,8 @@ def choose() -> str:
     rows = (
         ("images, text classification, new languages", "", None, "nothing"),
         ("mathematics with a language model", ', support="pilot"', "pilot", "32 low-rank steps"),
-        ("the same, and 64 steps are affordable", ", support=Pilot(steps=64, halves=True)", "pilot", "64 such steps"),
-        ("to compare with the gradient's directions", ', support="gradsvd"', "gradsvd", "2 passes over 8 batches"),
+        ("the same, with more steps", ", support=Pilot(steps=64, halves=True)", "pilot", "64 such steps"),
+        ("to study the gradient's directions", ', support="gradsvd"', "gradsvd", "2 passes over 8 batches"),
     )
     cells = []
     for case, options, support, before in rows:

@@ -10,6 +10,7 @@ from ..sketch.split_half import SplitHalf
 from ..support.methods import SIDES, Pilot
 from ..support.support import Support
 from .memory import Footprint
+from .start import Starts
 
 __all__ = ["DOMINATED", "CalibrationReport"]
 
@@ -27,6 +28,7 @@ class CalibrationReport:
     sides: of modules whose side was open (`side="auto"`), module name -> {side: ||P^T S P||_F^2}, what decided it (`sides.py`); the
         chosen one is that of the support in `supports`
     pilot: the short training that the supports come from (`support="pilot"`); its steps are not counted in `passes`
+    start: where training starts after a kept pilot: `scale`, and `made`, module name -> the part of the pilot's change that is made
     """
 
     method: str
@@ -40,6 +42,7 @@ class CalibrationReport:
     memory: Footprint | None = None
     sides: dict[str, dict[str, float]] = field(default_factory=dict, repr=False)
     pilot: Pilot | None = None
+    start: Starts | None = None
 
     def __str__(self) -> str:
         batches = f", {self.batches} batches" if self.batches is not None else ""
@@ -52,6 +55,9 @@ class CalibrationReport:
             + f" {'side':>7} {'on input':>9} {'on output':>9}" * bool(self.sides)
             + f" {'agreement':>10} {'reproducible':>13} {'for .9':>7}" * bool(self.evidence),
         ]
+        if self.start is not None and self.start.made:
+            made = np.mean(list(self.start.made.values()))
+            lines[0] += f"; starts at {self.start.scale:g} times the nearest rotation, {made:.2f} of the pilot's change"
         if self.memory is not None:
             lines.insert(1, f"memory: {self.memory}")
         for name, s in self.supports.items():

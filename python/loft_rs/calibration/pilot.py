@@ -198,11 +198,12 @@ class LowRankChange:
 
 @torch.no_grad()
 def partners(weight: Tensor, images: Tensor) -> Tensor:
-    """Y = (W^T W + c I)^{-1} W^T U (n x k), nearly W^+ U, of W (m x n, float64) and U (m x k), on W's device.
+    """Y = (W^T W + c I)^{-1} W^T U (n x k), nearly W^+ U, of W (m x n) and U (m x k), float64 on W's device.
 
     c = ||W||_F^2 / (100 n), so that Y's directions do not depend on W's scale. Of W = 0 it is zero.
     """
-    w, u, (m, n) = weight, images.to(weight), weight.shape
+    w = weight.double()
+    u, (m, n) = images.to(w), w.shape
     wide = m < n  # (W^T W + c I)^{-1} W^T = W^T (W W^T + c I)^{-1}: whichever is smaller is solved
     gram = w @ w.mT if wide else w.mT @ w
     c = DAMPING * gram.trace() / n

@@ -342,6 +342,7 @@ METHODS = {
         Method("LoRA r8", LORA, 1.5e-3, rank=8),
         *(Method(f"LOFT {support}", _loft(support), **LOFT) for support in SUPPORTS),
         *(Method(f"LOFT {support} r16", _loft(support), rank=16, **LOFT) for support in SUPPORTS),
+        *(Method(f"LOFT principal r{rank}", _loft("principal"), rank=rank, **LOFT) for rank in (32, 64, 128)),
         *(Method(f"LOFT {support} natural", _loft(support, order="natural"), **LOFT) for support in SUPPORTS[:3]),
         *(Method(f"LOFT {support} r46", _loft(support), rank=46, **LOFT) for support in SUPPORTS[:4]),
         Method("LOFT pilot", _loft("pilot"), **PILOT),

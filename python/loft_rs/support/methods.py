@@ -109,12 +109,17 @@ class Activation(_Sketched):
 class Pilot:
     """A short low-rank training whose change the support spans (`calibration/pilot.py`).
 
-    steps: of Adam, one batch each, at rate `lr`. rank: of the change of a layer, no more than min(m, n) there; None: 64, or the adapter's
-    rank (in halves: the first one's) where that is larger. halves: the support's first half are the directions that the change reads,
-    the second their partners, which W0 maps to what it writes, and the transform turns one half towards the other only: r^2/4 trained
-    numbers a layer. Needs dense weights. keep: training starts where the pilot ended, at the transform that is nearest to its change
-    (`calibration/start.py`), in place of the base model. Needs dense weights, and the transform `cayley` or `exp`. ValueError for
-    anything but positive numbers.
+    steps: of Adam, one batch each, at rate `lr`.
+    rank: of the change of a layer, no more than min(m, n) there. None: 64, or the adapter's rank (in
+        halves: the first one's) where that is larger.
+    halves: the support's first half are the directions that the change reads, the second their
+        partners, which W0 maps to what it writes. The transform turns one half towards the other
+        only: r^2/4 trained numbers a layer. Needs dense weights.
+    keep: experimental, for short runs. Training starts where the pilot ended, at the rotation nearest
+        to its change (`calibration/start.py`), in place of the base model. Needs dense weights, and
+        the transform `cayley` or `exp`.
+
+    ValueError for anything but positive numbers.
 
     >>> from loft_rs import Pilot
     >>> Pilot(steps=64, halves=True)

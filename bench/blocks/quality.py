@@ -269,9 +269,9 @@ def kept() -> str:
                 if (line["task"], line["method"], line["phase"], line["steps"]) == (task, method, "tune", steps):
                     grid.setdefault(line["rate"] * (line["rank"] if "LOFT" in method else 1), []).append(line["score"])
             best = max((rate for rate in grid if len(grid[rate]) == 2), key=lambda rate: mean(grid[rate]))
-            cells += [short(abs(mean(grid[best])), 4), f"{best:.3g}"]
+            cells.append(f"{short(abs(mean(grid[best])), 4)} at {best:.3g}")
         found.append([f"{TITLES[task]}, {'NLL' if end else 'accuracy'}", steps, *cells])
-    return table(["task", "steps in all", "kept", "lr · r", "cold", "lr · r", "LoRA r=1", "lr"], found)
+    return table(["task", "steps in all", "kept, at lr · r", "cold, at lr · r", "LoRA r=1, at lr"], found)
 
 
 def one_rate() -> str:

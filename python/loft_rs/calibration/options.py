@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from .._checks import is_int
+from .._words import some
 from ..layer.base_layer import dense_weight
 from ..support.budget import Budget
 from ..support.methods import CALIBRATED_SUPPORTS, GRADIENT_SUPPORTS, Pilot
@@ -190,7 +191,7 @@ def trial_ranks(budget: Budget, layers: Mapping[str, Linear], adapter: str) -> d
     """The rank at which each layer is calibrated before the budget is shared out."""
     limits = {name: layer.adapters[adapter].largest_rank for name, layer in layers.items()}
     if narrow := [name for name, limit in limits.items() if limit < 2]:
-        raise ValueError(f"r=Budget(...) gives even ranks, which these modules are too narrow for: {', '.join(narrow)}")
+        raise ValueError(f"r=Budget(...) gives even ranks, which these modules are too narrow for: {some(narrow)}")
     allowed = budget.allowed(limits)
     even = max(
         r

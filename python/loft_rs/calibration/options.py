@@ -184,7 +184,21 @@ def checked_batches(
         raise TypeError(
             f"dataloader must give batches that are mappings, for model(**batch), or lists or tuples, for model(*batch), got {wrong[0]}"
         )
+    if any(map(_of_plain_values, batches)):
+        raise TypeError(
+            "dataloader must give batches that hold tensors, and one holds numbers or text alone, as a row of a dataset does: give a "
+            "DataLoader with your collator (collate_fn=...)"
+        )
     return batches
+
+
+def _of_plain_values(batch: Any) -> bool:
+    """Whether there is nothing but text, numbers and None in it, of which no model computes a loss."""
+    if isinstance(batch, Mapping):
+        return all(map(_of_plain_values, batch.values()))
+    if isinstance(batch, (list, tuple)):
+        return all(map(_of_plain_values, batch))
+    return batch is None or isinstance(batch, (str, bytes, int, float))
 
 
 def trial_ranks(budget: Budget, layers: Mapping[str, Linear], adapter: str) -> dict[str, int]:

@@ -34,7 +34,9 @@ HABITS = {
     **dict.fromkeys(("lora_dropout", "dropout", "module_dropout"), _NO_DROPOUT),
     **dict.fromkeys(("rank", "lora_r", "lora_rank", "dim"), "say r=..."),
     **dict.fromkeys(("budget", "params", "init_r", "target_r"), "say r=loft_rs.Budget(params=...)"),
-    **dict.fromkeys(("lr", "learning_rate"), "a rate is the optimiser's: loft_rs.suggest_lr(config) gives one to start from"),
+    **dict.fromkeys(
+        ("lr", "learning_rate"), "a rate is the optimiser's: loft_rs.suggest_lr(config) gives one to start from"
+    ),
     **dict.fromkeys(("block_size", "oft_block_size", "boft_block_size"), _BLOCKS),
     **dict.fromkeys(("init_lora_weights", "method"), "say support=..., how the frozen directions are chosen"),
     **dict.fromkeys(("steps", "pilot"), "say support=loft_rs.Pilot(steps=...)"),

@@ -277,8 +277,14 @@ def _unset_supports(folder: str | os.PathLike) -> list[str]:
     """The modules in a folder's adapter file whose support is all zero: nothing has chosen one."""
     file = Path(folder) / WEIGHTS_FILE
     tensors = read_safetensors(file)[0] if file.is_file() else {}
-    supports = {name.rpartition(".loft_support")[0]: basis for name, basis in tensors.items() if ".loft_support" in name}
-    return [name for name, basis in supports.items() if basis.size and not basis[0].any() and not basis.any()]
+    supports = {
+        name.rpartition(".loft_support")[0]: basis for name, basis in tensors.items() if ".loft_support" in name
+    }
+    return [
+        name.removeprefix("base_model.model.")
+        for name, basis in supports.items()
+        if basis.size and not basis[0].any() and not basis.any()
+    ]
 
 
 _from_fields = LoftConfig.__init__

@@ -84,7 +84,7 @@ def _layers(path: Path, argument: str) -> dict:
         raise ValueError(f"{path}: no 2-D tensor in it, so there is no layer to choose a support for")
     others = [name for name, tensor in tensors.items() if tensor.ndim != 2]
     if others and argument == "GRADS":
-        print(f"left out, being no matrix: {some(others)}", file=sys.stderr)
+        print(f"left out, being no matrix: {some(others)}")
     return layers
 
 

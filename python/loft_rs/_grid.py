@@ -1,6 +1,7 @@
 """Where a module sits in its model: its depth and its kind, read from its dotted name. NumPy alone.
 
-`base_model.model.model.layers.3.self_attn.q_proj` has depth 3 and kind `self_attn.q_proj`.
+depth   the block's number: 3 in `model.layers.3.self_attn.q_proj`
+kind    the name behind that number: `self_attn.q_proj`
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-__all__ = ["Grid"]
+__all__ = ["Grid", "kind_and_depth"]
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,9 @@ class Grid:
     @classmethod
     def of(cls, names: Sequence[str]) -> Grid:
         """The grid of these names. Names that fall on one place get kinds of their own."""
-        split = [_depth_and_kind(name) for name in names]
+        split = [(depth, tuple(kind.split("."))) for kind, depth in map(kind_and_depth, names)]
+        if len(set(split)) < len(split):  # two towers, each with blocks of its own
+            split = [_depth_and_others(name) for name in names]
         if len(set(split)) < len(split):
             split = [(None, tuple(name.split("."))) for name in names]
         rows = list(dict.fromkeys(kind for _, kind in split))
@@ -52,7 +55,14 @@ class Grid:
         return self.kinds[row] if depth is None else f"{depth} {self.kinds[row]}"
 
 
-def _depth_and_kind(name: str) -> tuple[int | None, tuple[str, ...]]:
+def kind_and_depth(name: str) -> tuple[str, int | None]:
+    """The name behind the last block's number, and that number."""
+    parts = name.split(".")
+    numbered = [i for i, part in enumerate(parts[:-1]) if part.isdecimal()]
+    return (".".join(parts[numbered[-1] + 1 :]), int(parts[numbered[-1]])) if numbered else (name, None)
+
+
+def _depth_and_others(name: str) -> tuple[int | None, tuple[str, ...]]:
     """The first number among the dotted parts, and the other parts."""
     parts = name.split(".")
     for place, part in enumerate(parts):

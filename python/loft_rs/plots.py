@@ -1,4 +1,4 @@
-"""Pictures of adapters, calibrations and supports. Needs matplotlib: pip install 'loft_rs[plot]'.
+"""Pictures of adapters, calibrations and supports. Needs matplotlib, the extra `plot`.
 
 Every picture is 7 inches wide, so at 100 dots an inch it has the width of a README. Modules are laid
 out by kind (rows) and depth (columns). What is drawn is given as plain arrays (`Spectra`), so that
@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import io
 import os
-from collections.abc import Mapping, Sequence
+import textwrap
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,12 +20,13 @@ import numpy as np
 
 from ._files import whole_file
 from ._grid import Grid
+from ._words import how_to_install
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["Map", "Spectra", "as_svg", "draw_layers", "draw_support", "save"]
+__all__ = ["Map", "Spectra", "as_page", "as_svg", "draw_layers", "draw_methods", "draw_support", "finish"]
 
 WIDTH = 7.0  # inches
 DPI = 200
@@ -35,13 +38,15 @@ BLUE, RED = "#4477aa", "#cc6677"
 
 @dataclass(frozen=True)
 class Map:
-    """One heat map: a value for every module. low, high: of the colours; None: of the values."""
+    """One heat map: a value for every module. low, high: of the colours; None: of the values. framed: whether the named modules have
+    a frame in it."""
 
     title: str
     values: Sequence[float]
     colours: str = "viridis"
     low: float | None = None
     high: float | None = None
+    framed: bool = False
 
 
 @dataclass(frozen=True)
@@ -62,7 +67,7 @@ def _figure(height: float) -> Figure:
         if (error.name or "").split(".")[0] != "matplotlib":
             raise
         raise ModuleNotFoundError(
-            "loft_rs draws with matplotlib: pip install 'loft_rs[plot]'", name="matplotlib"
+            f"loft_rs draws with matplotlib: {how_to_install('plot')}", name="matplotlib"
         ) from error
 
     class Picture(Figure):
@@ -91,20 +96,20 @@ def draw_layers(
     lower = 2.3 if spectra is not None else 0.0
     figure = _figure(upper + lower + 0.35)
     heights = [upper] * bool(maps) + [lower] * (spectra is not None)
-    parts = np.atleast_1d(figure.subfigures(max(1, len(heights)), 1, height_ratios=heights or None))
+    parts = figure.subfigures(max(1, len(heights)), 1, height_ratios=heights or None, squeeze=False)[:, 0]
     named = _largest(spectra.ranked) if spectra is not None else []
     if maps:
         axes = np.atleast_1d(parts[0].subplots(1, len(maps), sharey=True))
         for place, (axis, each) in enumerate(zip(axes, maps, strict=True)):
-            _heat_map(axis, grid, each, named if place == len(maps) - 1 else [], first=place == 0)
+            _heat_map(axis, grid, each, named if each.framed else [], first=place == 0)
     if spectra is not None:
         left, right = parts[-1].subplots(1, 2, width_ratios=(1.15, 1))
         _curves(left, spectra, named)
         _bars(right, [grid.label(index) for index in named], spectra, named)
-    figure.suptitle(title, fontsize=10, color=INK)
+    figure.suptitle(textwrap.fill(title, 90), fontsize=10, color=INK)
     if note:
         figure.supxlabel(note, fontsize=7.5, color=INK)
-    figure.get_layout_engine().set(w_pad=0.08, h_pad=0.06, wspace=0.05, hspace=0.05)  # type: ignore[union-attr]
+    figure.set_layout_engine("constrained", w_pad=0.08, h_pad=0.06, wspace=0.05, hspace=0.05)
     return figure
 
 
@@ -142,7 +147,7 @@ def _heat_map(axis: Axes, grid: Grid, drawn: Map, outlined: Sequence[int], *, fi
     bar = axis.figure.colorbar(image, ax=axis, orientation="horizontal", aspect=30, pad=0.03, fraction=0.06)
     bar.ax.tick_params(labelsize=7, length=2, colors=INK)
     bar.ax.locator_params(nbins=5)
-    bar.outline.set_visible(False)  # type: ignore[operator]
+    bar.outline.set_visible(False)
 
 
 def _plain(axis: Axes, title: str) -> None:
@@ -229,8 +234,8 @@ def draw_support(values: np.ndarray, energy: float, basis: np.ndarray, title: st
     right.set_xlim(-0.5, len(weight) - 0.5)
     right.locator_params(axis="x", integer=True, nbins=6)
     right.set_xlabel("coordinate", fontsize=7.5, color=INK, labelpad=1)
-    figure.suptitle(title, fontsize=10, color=INK)
-    figure.get_layout_engine().set(w_pad=0.08, h_pad=0.06, wspace=0.06)  # type: ignore[union-attr]
+    figure.suptitle(textwrap.fill(title, 90), fontsize=10, color=INK)
+    figure.set_layout_engine("constrained", w_pad=0.08, h_pad=0.06, wspace=0.06)
     return figure
 
 
@@ -300,6 +305,15 @@ def as_svg(figure: Figure) -> str:
         figure.savefig(held, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     text = held.getvalue()
     return text[text.index("<svg") :].replace(INK, "currentColor")
+
+
+def as_page(text: str, plot: Callable[[], Figure]) -> str:
+    """What a notebook shows: the text, and the picture where matplotlib is there."""
+    shown = f"<pre>{escape(text)}</pre>"
+    try:
+        return as_svg(plot()) + shown
+    except ModuleNotFoundError:
+        return shown
 
 
 def finish(figure: Figure, path: str | os.PathLike | None) -> Any:

@@ -231,7 +231,9 @@ def test_inspect_failures_are_one_sentence(tmp_path, capsys):
     assert "transform 'magic'" in fails(capsys, "inspect", folder)
     config.write_text(json.dumps(good))
     assert "does not exist" in fails(capsys, "inspect", folder, "--plot", tmp_path / "no" / "a.png")
-    assert "must end in .png, not 'a.pdf'" in fails(capsys, "inspect", folder, "--plot", tmp_path / "a.pdf")
+    assert "--plot writes a .png or an .svg, not 'a.pdf'" in fails(
+        capsys, "inspect", folder, "--plot", tmp_path / "a.pdf"
+    )
     (folder / "adapter_model.safetensors").write_bytes(b"junk")
     assert "damaged" in fails(capsys, "inspect", folder)
     (folder / "adapter_model.safetensors").unlink()

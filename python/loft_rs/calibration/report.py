@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field
 from typing import Any
 
+from ..plots import as_page, finish
 from ..sketch.split_half import SplitHalf
 from ..support.methods import Pilot
 from ..support.support import Support
 from .memory import Footprint
 from .start import Starts
-from .summary import rows_of, short, summary, table
+from .summary import figure, rows_of, short, summary, table
 
 __all__ = ["CalibrationReport"]
 
@@ -51,6 +53,16 @@ class CalibrationReport:
     def table(self) -> str:
         """One line for every layer, in at most 100 columns."""
         return table(self)
+
+    def plot(self, path: str | os.PathLike | None = None) -> Any:
+        """The matplotlib figure: energy, agreement and differing ranks by depth and kind of module, and the supports' values.
+
+        path: also written there, .png or .svg. ModuleNotFoundError without matplotlib.
+        """
+        return finish(figure(self), path)
+
+    def _repr_html_(self) -> str:
+        return as_page(str(self), self.plot)
 
     def rows(self) -> list[dict[str, Any]]:
         """One dict for every layer, as `pandas.DataFrame(report.rows())` takes them; nan where nothing is known."""

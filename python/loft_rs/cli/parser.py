@@ -82,9 +82,9 @@ def _demo(demo: argparse.ArgumentParser) -> None:
 
     demo.add_argument(
         "--support",
-        choices=(*CALIBRATED_SUPPORTS, *DATA_FREE_SUPPORTS),
+        choices=("halves", *CALIBRATED_SUPPORTS, *DATA_FREE_SUPPORTS),
         default=argparse.SUPPRESS,
-        help="of the LOFT row (default: principal)",
+        help="of the LOFT row (default: halves, a pilot in halves)",
     )
     demo.add_argument("--rank", type=int, default=argparse.SUPPRESS, help="rank of the LOFT supports (default: 64)")
     demo.add_argument(

@@ -13,10 +13,11 @@ from typing import Any
 
 from torch import nn
 
-from ..support.methods import CALIBRATED_SUPPORTS, DATA_FREE_SUPPORTS
+from ..support.methods import CALIBRATED_SUPPORTS, DATA_FREE_SUPPORTS, Pilot
 
 LORA = "lora"
-SUPPORTS = (*CALIBRATED_SUPPORTS, *DATA_FREE_SUPPORTS)
+HALVES = "halves"  # a pilot in halves
+SUPPORTS = (HALVES, *CALIBRATED_SUPPORTS, *DATA_FREE_SUPPORTS)
 SWEPT = {"activation": 0.1, "random": 0.2, "coordinate": 0.3}  # lr * r
 # Calibrated by forward passes alone: the span of activation, and the order of the coordinates, which helped principal.
 FORWARD_SUPPORTS = ("activation", "principal")
@@ -51,32 +52,37 @@ class Method:
             return get_peft_model(base, LoraConfig(r=self.rank, lora_alpha=2 * self.rank, **layers))
         from .. import LoftConfig
 
-        return get_peft_model(base, LoftConfig(r=self.rank, support=self.name, **layers))
+        return get_peft_model(base, LoftConfig(r=self.rank, support=support(self.name), **layers))
 
     def calibrate(self, model: nn.Module, forward: Callable[[], None], backward: Callable[[], None]) -> Any:
         """The report of `calibrate`, by a forward pass where that suffices; None for a method that takes no data."""
-        if self.name not in (*CALIBRATED_SUPPORTS, *FORWARD_SUPPORTS):
+        if self.name not in (HALVES, *CALIBRATED_SUPPORTS, *FORWARD_SUPPORTS):
             return None
         from .. import calibrate
 
         return calibrate(model, train_step=forward if self.name in FORWARD_SUPPORTS else backward, progress=None)
 
 
-def rate(support: str, rank: int) -> float:
+def support(name: str) -> Any:
+    """As `LoftConfig` takes it."""
+    return Pilot(halves=True) if name == HALVES else name
+
+
+def rate(name: str, rank: int) -> float:
     """The learning rate of a LOFT support."""
     from .. import LoftConfig, suggest_lr
 
-    return SWEPT[support] / rank if support in SWEPT else suggest_lr(LoftConfig(r=rank, support=support))
+    return SWEPT[name] / rank if name in SWEPT else suggest_lr(LoftConfig(r=rank, support=support(name)))
 
 
-def chosen(support: str, rank: int, compare: list[str]) -> list[Method]:
+def chosen(first: str, rank: int, compare: list[str]) -> list[Method]:
     """The support asked for, LoRA, then what else is to be compared; each once."""
     known = (*SUPPORTS, LORA)
-    for option, name in [("--support", support), *(("--compare", name) for name in compare)]:
+    for option, name in [("--support", first), *(("--compare", name) for name in compare)]:
         allowed = SUPPORTS if option == "--support" else known
         if name not in allowed:
             raise ValueError(f"{option} {name}: one of {', '.join(allowed)} is expected")
-    names = dict.fromkeys([support, LORA, *compare])
+    names = dict.fromkeys([first, LORA, *compare])
     return [
         Method(LORA, LORA_RANK, LORA_RATE) if name == LORA else Method(name, rank, rate(name, rank)) for name in names
     ]

@@ -78,8 +78,8 @@ def _aligned(rows: list[Row], columns: dict[str, tuple[str, str]]) -> str:
     return "\n".join([aligned[0], rule, *aligned[1:]])
 
 
-def verdict(rows: list[Row], queries: int) -> str:
-    """What the first LOFT row gained, for how many trained numbers and how long a step, beside LoRA."""
+def verdict(rows: list[Row], queries: int, pilot_steps: int) -> str:
+    """What the first LOFT row gained, for how many trained numbers and how long a step, beside LoRA. pilot_steps: on top."""
     before, loft = rows[:2]
     lora = next(row for row in rows if "LoRA" in row.method)
     share = 100 * loft.trained / lora.trained
@@ -91,6 +91,8 @@ def verdict(rows: list[Row], queries: int) -> str:
     ]
     if loft.seconds_per_step and lora.seconds_per_step:
         lines.append(f"A step of LOFT took {loft.seconds_per_step / lora.seconds_per_step:.2f} of LoRA's.")
+    if pilot_steps:
+        lines.append(f"Its pilot's {pilot_steps} steps of low-rank training come on top of the steps that both have.")
     return "\n".join(lines)
 
 

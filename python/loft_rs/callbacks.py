@@ -12,6 +12,7 @@ from transformers import TrainerCallback
 from transformers.training_args import ParallelMode
 
 from ._checks import is_int
+from .advice import rate_of, warn_of_low_rate
 from .calibration.driver import calibrate
 from .calibration.memory import byte_count
 from .calibration.report import CalibrationReport
@@ -21,6 +22,7 @@ from .refreshing.optimizer_state import replace_parameter
 from .refreshing.refresh import refresh
 from .support.budget import Budget
 from .tuner.adapters import adapted_layers, owners
+from .tuner.config import LoftConfig
 from .tuner.layer import Linear
 
 __all__ = ["LoftCalibrationCallback", "LoftNarrowCallback", "LoftRefreshCallback"]
@@ -32,6 +34,12 @@ def _check_options(max_batches: Any, memory: Any, head_steps: Any = None) -> Non
     for name, value, least in (("max_batches", max_batches, 1), ("head_steps", head_steps, 0)):
         if value is not None and (not is_int(value) or value < least):
             raise ValueError(f"{name} must be None or an integer of at least {least}, got {value!r}")
+
+
+def _look_at_the_rate(state: Any, optimizer: Any, config: LoftConfig, theta: Tensor) -> None:
+    """Warn where a training begins at a rate far below the suggested one; theta: any that the optimiser has."""
+    if state.global_step == 0 and optimizer is not None:
+        warn_of_low_rate(config, rate_of(optimizer, theta))
 
 
 class LoftCalibrationCallback(TrainerCallback):
@@ -75,6 +83,8 @@ class LoftCalibrationCallback(TrainerCallback):
         layers = owners(adapted, adapter).values()
         before = {layer: self._built.get(layer, layer.adapters[adapter].theta) for layer in layers}
         self._built = {}
+        for layer, theta in islice(before.items(), 1):
+            _look_at_the_rate(state, optimizer, layer.adapters[adapter].config, theta)
         self._calibrate(args, state, adapter, list(layers), model, train_dataloader)
         for layer, theta in before.items() if optimizer is not None else ():
             if (new := layer.adapters[adapter].theta) is not theta:  # shared ranks, found here or in a checkpoint
@@ -128,11 +138,12 @@ class LoftRefreshCallback(TrainerCallback):
         self.options: dict[str, Any] = {"memory": memory, "offload": offload, "progress": progress}
         self.reports: list[tuple[int, CalibrationReport]] = []
 
-    def on_train_begin(self, args, state, control, model=None, **kwargs):
+    def on_train_begin(self, args, state, control, model=None, optimizer=None, **kwargs):
         adapter, layers = adapted_layers(model, self.adapter_name)
-        config = next(iter(layers.values())).adapters[adapter].config
-        require_choosable(adapter, config)
-        require_refreshable_kind(adapter, config, "LoftRefreshCallback")
+        first = next(iter(owners(layers, adapter).values())).adapters[adapter]
+        require_choosable(adapter, first.config)
+        require_refreshable_kind(adapter, first.config, "LoftRefreshCallback")
+        _look_at_the_rate(state, optimizer, first.config, first.theta)
 
     def on_step_end(self, args, state, control, model=None, train_dataloader=None, optimizer=None, **kwargs):
         if state.global_step % self.every or state.global_step >= state.max_steps:
@@ -213,6 +224,8 @@ class LoftNarrowCallback(TrainerCallback):
                 replace_parameter(
                     optimizer, theta, layer.adapters[adapter].theta, {} if theta in optimizer.state else None
                 )
+        first = next(iter(layers.values())).adapters[adapter]
+        _look_at_the_rate(state, optimizer, first.config, first.theta)
 
     def on_step_end(self, args, state, control, model=None, optimizer=None, **kwargs):
         if state.global_step == self.step:

@@ -104,8 +104,10 @@ def _checked_request(
     for kind in ("modules_to_save", "trainable_token_indices"):
         trained = getattr(config, kind)
         if trained and not drop_modules_to_save:
+            # PEFT lists the usual heads anew at every load.
+            listed = trained if isinstance(trained, dict) else sorted(set(trained))
             raise ValueError(
-                f"the adapter also trains {kind}={trained if isinstance(trained, dict) else sorted(trained)}, which a LoRA server "
+                f"the adapter also trains {kind}={listed}, which a LoRA server "
                 "cannot load; pass drop_modules_to_save=True to export without them"
             )
     if approximate_rank is not None and (not is_int(approximate_rank) or approximate_rank < 1):

@@ -4,7 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor, nn
+from ._words import how_to_install
+
+try:
+    from torch import Tensor, nn
+except ModuleNotFoundError as error:
+    raise ModuleNotFoundError(f"loft_rs.nn needs torch: {how_to_install('train')}", name=error.name) from error
 
 from .layer import AdaptedLinear, LayerAdapter
 from .layer.forward_pass import Root, watch

@@ -187,7 +187,7 @@ def trained_with_callback(model, folder, **options):
     callback = loft_rs.LoftCalibrationCallback(max_batches=2)
     options |= {"report_to": [], "save_strategy": "no", "disable_tqdm": True, "use_cpu": True}
     data = [{"input_ids": b["input_ids"][0], "labels": b["labels"][0]} for b in token_batches(16)]
-    arguments = TrainingArguments(output_dir=str(folder), max_steps=2, **options)
+    arguments = TrainingArguments(output_dir=str(folder), max_steps=2, learning_rate=0.01, **options)
     Trainer(model, arguments, train_dataset=data, callbacks=[callback]).train()
     assert any(layer.loft_theta["default"].any() for layer in adapted_layers(model)[1].values())
     return callback.report
@@ -485,3 +485,11 @@ def test_activation_supports_need_no_autograd_at_all():
     calibrate(second, [batch])
     for name, value in second.state_dict().items():
         torch.testing.assert_close(first.state_dict()[name], value, equal_nan=True)
+
+
+@pytest.mark.parametrize(
+    "row", [{"input_ids": [3, 4, 5], "labels": 1}, {"text": "one row", "label": 0}, ([1, 2], [3, 4])]
+)
+def test_rows_in_place_of_batches_are_refused_before_any_work(row):
+    with pytest.raises(TypeError, match=r"batches that hold tensors.* give a DataLoader with your collator"):
+        loft_rs.calibrate(build(make_llama(), support="gradsvd"), [row, row])

@@ -9,7 +9,7 @@ from reference import logits, make_bert, make_llama, own, token_batches, unchang
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 import loft_rs
-from loft_rs import Budget, LoftCalibrationCallback, LoftConfig
+from loft_rs import Budget, LoftCalibrationCallback, LoftConfig, LoftNarrowCallback, LoftRefreshCallback
 from loft_rs.tuner.adapters import adapted_layers
 
 PARAMS = 300
@@ -48,11 +48,10 @@ def trainer(output, model, *, optimiser=None, steps=6, callback=None, classes=Fa
     """(callback, watch, Trainer): 2 steps of linear warm-up, then down to nothing."""
     torch.manual_seed(0)
     callback, watch = callback or LoftCalibrationCallback(max_batches=2), Watch()
-    arguments = {"save_strategy": "no", "max_grad_norm": 0.0} | arguments
+    arguments = {"save_strategy": "no", "max_grad_norm": 0.0, "learning_rate": RATE} | arguments
     arguments = TrainingArguments(
         output_dir=str(output),
         per_device_train_batch_size=2,
-        learning_rate=RATE,
         lr_scheduler_type="linear",
         warmup_steps=2,
         max_steps=steps,
@@ -221,3 +220,15 @@ def test_a_budget_under_ddp_is_refused_before_the_first_step(tmp_path, monkeypat
     with pytest.raises(ValueError, match="cannot be shared out under DistributedDataParallel"):
         run.callback_handler.on_train_begin(run.args, run.state, run.control)
     assert [id(p) for p in trained(model)] == held
+
+
+def test_a_rate_far_below_the_suggested_one_is_warned_of(tmp_path):
+    with pytest.warns(UserWarning, match=r"learning_rate=5e-05 is low .* loft_rs\.suggest_lr\(config\) gives 0\.016"):
+        trainer(tmp_path, build(r=4), steps=3, learning_rate=5e-5)[2].train()
+
+
+def test_the_other_callbacks_look_at_the_rate_too(tmp_path):
+    for callback in (LoftNarrowCallback(2, 1), LoftRefreshCallback(2, 2)):
+        model = build(r=4, support="principal")
+        with pytest.warns(UserWarning, match=r"learning_rate=5e-05 is low"):
+            trainer(tmp_path, model, callback=callback, steps=3, learning_rate=5e-5)[2].train()

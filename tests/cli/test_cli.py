@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -15,7 +16,10 @@ from reference import make_llama
 from safetensors.numpy import load_file, save_file
 
 from loft_rs import load_supports, select_support
-from loft_rs.cli import _parser, _sentence, main
+from loft_rs._words import how_to_install
+from loft_rs.cli import main
+from loft_rs.cli.main import in_shell_words, sentence
+from loft_rs.cli.parser import COMMANDS, parser
 from loft_rs.inspection import inspect_adapter
 
 # transformers warns about its own attribute when PEFT reads it.
@@ -53,7 +57,9 @@ def test_help_and_version_import_nothing_heavy():
     )
     done = subprocess.run([sys.executable, "-c", source], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert all(command in done.stdout for command in ("demo", "select", "inspect", "export-lora", "convert", "merge"))
+    assert all(
+        command in done.stdout for command in ("demo", "select", "inspect", "export-lora", "convert", "merge", "doctor")
+    )
 
 
 def test_select_writes_what_the_function_gives(gradients, capsys):
@@ -67,7 +73,7 @@ def test_select_writes_what_the_function_gives(gradients, capsys):
     for name, support in supports.items():
         np.testing.assert_array_equal(support.basis, select_support(grads[f"{name}.weight"], 4, seed=7).basis)
     for method in ("skewgrad", "principal"):
-        more = ["--method", method, "--side", "output", "--weights", str(folder / "weights.safetensors")]
+        more = ["--force", "--method", method, "--side", "output", "--weights", str(folder / "weights.safetensors")]
         assert main(["select", str(folder / "grads.safetensors"), *shared, *more]) == 0
         one = load_supports(out)["layers.0.q"]
         assert (one.method, one.side, one.basis.shape) == (method, "output", (12, 4))
@@ -316,7 +322,7 @@ def test_merge_takes_the_tokenizer_along(trained, tmp_path, capsys):
 
 
 def test_every_option_of_every_command_is_described():
-    (commands,) = (action for action in _parser()._actions if hasattr(action, "choices") and action.choices)
+    (commands,) = (action for action in parser()._actions if hasattr(action, "choices") and action.choices)
     for name, command in commands.choices.items():
         for action in command._actions:
             assert action.help, f"{name} {action.dest}"
@@ -370,9 +376,9 @@ def test_convert_turns_a_psoft_adapter_into_a_loft_one_and_back(trained, tmp_pat
 
 def test_convert_failures_are_one_sentence(trained, tmp_path, capsys):
     adapter = trained[0] / "adapter"
-    assert "src: " in fails(capsys, "convert", tmp_path / "no", tmp_path / "o")
-    assert "base_model: " in fails(capsys, "convert", adapter, tmp_path / "o", "--base", tmp_path / "no")
-    assert "is src itself" in fails(capsys, "convert", adapter, adapter)
+    assert f"SRC: {tmp_path / 'no'} is not a folder" in fails(capsys, "convert", tmp_path / "no", tmp_path / "o")
+    assert "--base: " in fails(capsys, "convert", adapter, tmp_path / "o", "--base", tmp_path / "no")
+    assert "is SRC itself" in fails(capsys, "convert", adapter, adapter)
     copy = tmp_path / "copy"
     shutil.copytree(adapter, copy)
     config = json.loads((copy / "adapter_config.json").read_text())
@@ -385,14 +391,15 @@ def test_convert_failures_are_one_sentence(trained, tmp_path, capsys):
 
 def test_missing_extras_are_named():
     for module, extra in (("torch", "train"), ("peft.tuners", "train"), ("matplotlib", "plot"), ("tqdm", "demo")):
-        assert f"pip install 'loft_rs[{extra}]'" in _sentence(ModuleNotFoundError("gone", name=module), extra)
+        said = sentence(ModuleNotFoundError("gone", name=module), extra)
+        assert said.endswith(f'pip install ".[{extra}]" in a clone of loft_rs')
 
 
 def test_without_torch_the_demo_says_what_to_install():
     source = "import sys\nsys.modules['torch'] = None\nfrom loft_rs.cli import main\nsys.exit(main(['demo']))"
     done = subprocess.run([sys.executable, "-c", source], capture_output=True, text=True)
     assert (
-        done.returncode == 1 and done.stderr.strip() == "loft-rs: this command needs torch: pip install 'loft_rs[demo]'"
+        done.returncode == 1 and done.stderr.strip() == f"loft-rs: this command needs torch: {how_to_install('demo')}"
     )
 
 
@@ -415,3 +422,101 @@ def test_a_traceback_is_there_for_those_who_ask():
     source = "import sys\nfrom loft_rs.cli import main\nsys.exit(main(['inspect', 'nowhere']))"
     done = subprocess.run([sys.executable, "-c", source], capture_output=True, text=True, env=environment)
     assert done.returncode == 1 and "Traceback" in done.stderr
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_help_ends_with_an_example_that_parses(name, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main([name, "--help"])
+    out = capsys.readouterr().out.rstrip()
+    example = COMMANDS[name].example
+    assert stop.value.code == 0 and out.endswith(f"\nexample:\n  {example}") and len(example) < 100
+    program, *arguments = shlex.split(example)
+    assert program == "loft-rs" and parser(name).parse_args(arguments).command is COMMANDS[name].run
+    assert parser().parse_args(arguments).command is COMMANDS[name].run
+
+
+def test_arguments_in_messages_have_their_shell_names():
+    words = COMMANDS["convert"].words
+    assert (
+        in_shell_words("src: a is no folder; dst: b is src itself", words)
+        == "SRC: a is no folder; DST: b is SRC itself"
+    )
+    kept = "/home/me/src/a and src/a and base_model.model.q and base_model_name_or_path stay"
+    assert in_shell_words(kept, words) == kept
+    assert in_shell_words("it names none; give base_model", words) == "it names none; name it with --base DIR"
+    assert in_shell_words("rank must be at least 1", COMMANDS["select"].words) == "--rank must be at least 1"
+
+
+def test_a_result_that_is_there_is_written_over_by_force_alone(trained, gradients, tmp_path, capsys):
+    adapter, folder = trained[0] / "adapter", gradients[0]
+    kept = tmp_path / "kept"
+    kept.mkdir()
+    (kept / "mine.txt").write_text("mine")
+    for command in (
+        ("export-lora", adapter, "--out", kept),
+        ("merge", adapter, "--out", kept),
+        ("convert", adapter, kept),
+        ("select", folder / "grads.safetensors", "--rank", 2, "--out", kept / "mine.txt"),
+    ):
+        said = fails(capsys, *command)
+        assert (
+            "exists already; add --force to write over it" in said
+            and ("DST: " if "convert" in command else "--out: ") in said
+        )
+    assert [each.name for each in kept.iterdir()] == ["mine.txt"] and (kept / "mine.txt").read_text() == "mine"
+    assert main(["export-lora", str(adapter), "--out", str(kept), "--force"]) == 0
+    assert (kept / "adapter_model.safetensors").is_file() and (kept / "mine.txt").read_text() == "mine"
+    (tmp_path / "empty").mkdir()
+    assert main(["export-lora", str(adapter), "--out", str(tmp_path / "empty")]) == 0
+    capsys.readouterr()
+
+
+def test_select_says_what_it_leaves_out_and_takes_no_supports_for_gradients(gradients, capsys):
+    folder, _, _ = gradients
+    out = folder / "s.safetensors"
+    assert main(["select", str(folder / "grads.safetensors"), "--rank", "2", "--out", str(out)]) == 0
+    assert "left out, being no matrix: layers.0.q.bias\n" in capsys.readouterr().err
+    said = fails(capsys, "select", out, "--rank", 2, "--out", folder / "t.safetensors")
+    assert f"GRADS: {out} holds supports that were chosen already" in said
+    save_file({"q.weight": np.eye(6, dtype=np.float32)}, folder / "one.safetensors")
+    assert main(["select", str(folder / "one.safetensors"), "--rank", "2", "--out", str(folder / "t.safetensors")]) == 0
+    captured = capsys.readouterr()
+    assert "1 support is in " in captured.out and "1 of 1 layer\n" in captured.err
+
+
+def test_a_base_of_another_model_is_named(trained, tmp_path, capsys):
+    pytest.importorskip("transformers")
+    adapter = trained[0] / "adapter"
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    make_llama(num_hidden_layers=1, hidden_size=16).save_pretrained(tmp_path / "small")
+    GPT2LMHeadModel(GPT2Config(vocab_size=61, n_embd=16, n_layer=1, n_head=2)).save_pretrained(tmp_path / "other")
+    capsys.readouterr()
+    said = fails(capsys, "merge", adapter, "--base", tmp_path / "other", "--out", tmp_path / "o")
+    assert f"--base: {tmp_path / 'other'} is not the model that {adapter} was trained on" in said
+    assert "it has no module model.layers.0.mlp.down_proj, " in said and "and 4 more" in said
+    assert "does not fit this model" in fails(
+        capsys, "merge", adapter, "--base", tmp_path / "small", "--out", tmp_path / "o"
+    )
+    assert not (tmp_path / "o").exists()
+
+
+def test_a_head_is_left_out_by_a_flag_that_the_message_names(tmp_path, capsys):
+    peft = pytest.importorskip("peft")
+    transformers = pytest.importorskip("transformers")
+    from reference import make_bert
+
+    from loft_rs import LoftConfig
+
+    make_bert().save_pretrained(tmp_path / "base")
+    base = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "base")
+    config = LoftConfig(r=4, target_modules=["query"], task_type="SEQ_CLS")
+    peft.get_peft_model(base, config).save_pretrained(tmp_path / "adapter")
+    capsys.readouterr()
+    said = fails(capsys, "export-lora", tmp_path / "adapter", "--out", tmp_path / "lora")
+    assert said.count("'classifier'") == 1 and "add --drop-modules-to-save to export without them" in said
+    assert "drop_modules_to_save" not in said
+    arguments = ["export-lora", str(tmp_path / "adapter"), "--out", str(tmp_path / "lora"), "--drop-modules-to-save"]
+    assert main(arguments) == 0 and (tmp_path / "lora" / "adapter_model.safetensors").is_file()
+    capsys.readouterr()

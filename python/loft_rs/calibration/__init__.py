@@ -9,7 +9,8 @@ pilot.py       low-rank changes and their partners
 sides.py       which side of a module
 memory.py      known before it starts, kept under a limit
 processes.py   what the processes do together
-report.py      CalibrationReport and its table
+report.py      CalibrationReport
+summary.py     its words: a summary with advice, groups of layers, the table
 """
 
 from .driver import calibrate, save_sketches

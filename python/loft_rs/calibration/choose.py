@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from .._words import some
 from ..layer.base_layer import dense_weight
 from ..linalg import orthonormalize
 from ..sketch.base import Plan, Sketch
@@ -164,7 +165,7 @@ def shared_ranks(sketches: Mapping[ModuleSide, Sketch], job: Job, budget: Budget
     reached = by_module(sketches)
     if silent := [name for name in job.layers if name not in reached]:
         raise ValueError(
-            f"r=Budget(...): no calibration batch reached {', '.join(silent)}; exclude these modules in the LoftConfig"
+            f"r=Budget(...): no calibration batch reached {some(silent)}; exclude these modules in the LoftConfig"
         )
     spectra = {place: sketch.spectrum() for place, sketch in sketches.items()}
     trial = {place.module: sketch.rank for place, sketch in sketches.items()}
@@ -191,7 +192,7 @@ def unreached_supports(layers: Mapping[str, Linear], config: LoftConfig, adapter
         names = [name for name, layer in layers.items() if layer.adapters[adapter].ready is ready]
         if names:
             warnings.warn(
-                f"no calibration batch gave a gradient or an activation to {', '.join(names)}: {what}; exclude these modules "
+                f"no calibration batch gave a gradient or an activation to {some(names)}: {what}; exclude these modules "
                 "from target_modules if they are never used",
                 stacklevel=3,
             )

@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from .._checks import is_int
+from .._words import some
 from ..layer.base_layer import dense_weight
 from ..support.budget import Budget
 from ..support.methods import CALIBRATED_SUPPORTS, GRADIENT_SUPPORTS, Pilot
@@ -183,14 +184,28 @@ def checked_batches(
         raise TypeError(
             f"dataloader must give batches that are mappings, for model(**batch), or lists or tuples, for model(*batch), got {wrong[0]}"
         )
+    if any(map(_of_plain_values, batches)):
+        raise TypeError(
+            "dataloader must give batches that hold tensors, and one holds numbers or text alone, as a row of a dataset does: give a "
+            "DataLoader with your collator (collate_fn=...)"
+        )
     return batches
+
+
+def _of_plain_values(batch: Any) -> bool:
+    """Whether there is nothing but text, numbers and None in it, of which no model computes a loss."""
+    if isinstance(batch, Mapping):
+        return all(map(_of_plain_values, batch.values()))
+    if isinstance(batch, (list, tuple)):
+        return all(map(_of_plain_values, batch))
+    return batch is None or isinstance(batch, (str, bytes, int, float))
 
 
 def trial_ranks(budget: Budget, layers: Mapping[str, Linear], adapter: str) -> dict[str, int]:
     """The rank at which each layer is calibrated before the budget is shared out."""
     limits = {name: layer.adapters[adapter].largest_rank for name, layer in layers.items()}
     if narrow := [name for name, limit in limits.items() if limit < 2]:
-        raise ValueError(f"r=Budget(...) gives even ranks, which these modules are too narrow for: {', '.join(narrow)}")
+        raise ValueError(f"r=Budget(...) gives even ranks, which these modules are too narrow for: {some(narrow)}")
     allowed = budget.allowed(limits)
     even = max(
         r

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .._format import FORMAT_VERSION
+from .._words import some
 from ..support.methods import Blocks
 from ..transform.skew import skew
 from ..tuner.config import LoftConfig
@@ -70,7 +71,7 @@ def from_oft(checkpoint: Checkpoint, base: Base, progress: Progress | None) -> C
     if not modules:
         raise checkpoint.refuse("all its blocks have size 1, so there is nothing in it to convert")
     if idle:
-        notes.append(f"blocks of size 1 turn nothing: {_listed(idle)} left out of the converted adapter")
+        notes.append(f"blocks of size 1 turn nothing: {some(idle)} left out of the converted adapter")
         checkpoint.modules = {name: tensors for name, tensors in checkpoint.modules.items() if name in modules}
     if config.get("coft"):
         notes.append(f"coft's bound {_ONCE}")
@@ -235,7 +236,3 @@ def _psoft_support(checkpoint: Checkpoint, base: Base, name: str, r: int) -> dic
     half = weight.dtype in (torch.bfloat16, torch.float16)
     energy = (kept.double().norm() / w.double().norm().clamp_min(1e-300)) ** 2
     return {"loft_support": basis.to(weight.dtype if half else torch.float32), "loft_energy": energy.float()}
-
-
-def _listed(names: list[str]) -> str:
-    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")

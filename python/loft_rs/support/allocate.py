@@ -9,6 +9,7 @@ from dataclasses import replace
 
 import numpy as np
 
+from .._words import some
 from .budget import Allocation, Budget, share_ranks
 from .support import Support, cut_support
 
@@ -29,10 +30,10 @@ def shared_supports(
     """
     narrow = [name or "the matrix" for name, shape in shapes.items() if min(shape) < 2]
     if len(narrow) == len(shapes):
-        raise ValueError(f"a Budget gives even ranks, and min(m, n) = 1 allows none: {', '.join(narrow)}")
+        raise ValueError(f"a Budget gives even ranks, and min(m, n) = 1 allows none: {some(narrow)}")
     allowed = budget.allowed({name: min(shape) for name, shape in shapes.items()})
     if narrow:
-        warnings.warn(f"left out, as min(m, n) = 1 allows no even rank: {', '.join(narrow)}", stacklevel=3)
+        warnings.warn(f"left out, as min(m, n) = 1 allows no even rank: {some(narrow)}", stacklevel=3)
     layers = [name for name, ranks in allowed.items() if ranks[-1] > 0]
     share = budget.params // len(layers)
     even = 2 * bisect_right(range(2, max(allowed[name][-1] for name in layers) + 1, 2), share, key=budget.parameters)

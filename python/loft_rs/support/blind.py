@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from .._checks import of
+from .._words import some
 from ..linalg import NonFiniteError, row_blocks
 from .support import Support
 
@@ -43,7 +44,7 @@ def select_blind(jobs: list, method: str, side: str, seed: int, progress: Callab
         scales.append(given[0])
     zero = [name or "the matrix" for (name, *_), scale in zip(jobs, scales, strict=True) if scale == 0]
     if zero:
-        raise ValueError(f"all entries are zero in {', '.join(zero)}: there is no direction to choose")
+        raise ValueError(f"all entries are zero in {some(zero)}: there is no direction to choose")
     chosen = []
     for done, ((name, grad, weight, rank), scale) in enumerate(zip(jobs, scales, strict=True), start=1):
         chosen.append(_blind(grad if grad is not None else weight, scale, rank, method, side, seed))

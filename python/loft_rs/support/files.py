@@ -16,7 +16,7 @@ from .._checks import of
 from .methods import ORDERS, SIDES, STORED_METHODS
 from .support import Support, check_basis
 
-__all__ = ["FORMAT_VERSION", "load_supports", "save_supports"]
+__all__ = ["FORMAT_VERSION", "holds_supports", "load_supports", "save_supports"]
 
 FORMAT_VERSION = 1
 
@@ -89,8 +89,13 @@ def load_supports(path: str | os.PathLike) -> Support | dict[str, Support]:
     return supports[""] if set(supports) == {""} else supports
 
 
+def holds_supports(metadata: Mapping[str, str]) -> bool:
+    """Whether a safetensors file's metadata is that of `save_supports`."""
+    return _METADATA_KEY in metadata
+
+
 def _facts(path: str | os.PathLike, metadata: Mapping[str, str]) -> dict[str, dict]:
-    if _METADATA_KEY not in metadata:
+    if not holds_supports(metadata):
         raise ValueError(f"{path}: not a file that loft_rs.save_supports wrote (no {_METADATA_KEY!r} in its metadata)")
     try:
         header = json.loads(metadata[_METADATA_KEY])

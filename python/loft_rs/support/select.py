@@ -19,6 +19,7 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from .._checks import check_names, is_int, of
+from .._words import some
 from ..linalg import as_matrix
 from .blind import BLIND, select_blind, shape_of
 from .gradient_factors import Factored, padded
@@ -93,7 +94,7 @@ def select_support(
     odd = [name or "the matrix" for name, each in ranks.items() if each % 2 and method == "skewgrad"]
     if odd:
         warnings.warn(
-            f"with skewgrad an odd rank gains nothing over the even one below it: {', '.join(odd)}",
+            f"with skewgrad an odd rank gains nothing over the even one below it: {some(odd)}",
             stacklevel=2,
         )
     budget = rank if isinstance(rank, Budget) else None

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
-from .._format import READABLE_VERSIONS
+from .._format import READABLE_VERSIONS, RETIRED_FIELDS
 from .._transforms import TABLE, TransformName
+from .._words import did_you_mean
 from ..support.budget import PARAMETERS, Budget
 from ..support.methods import (
     CALIBRATED_SUPPORTS,
@@ -20,9 +21,39 @@ from ..support.methods import (
     name_of,
 )
 
-__all__ = ["check"]
+__all__ = ["check", "check_fields"]
 
 ORDERS = ("auto", "natural", "input_pca")
+
+_NO_ALPHA = "LOFT has no alpha: its scale is 1 at every r"
+_NO_DROPOUT = "LOFT has no dropout: leave it out"
+_BLOCKS = "say LoftConfig.oft(block_size=...) or LoftConfig.boft(block_size=...)"
+# Fields of LoRA and of other methods -> what LOFT has in their place.
+HABITS = {
+    **dict.fromkeys(("lora_alpha", "alpha", "alpha_pattern", "scale", "scaling", "use_rslora"), _NO_ALPHA),
+    **dict.fromkeys(("lora_dropout", "dropout", "module_dropout"), _NO_DROPOUT),
+    **dict.fromkeys(("rank", "lora_r", "lora_rank", "dim"), "say r=..."),
+    **dict.fromkeys(("budget", "params", "init_r", "target_r"), "say r=loft_rs.Budget(params=...)"),
+    **dict.fromkeys(
+        ("lr", "learning_rate"), "a rate is the optimiser's: loft_rs.suggest_lr(config) gives one to start from"
+    ),
+    **dict.fromkeys(("block_size", "oft_block_size", "boft_block_size"), _BLOCKS),
+    **dict.fromkeys(("init_lora_weights", "method"), "say support=..., how the frozen directions are chosen"),
+    **dict.fromkeys(("steps", "pilot"), "say support=loft_rs.Pilot(steps=...)"),
+    **dict.fromkeys(("passes", "oversampling"), "say support=loft_rs.SkewGrad(...), GradSVD or Activation alike"),
+    "use_dora": "LOFT has no DoRA: transform='cayley+magnitudes' trains magnitudes around the rotation",
+    "bias": "LOFT trains no bias: name modules that are to be trained whole in modules_to_save",
+}
+
+
+def check_fields(names: Iterable[str], known: Collection[str]) -> None:
+    """TypeError for a field that `LoftConfig` no longer has, or never had: it says what stands in its place."""
+    for name in names:
+        if name in RETIRED_FIELDS:
+            raise TypeError(f"LoftConfig no longer takes {name}: say {RETIRED_FIELDS[name]}")
+        if name not in known:
+            said = f": {HABITS[name]}" if name in HABITS else did_you_mean(name, known)
+            raise TypeError(f"LoftConfig has no argument {name!r}{said}")
 
 
 def check(config: Any) -> None:

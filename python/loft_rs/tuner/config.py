@@ -7,15 +7,18 @@ import os
 import re
 import warnings
 from copy import copy
-from dataclasses import dataclass, field
+from dataclasses import MISSING, dataclass, field, fields
+from pathlib import Path
 from typing import Any
 
 from peft.config import PeftConfig
 from peft.utils import PeftType
 from peft.utils.other import get_pattern_key
 
-from .._format import FORMAT_VERSION, RETIRED_FIELDS, of_this_version
+from .._files import read_safetensors
+from .._format import FORMAT_VERSION, RETIRED_FIELDS, WEIGHTS_FILE, of_this_version
 from .._transforms import TransformName
+from .._words import some
 from ..layer.kinds import BlocksKind, Kind, ReflectionsKind, SubspaceKind
 from ..support.budget import Budget
 from ..support.methods import (
@@ -28,7 +31,7 @@ from ..support.methods import (
     from_dict,
     name_of,
 )
-from .checks import check
+from .checks import check, check_fields
 
 __all__ = ["LoftConfig", "full_name"]
 
@@ -49,6 +52,8 @@ def _and_others(method: str, own: dict, options: dict) -> dict:
 @dataclass
 class LoftConfig(PeftConfig):
     """Configuration of a LOFT adapter, W = W0 R or R W0 with R = I + P (T - I) P^T (arXiv 2605.11872).
+
+    `loft_rs.suggest_lr(config)` gives a learning rate to start from, .001 for the default. A Trainer's default of 5e-5 is far too low.
 
     Args:
         r (`int` or `Budget`): Rank of the support. Trained parameters a layer: r(r - 1)/2 (`cayley`, `exp`), r^2 (`free`) or, of a pilot
@@ -236,10 +241,27 @@ class LoftConfig(PeftConfig):
         return self.loft_format_version is not None
 
     def save_pretrained(self, save_directory: str, **kwargs) -> None:
-        """As PEFT's, with the version of the saved form."""
+        """As PEFT's, with the version of the saved form. PEFT has written the tensors by then: it warns where no support is set yet."""
         saved = copy(self)
         saved.loft_format_version = FORMAT_VERSION
+        if unset := _unset_supports(save_directory):
+            warnings.warn(
+                f"saved without a support in {some(unset)}: call loft_rs.calibrate, or train with LoftCalibrationCallback, before "
+                "save_pretrained",
+                stacklevel=3,
+            )
         super(LoftConfig, saved).save_pretrained(save_directory, **kwargs)
+
+    def __repr__(self) -> str:
+        """What differs from the default, as it would be written; not what PEFT or saving notes by itself."""
+        first, noted = ("r", "support", "target_modules"), ("peft_type", "peft_version", "auto_mapping")
+        said = []
+        for each in sorted(fields(self), key=lambda each: first.index(each.name) if each.name in first else len(first)):
+            value = getattr(self, each.name)
+            default = each.default if each.default_factory is MISSING else each.default_factory()
+            if each.name not in noted and value != default:
+                said.append(f"{each.name}={sorted(value) if isinstance(value, set) else value!r}")
+        return f"LoftConfig({', '.join(said)})"
 
     def to_dict(self) -> dict:
         """The fields as plain data, sets sorted, so that the same adapter always writes the same bytes."""
@@ -249,6 +271,20 @@ class LoftConfig(PeftConfig):
         if isinstance(self.r, Budget):
             saved["r"] = {"name": "budget", **saved["r"]}  # type: ignore[dict-item]
         return saved
+
+
+def _unset_supports(folder: str | os.PathLike) -> list[str]:
+    """The modules in a folder's adapter file whose support is all zero: nothing has chosen one."""
+    file = Path(folder) / WEIGHTS_FILE
+    tensors = read_safetensors(file)[0] if file.is_file() else {}
+    supports = {
+        name.rpartition(".loft_support")[0]: basis for name, basis in tensors.items() if ".loft_support" in name
+    }
+    return [
+        name.removeprefix("base_model.model.")
+        for name, basis in supports.items()
+        if basis.size and not basis[0].any() and not basis.any()
+    ]
 
 
 _from_fields = LoftConfig.__init__
@@ -264,9 +300,10 @@ def _init(self: LoftConfig, *args: Any, **fields: Any) -> None:
         if retired and (unknown := sorted(fields.keys() - self.__dataclass_fields__.keys())):
             warnings.warn(f"fields that this PEFT does not know are left out: {', '.join(unknown)}", stacklevel=3)
             fields = {name: value for name, value in fields.items() if name not in unknown}
-    elif retired:
-        raise TypeError(f"LoftConfig no longer takes {retired[0]}: say {RETIRED_FIELDS[retired[0]]}")
-    elif fields.get("support") == "trained" or fields.get("transform") in ("householder", "reflection"):
+        _from_fields(self, *args, **fields)
+        return
+    check_fields(fields, self.__dataclass_fields__)
+    if fields.get("support") == "trained" or fields.get("transform") in ("householder", "reflection"):
         raise ValueError("trained Householder vectors are support=loft_rs.Reflections(), as LoftConfig.hra makes them")
     _from_fields(self, *args, **fields)
 

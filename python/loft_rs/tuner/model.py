@@ -14,6 +14,7 @@ from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from peft.utils.other import AuxiliaryTrainingWrapper, get_pattern_key
 from torch import nn
 
+from .._words import some
 from ..layer.base_layer import feature_sizes
 from ..layer.forward_pass import Root, unwatch, watch
 from ..layer.merging import dense_or_raise, rotated_weight
@@ -63,9 +64,7 @@ class LoftModel(BaseTuner):
                 parameter.requires_grad_(requires_grad)
             raise
         if self._lowered:
-            listed = ", ".join(
-                f"{key} ({wanted} -> {fitted})" for key, (wanted, fitted) in sorted(self._lowered.items())
-            )
+            listed = some([f"{key} ({wanted} -> {fitted})" for key, (wanted, fitted) in sorted(self._lowered.items())])
             what = "lowered to the largest even rank" if config.has_support else "changed to the nearest"
             warnings.warn(f"r was {what} that fits in: {listed}", stacklevel=2)
         if not getattr(model, "_loft_checks_loading", False):

@@ -11,9 +11,9 @@ ROOT = Path(loft_rs.__file__).parent
 # A module imports from floors below its own and from its own folder, never from a neighbour on its floor.
 FLOORS = (
     ("_*",),  # what all share, the compiled core among it
-    ("linalg",),
+    ("linalg", "plots"),
     ("support", "transform", "factor", "inspection"),
-    ("layer", "plots"),
+    ("layer",),
     ("sketch", "tuner", "nn"),
     ("calibration", "convert", "export", "advice"),
     ("refreshing",),

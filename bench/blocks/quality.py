@@ -257,6 +257,23 @@ def seeds() -> str:
     return f"{min(counts)} each" if len(counts) == 1 else f"{min(counts)} to {max(counts)}"
 
 
+def kept() -> str:
+    """A kept pilot beside a cold one of as many steps in all, and LoRA r=1: the best mean of the tuning split, and its rate * r or rate."""
+    found = []
+    for task, steps in (("asdiv", 96), ("asdiv", 240), ("mawps", 240), ("gtsrb", 300), ("flowers17", 300)):
+        end = " r64" if task in MATHEMATICS else ""
+        cells = []
+        for method in (f"LOFT kept halves{end}", f"LOFT halves counted{end}", "LoRA r1"):
+            grid: dict[float, list[float]] = {}
+            for line in runs():
+                if (line["task"], line["method"], line["phase"], line["steps"]) == (task, method, "tune", steps):
+                    grid.setdefault(line["rate"] * (line["rank"] if "LOFT" in method else 1), []).append(line["score"])
+            best = max((rate for rate in grid if len(grid[rate]) == 2), key=lambda rate: mean(grid[rate]))
+            cells.append(f"{short(abs(mean(grid[best])), 4)} at {best:.3g}")
+        found.append([f"{TITLES[task]}, {'NLL' if end else 'accuracy'}", steps, *cells])
+    return table(["task", "steps in all", "kept, at lr · r", "cold, at lr · r", "LoRA r=1, at lr"], found)
+
+
 def one_rate() -> str:
     """The rate that costs least when it is used for all tasks, and the next."""
     found = []
@@ -336,6 +353,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "results-families": partial(by_family, "families"),
     "results-scores": partial(by_family, "scores"),
     "results-trained": partial(by_family, "trained"),
+    "kept": kept,
     "rates-one": one_rate,
     "rates-falls": falls,
     "rates-tuned": tuned,

@@ -326,6 +326,7 @@ SUPPORTS = ("principal", "gradsvd", "skewgrad", "activation", "random", "coordin
 LORA = _peft(peft.LoraConfig, "r", lora_alpha=lambda r: 2 * r)
 LOFT = {"size": _planes, "middle": 0.06, "times_rank": True}
 PILOT = LOFT | {"batches": 32}  # one a step
+COUNTED = PILOT | {"extra": -32}
 TWICE = {"batches": 64}
 # what names no module of a model has no effect
 OUTPUTS = {"side_pattern": {"gate_proj": "output", "up_proj": "output"}}
@@ -341,6 +342,7 @@ METHODS = {
         Method("LoRA r8", LORA, 1.5e-3, rank=8),
         *(Method(f"LOFT {support}", _loft(support), **LOFT) for support in SUPPORTS),
         *(Method(f"LOFT {support} r16", _loft(support), rank=16, **LOFT) for support in SUPPORTS),
+        *(Method(f"LOFT principal r{rank}", _loft("principal"), rank=rank, **LOFT) for rank in (32, 64, 128)),
         *(Method(f"LOFT {support} natural", _loft(support, order="natural"), **LOFT) for support in SUPPORTS[:3]),
         *(Method(f"LOFT {support} r46", _loft(support), rank=46, **LOFT) for support in SUPPORTS[:4]),
         Method("LOFT pilot", _loft("pilot"), **PILOT),
@@ -370,6 +372,20 @@ METHODS = {
                 ("64", _loft(Pilot(steps=64, halves=True), **OUTPUTS), TWICE),
                 ("in", _loft(Pilot(halves=True)), {}),
             )
+        ),
+        # the pilot's 32 steps counted among the task's; kept: training starts where the pilot ended
+        *(
+            Method(f"LOFT {name} r{rank}", adapt, rank=rank, **COUNTED | {"middle": middle})
+            for name, rank, middle, adapt in (
+                ("pilot counted", 46, 0.06, _loft("pilot")),
+                ("halves counted", 64, 0.2112, _loft(Pilot(halves=True), **OUTPUTS)),
+                ("kept pilot", 46, 0.06, _loft(Pilot(keep=True))),
+                *(("kept halves", r, 0.2112, _loft(Pilot(halves=True, keep=True), **OUTPUTS)) for r in (64, 128, 192)),
+            )
+        ),
+        *(
+            Method(f"LOFT {name}", _loft(pilot), **COUNTED | {"size": _between, "middle": 0.12})
+            for name, pilot in (("halves counted", Pilot(halves=True)), ("kept halves", Pilot(halves=True, keep=True)))
         ),
         Method("LOFT gradsvd both sides r32", _two_sides, rank=32, rate_of="LOFT gradsvd r46", **LOFT),
         *(

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from statistics import mean, median
 
 from report import Lines
+from tasks import TASKS
 
 FACTOR = 2.5
 FALL = 0.1  # a loss of more than that, one step above the best rate, is a fall
@@ -44,7 +45,8 @@ def trials(lines: Lines, name: str) -> Trials:
     methods, times_rank = METHODS[name]
     found: dict[str, dict[float, list[float]]] = defaultdict(lambda: defaultdict(list))
     for line in lines:
-        if line["phase"] == "tune" and line["method"] in methods:
+        own = line["task"] in TASKS and line["steps"] == TASKS[line["task"]].steps
+        if own and line["phase"] == "tune" and line["method"] in methods:
             rate = line["rate"] * (line["rank"] if times_rank else 1)
             found[line["task"]][float(f"{rate:.3g}")].append(-math.inf if line["score"] is None else line["score"])
     return {task: {rate: mean(scores) for rate, scores in sorted(grid.items())} for task, grid in found.items()}

@@ -16,6 +16,7 @@ import os
 import queue
 import time
 import traceback
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -107,11 +108,11 @@ def next_wave(waiting: list[Spec], taken: set[tuple], size: int) -> list[Spec]:
     return [spec for spec in free if spec.task == free[0].task][:size] if free else []
 
 
-def sweep(arguments: argparse.Namespace) -> None:
+def sweep(arguments: argparse.Namespace, due: Callable[[list[dict[str, Any]]], list[Spec]]) -> None:
+    """due: the runs that can start, by the lines written so far."""
     begun = time.monotonic()
     context = multiprocessing.get_context("spawn")
     todo, results = context.Queue(), context.Queue()
-    plan = cells(arguments.packed, arguments.tasks, arguments.methods, arguments.steps)
     options = (todo, results, arguments.packed, arguments.device, arguments.threads)
     workers = [context.Process(target=work, args=(*options, i), daemon=True) for i in range(arguments.workers)]
     for worker in workers:
@@ -124,7 +125,7 @@ def sweep(arguments: argparse.Namespace) -> None:
     end = begun + 60 * arguments.minutes
     with arguments.out.open("a") as file:
         while True:
-            waiting = due(lines, plan)
+            waiting = due(lines)
             while time.monotonic() < end and waves < arguments.workers:
                 specs = next_wave(waiting, taken, arguments.wave)
                 if not specs:
@@ -154,12 +155,10 @@ def sweep(arguments: argparse.Namespace) -> None:
                     break
             if time.monotonic() - last > 20:
                 last = time.monotonic()
-                print(
-                    f"{last - begun:.0f} s: {written} runs written, {len(due(lines, plan))} known to be due", flush=True
-                )
+                print(f"{last - begun:.0f} s: {written} runs written, {len(due(lines))} known to be due", flush=True)
     for worker in workers:
         worker.terminate()
-    left = len(due(lines, plan))
+    left = len(due(lines))
     print(f"{written} runs written in {time.monotonic() - begun:.0f} s; {left} known to be due", end="; ")
     print_failed(lines)
 
@@ -171,23 +170,32 @@ def print_failed(lines: list[dict]) -> None:
         print(f"  {line['task']} {line['method']}: {line['error']}")
 
 
-def main() -> None:
-    from methods import METHODS
+def parser_of(doc: str | None) -> argparse.ArgumentParser:
+    """The options that every script of runs has."""
     from tasks import TASKS
 
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--packed", type=Path, required=True, help="as prepare.py wrote it")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--tasks", nargs="+", required=True, choices=list(TASKS))
-    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS), metavar="METHOD")
-    parser.add_argument("--steps", type=int, help="in place of the tasks' own numbers; such runs are kept apart")
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--wave", type=int, default=1, help="runs a worker advances together")
     parser.add_argument("--threads", type=int, default=1, help="of a worker")
     parser.add_argument("--minutes", type=float, default=9.0)
     parser.add_argument("--grace", type=float, default=40.0)
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
-    sweep(parser.parse_args())
+    return parser
+
+
+def main() -> None:
+    from methods import METHODS
+
+    parser = parser_of(__doc__)
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS), metavar="METHOD")
+    parser.add_argument("--steps", type=int, help="in place of the tasks' own numbers; such runs are kept apart")
+    given = parser.parse_args()
+    plan = cells(given.packed, given.tasks, given.methods, given.steps)
+    sweep(given, lambda lines: due(lines, plan))
 
 
 if __name__ == "__main__":

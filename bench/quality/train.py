@@ -226,7 +226,7 @@ class Run:
         found: dict[str, Any] = {"score": None, "nll": None}
         finite = all(map(math.isfinite, losses))
         if finite:
-            names = {"tune": ("tune",), "score": ("test", "tune")}[self.spec.phase]
+            names = ("test", "tune") if self.spec.phase == "score" else ("tune",)
             for name in names:
                 measured = evaluate(self.model, self.task, self._split(name))
                 if name == names[0]:

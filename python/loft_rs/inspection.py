@@ -16,6 +16,7 @@ import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -59,7 +60,36 @@ class ModuleReport:
         return float(np.sqrt(np.mean(np.square(self.angles)))) if self.angles.size else 0.0
 
 
-def inspect_adapter(path: str | os.PathLike) -> list[ModuleReport]:
+class AdapterReport(list[ModuleReport]):
+    """The reports of all modules, layer 2 before layer 10. In a notebook it is shown as its picture and its table."""
+
+    def plot(self, path: str | os.PathLike | None = None, title: str = "") -> Any:
+        """The matplotlib figure: energy and angles by depth and kind of module, the angles' spectra, and what moved most.
+
+        path: also written there, .png or .svg. ModuleNotFoundError without matplotlib.
+        """
+        from .plots import Map, Spectra, draw_layers, finish
+
+        maps = [
+            Map("captured energy", [each.energy for each in self], low=0.0, high=1.0),
+            Map("largest angle, degrees", [each.largest_angle for each in self], "magma", low=0.0, framed=True),
+            Map("rms angle, degrees", [each.rms_angle for each in self], "magma", low=0.0),
+        ]
+        spectra = Spectra(
+            "angles of the turned planes, degrees",
+            [each.angles for each in self],
+            "what moved most: largest angle, degrees",
+            [each.largest_angle for each in self],
+        )
+        return finish(draw_layers([each.name for each in self], maps, spectra, title), path)
+
+    def _repr_html_(self) -> str:
+        from .plots import as_page
+
+        return as_page(text_table(self), self.plot)
+
+
+def inspect_adapter(path: str | os.PathLike) -> AdapterReport:
     """Read the folder that `save_pretrained` wrote; one report for each module, layer 2 before layer 10."""
     folder = Path(path)
     config = read_config(folder)
@@ -71,7 +101,7 @@ def inspect_adapter(path: str | os.PathLike) -> list[ModuleReport]:
             modules.setdefault(name, {})[part] = tensor
     if not modules:
         raise ValueError(f"{folder / WEIGHTS_FILE}: no LOFT module in it")
-    return [_report(folder, name, parts, config) for name, parts in sorted(modules.items(), key=_natural)]
+    return AdapterReport(_report(folder, name, parts, config) for name, parts in sorted(modules.items(), key=_natural))
 
 
 def _natural(item: tuple[str, object]) -> list[tuple[int, str]]:

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from loft_rs import CalibrationReport, Pilot, SplitHalf, select_support
-from loft_rs.calibration.summary import kind_and_depth, thirds
+from loft_rs._grid import kind_and_depth
+from loft_rs.calibration.summary import thirds
 
 KINDS = ("self_attn.q_proj", "self_attn.k_proj", "mlp.a_rather_long_name_for_the_module_that_is_down_proj")
 

@@ -110,7 +110,7 @@ def test_select_failures_are_one_sentence_and_write_nothing(gradients, capsys):
     assert "at most 10" in fails(capsys, "select", file, "--rank", 11, "--out", out)
     assert "weights are missing" in fails(capsys, "select", file, "--rank", 2, "--method", "skewgrad", "--out", out)
     message = fails(capsys, "select", file, "--rank", 2, "--method", "principal", "--out", out)
-    assert message.endswith("weights are missing: method 'principal' needs weights")
+    assert message.endswith("--weights are missing: method 'principal' needs --weights")
     assert "no part in method 'gradsvd'" in fails(
         capsys, "select", file, "--rank", 2, "--weights", folder / "weights.safetensors", "--out", out
     )
@@ -231,7 +231,9 @@ def test_inspect_failures_are_one_sentence(tmp_path, capsys):
     assert "transform 'magic'" in fails(capsys, "inspect", folder)
     config.write_text(json.dumps(good))
     assert "does not exist" in fails(capsys, "inspect", folder, "--plot", tmp_path / "no" / "a.png")
-    assert "must end in .png, not 'a.pdf'" in fails(capsys, "inspect", folder, "--plot", tmp_path / "a.pdf")
+    assert "--plot writes a .png or an .svg, not 'a.pdf'" in fails(
+        capsys, "inspect", folder, "--plot", tmp_path / "a.pdf"
+    )
     (folder / "adapter_model.safetensors").write_bytes(b"junk")
     assert "damaged" in fails(capsys, "inspect", folder)
     (folder / "adapter_model.safetensors").unlink()
@@ -476,7 +478,7 @@ def test_select_says_what_it_leaves_out_and_takes_no_supports_for_gradients(grad
     folder, _, _ = gradients
     out = folder / "s.safetensors"
     assert main(["select", str(folder / "grads.safetensors"), "--rank", "2", "--out", str(out)]) == 0
-    assert "left out, being no matrix: layers.0.q.bias\n" in capsys.readouterr().err
+    assert "left out, being no matrix: layers.0.q.bias\n" in capsys.readouterr().out
     said = fails(capsys, "select", out, "--rank", 2, "--out", folder / "t.safetensors")
     assert f"GRADS: {out} holds supports that were chosen already" in said
     save_file({"q.weight": np.eye(6, dtype=np.float32)}, folder / "one.safetensors")

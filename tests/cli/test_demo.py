@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 
@@ -10,11 +11,13 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
 
+from loft_rs import LoftConfig, suggest_lr  # noqa: E402
 from loft_rs.cli import main  # noqa: E402
-from loft_rs.demo import data, methods, report, run  # noqa: E402
+from loft_rs.demo import data, methods, page, report, run  # noqa: E402
 from loft_rs.demo.check import Probe  # noqa: E402
 from loft_rs.demo.data import Pair  # noqa: E402
 from loft_rs.demo.encoder import TokenPairs, embed, load_encoder, load_tokenizer, model_directory  # noqa: E402
+from loft_rs.demo.progress import Progress  # noqa: E402
 from loft_rs.demo.train import Answers, answer, batch_plan, contrastive_loss, train  # noqa: E402
 
 # transformers warns about its own attribute when PEFT reads it.
@@ -123,7 +126,7 @@ def test_reading_csv_tsv_and_jsonl(tmp_path, pairs_file):
     ("name", "text", "message"),
     [
         ("p.txt", "x", "ends in .csv, .tsv, .jsonl"),
-        ("p.csv", "", "line 1: no column 'query' in the header .found: nothing"),
+        ("p.csv", "", "the file is empty; a header with query and passage is needed"),
         ("p.csv", "query,text\na,b\n", "line 1: no column 'passage' in the header .found: query, text"),
         ("p.csv", "query,passage\na,b\nc\n", "line 3, column 'passage': missing"),
         ("p.csv", "query,passage\na,b\nc,d,e\n", "line 3: more fields than the header has columns"),
@@ -133,7 +136,7 @@ def test_reading_csv_tsv_and_jsonl(tmp_path, pairs_file):
         ("p.jsonl", '{"query": "a", "passage": "b"}\n{"query": \n', "line 2, column"),
         ("p.jsonl", '{"query": "a", "passage": "b"}\n\n[1]\n', "line 3: an object"),
         ("p.jsonl", '{"query": 3, "passage": "b"}\n', "line 1, column 'query': int, not text"),
-        ("p.jsonl", '{"query": "a", "passage": "b"}\n', "1 distinct pairs, at least 64"),
+        ("p.jsonl", '{"query": "a", "passage": "b"}\n', "1 distinct pair, at least 64"),
     ],
 )
 def test_a_bad_file_is_refused_with_its_line_and_column(tmp_path, name, text, message):
@@ -148,7 +151,7 @@ def test_a_missing_or_binary_file_is_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match="no such file"):
         data.read_pairs(tmp_path / "none.csv")
     (tmp_path / "b.csv").write_bytes(b"query,passage\n\xff\xfe,x\n")
-    with pytest.raises(ValueError, match="not UTF-8"):
+    with pytest.raises(ValueError, match=r"b\.csv, line 2: not UTF-8"):
         data.read_pairs(tmp_path / "b.csv")
 
 
@@ -196,7 +199,13 @@ def finished(tiny_model, tmp_path_factory):
         "query,passage\n" + "".join(f"{each.query},{each.passage}\n" for each in tiny_pairs()), encoding="utf-8"
     )
     options = run.Options(
-        out=folder / "out", data=pairs, model=tiny_model, support="skewgrad", rank=8, steps=6, compare=("random",)
+        out=folder / "out",
+        data=pairs,
+        model=tiny_model,
+        support="skewgrad",
+        rank=8,
+        steps=6,
+        compare=("pilot", "random"),
     )
     return folder, run.run(options)
 
@@ -206,8 +215,8 @@ def test_the_table_has_every_method_with_sound_figures(finished):
     assert [row.method for row in rows] == [
         "zero-shot",
         "LOFT skewgrad r=8",
-        "LOFT principal r=8",
         "PEFT LoRA r=8",
+        "LOFT pilot r=8",
         "LOFT random r=8",
     ]
     for row in rows[1:]:
@@ -224,11 +233,60 @@ def test_everything_lies_in_the_one_folder(finished):
     folder, rows = finished
     assert sorted(each.name for each in folder.iterdir()) == ["out", "pairs.csv"]
     names = {each.name for each in (folder / "out").iterdir()}
-    loft = {"skewgrad", "principal", "random"}
-    assert names == loft | {f"{name}-as-lora" for name in loft} | {"lora", "results.json", "table.md"}
+    loft = {"skewgrad", "pilot", "random"}
+    assert names == loft | {f"{name}-as-lora" for name in loft} | {"lora", "results.json", "report.html", "table.md"}
     results = json.loads((folder / "out" / "results.json").read_text())
     assert len(results["rows"]) == len(rows) and results["steps"] == 6
     assert (folder / "out" / "table.md").read_text().startswith("| method")
+
+
+def test_what_is_printed_is_narrow_and_says_what_to_do_next(finished):
+    folder, rows = finished
+    tables = [report.table(rows), report.checks(rows)]
+    assert max(len(line) for text in tables for line in text.splitlines()) <= 100
+    assert "| rate" in tables[0].replace("  ", " ").replace("  ", " ") and "zero-shot" not in tables[1]
+    told = (folder / "out" / "table.md").read_text()
+    assert "LOFT trained" in told and "a recall has a standard error of" in told
+    assert f"loft-rs inspect {folder / 'out' / 'skewgrad'} --plot angles.png" in told
+
+
+def test_the_rates_are_the_suggested_ones(finished):
+    _, rows = finished
+    rates = {row.method: row.learning_rate for row in rows}
+    for support in ("skewgrad", "pilot"):
+        assert rates[f"LOFT {support} r=8"] == suggest_lr(LoftConfig(r=8, support=support))
+
+
+def test_the_page_is_one_file_with_its_picture(finished):
+    text = (finished[0] / "out" / "report.html").read_text(encoding="utf-8")
+    assert "<svg" in text and "LOFT skewgrad r=8" in text and "Before and after" in text
+    assert "prefers-color-scheme: dark" in text and "currentColor" in text
+    assert not re.search(r"<(?:script|link|img)|src=|@import", text)
+
+
+def test_a_page_without_matplotlib_says_how_to_have_it(monkeypatch):
+    def missing(*_):
+        raise ModuleNotFoundError("no matplotlib", name="matplotlib")
+
+    monkeypatch.setattr("loft_rs.plots.draw_methods", missing)
+    assert "pip install &quot;.[plot]&quot;" in page._picture([report.Row("zero-shot", 0.1, 0.2)])
+
+
+def test_an_adapters_folder_says_what_it_is(finished):
+    text = (finished[0] / "out" / "skewgrad" / "README.md").read_text(encoding="utf-8")
+    assert text.startswith("---\nlibrary_name: peft") and "# LOFT skewgrad r=8" in text and "import loft_rs" in text
+    assert "import loft_rs" not in (finished[0] / "out" / "lora" / "README.md").read_text(encoding="utf-8")
+
+
+def test_a_long_silence_is_broken(capsys, monkeypatch):
+    progress, clock = Progress(), [0.0]
+    monkeypatch.setattr("loft_rs.demo.progress.time.perf_counter", lambda: clock[0])
+    progress.begun = 0.0
+    progress.say("LOFT: calibrating")
+    for clock[0] in (3.0, 7.0, 9.0, 12.0, 18.0):
+        progress.tick()
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 3 and all("... LOFT" in line for line in lines[1:])
 
 
 def test_the_adapters_fit_the_model_as_anyone_loads_it(finished, tiny_model, tmp_path):
@@ -255,7 +313,7 @@ def test_a_failed_run_leaves_nothing(tiny_model, pairs_file, monkeypatch):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (dict(support="magic"), "--support magic: one of skewgrad"),
+        (dict(support="magic"), "--support magic: one of "),
         (dict(support="lora"), "--support lora: one of"),
         (dict(compare=("oft",)), "--compare oft: one of"),
         (dict(rank=1), "--rank must be at least 2"),
@@ -289,4 +347,4 @@ def test_the_other_process_cannot_import_loft_rs(finished, tiny_model):
     folder, _ = finished
     probe = Probe(TokenPairs(load_tokenizer(tiny_model), tiny_pairs()), tiny_model)
     with pytest.raises(RuntimeError, match=r"stock PEFT could not use the exported LoRA.*LOFT"):
-        probe.export_differences({}, {"skewgrad": folder / "out" / "skewgrad"})
+        probe.export_differences({}, {"skewgrad": folder / "out" / "skewgrad"}, lambda: None)

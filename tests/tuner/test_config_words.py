@@ -12,7 +12,8 @@ def test_the_repr_is_what_differs_from_the_default():
     assert repr(LoftConfig()) == "LoftConfig()"
     config = LoftConfig(seed=3, target_modules=["v_proj", "q_proj"], r=32, support=Pilot(halves=True))
     assert repr(config) == (
-        "LoftConfig(r=32, support=Pilot(steps=32, rank=None, lr=0.001, halves=True), target_modules=['q_proj', 'v_proj'], seed=3)"
+        "LoftConfig(r=32, support=Pilot(steps=32, rank=None, lr=0.001, halves=True, keep=False), "
+        "target_modules=['q_proj', 'v_proj'], seed=3)"
     )
     assert eval(repr(config), vars(loft_rs)) == config
     shared = LoftConfig(r=Budget(params=500), support="gradsvd", task_type="CAUSAL_LM")

@@ -28,7 +28,7 @@ TOLERANCE = {torch.float32: 4e-6, torch.bfloat16: 2e-2}
 BLOCKS = {"name": "blocks", "factors": 1, "share": False, "output_scale": False}
 MOVED = {
     "boft": (BLOCKS | {"factors": 2, "output_scale": True}, "cayley"),
-    "halves": ({"name": "pilot", "steps": 32, "rank": None, "lr": 1e-3, "halves": True}, "cayley"),
+    "halves": ({"name": "pilot", "steps": 32, "rank": None, "lr": 1e-3, "halves": True, "keep": False}, "cayley"),
     "hra": ({"name": "reflections", "gram_schmidt": False}, "cayley"),
     "magnitudes": ("principal", "cayley+magnitudes"),
     "oft": (BLOCKS, "cayley"),

@@ -25,8 +25,9 @@ from ..tuner.layer import Linear
 from .memory import Footprint, MemorySurvey
 from .options import Job
 from .passes import Passes
-from .pilot import changes_for
+from .pilot import LowRankChange, changes_for
 from .sides import ModuleSide, by_module, share_both, stronger
+from .start import Starts, starts_of
 
 __all__ = ["Chosen", "choose", "groups_of", "plans_of", "run_groups"]
 
@@ -36,7 +37,7 @@ _LOG = logging.getLogger("loft_rs.calibration")
 @dataclass
 class Chosen:
     """What a calibration found. By place: evidence, and `energies`, ||P^T S P||_F^2, of modules whose side was open. unreached: the
-    layers that no batch reached. batches: of all processes; None: a train_step's."""
+    layers that no batch reached. batches: of all processes; None: a train_step's. starts: of kept pilots."""
 
     supports: dict[str, Support] = field(default_factory=dict)
     evidence: dict[ModuleSide, SplitHalf] = field(default_factory=dict)
@@ -45,6 +46,7 @@ class Chosen:
     passes: int = 0
     batches: int | None = None
     memory: Footprint | None = None
+    starts: Starts | None = None
 
 
 def choose(job: Job) -> Chosen:
@@ -55,9 +57,11 @@ def choose(job: Job) -> Chosen:
     plans = plans_of(job, run)
     groups, chosen.memory = groups_of(job, run, plans)
     trained: dict[ModuleSide, Support] = {}
+    changes: dict[ModuleSide, LowRankChange] = {}
     if job.pilot is not None:
         seed = job.config.seed
-        trained = run.pilot(changes_for(job.homes, job.adapter, job.pilot, seed), job.pilot, seed)
+        changes = changes_for(job.homes, job.adapter, job.pilot, seed)
+        trained = run.pilot(changes, job.pilot, seed)
         groups = [list(trained)]
     found: dict[ModuleSide, Support] = {}
     waiting: dict[ModuleSide, Sketch] = {}  # until the budget can be shared among them all
@@ -88,6 +92,9 @@ def choose(job: Job) -> Chosen:
             supports = {name: replace(support, halves=True) for name, support in supports.items()}
     chosen.supports = {name: processes.first(supports[name]) for name in job.layers}
     chosen.energies = processes.first(chosen.energies)
+    if job.pilot is not None and job.pilot.keep:
+        reached = {place: changes[place] for place in trained}
+        chosen.starts = starts_of(job, run, reached, chosen.supports)
     for parameter in job.head:
         processes.copy_first(parameter.data)
     chosen.batches = None if job.batches is None else processes.total(len(job.batches))

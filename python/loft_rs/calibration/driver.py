@@ -129,6 +129,7 @@ def calibrate(
         chosen.memory,
         sides,
         job.pilot,
+        chosen.starts,
     )
 
 

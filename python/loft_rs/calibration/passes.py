@@ -4,6 +4,7 @@ a pilot.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from itertools import chain
 from typing import Any
@@ -26,6 +27,8 @@ __all__ = ["HEAD_LEARNING_RATE", "LOSS_SCALE", "Passes", "require_finite"]
 
 
 HEAD_LEARNING_RATE = 1e-3
+# Batches that a kept pilot's scale is looked for on.
+SEARCHED = 4
 # Mean losses have gradients that float16 rounds to zero. A power of two changes nothing in the other formats.
 LOSS_SCALE = 1024.0
 
@@ -160,6 +163,29 @@ class Passes:
         with self.processes.stage():
             found = {place: change.support(seed) for place, change in changes.items()}
         return self.processes.first({place: support for place, support in found.items() if support is not None})
+
+    def best_scale(
+        self, scales: Sequence[float], taps: Callable[[float], Mapping[Any, Callable[..., Tensor]]]
+    ) -> float:
+        """The scale of kept pilots at which a few batches have the lowest loss; the first with a train_step, whose loss nobody sees.
+
+        scales: tried one after the other, until the loss rises. taps: what each layer runs at a scale.
+        """
+        if self.batches is None:
+            return scales[0]
+        best = (math.inf, scales[0])
+        for scale in scales:
+            total = torch.zeros((), dtype=torch.float64, device=self.processes.device)
+            with self.processes.stage(), torch.no_grad():
+                for layer, tap in taps(scale).items():
+                    layer.tap = tap
+                for number, batch in enumerate(self.batches[:SEARCHED]):
+                    total += self._loss(batch, f"pilot, batch {number}").double()
+            self.processes.add_up(total)
+            if float(total) >= best[0]:
+                break
+            best = float(total), scale
+        return best[1]
 
     def _train(
         self,

@@ -7,7 +7,8 @@ space of B A is all learnt. Then
     P = the top r right singular vectors of B A        (output side: A drawn, B learnt, and the left ones)
 
 of layers that are tied of their changes B A stacked. With A^T = Q R (n x k) and B = U L, U orthonormal, B A = U (L R^T) Q^T: P = Q V with
-V the right singular vectors of the k x k matrix L R^T, in float64. Nothing of the pilot is left in the model.
+V the right singular vectors of the k x k matrix L R^T, in float64. Nothing of the pilot is left in the model, but
+that a kept one is where its transform starts (`start.py`).
 
 To first order a rotation adds W0 P A P^T: it reads span(P), and what it writes is W0's image of that same span. With
 `Pilot(halves=True)` a half of P is there to be written to,
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
 __all__ = ["LowRankChange", "PilotTap", "changes_for", "partners", "some_gradient"]
 
 DAMPING = 1e-2
+_BY_WEIGHTS = "halves needs dense weights, to find partners by"
 
 
 class _AddChange(torch.autograd.Function):
@@ -106,7 +108,10 @@ class LowRankChange:
 
     def add(self, y: Tensor, x: Tensor, part: int) -> Tensor:
         """y (..., m) and what the change of the layer `part` makes of x (..., n)."""
-        learnt, drawn = self.learnt[part], self.drawn[part]
+        return self.add_factors(y, x, self.learnt[part], self.drawn[part])
+
+    def add_factors(self, y: Tensor, x: Tensor, learnt: Tensor, drawn: Tensor) -> Tensor:
+        """As `add`, of these factors."""
         down, up = (learnt, drawn) if self.side == "input" else (drawn, learnt)
         # Rows, and y's own shape again outside: what follows the layer may change it in place.
         rows = (tensor.reshape(-1, tensor.shape[-1]) for tensor in (y, x))
@@ -144,11 +149,26 @@ class LowRankChange:
             seed=seed,
         )
 
+    def weight(self) -> Tensor:
+        """W0, of tied layers stacked (m x n), on the output side its transpose; float64, on its own device (MPS: on the CPU)."""
+        weights = [dense_or_raise(layer, "a pilot in halves, or that is kept,").detach() for layer in self.layers]
+        weight = torch.cat(weights) if self.side == "input" else weights[0].mT
+        return weight.cpu().double() if weight.device.type == "mps" else weight.double()
+
+    def times(self, p: Tensor) -> Tensor:
+        """B A P, of tied layers stacked (m x r), on the output side (B A)^T P."""
+        pairs = zip(self.drawn, self.learnt, strict=True)
+        return torch.cat([drawn.detach().to(p) @ (learnt.detach().to(p).mT @ p) for drawn, learnt in pairs])
+
+    def size(self) -> float:
+        """||B A||_F^2."""
+        pairs = zip(self.drawn, self.learnt, strict=True)
+        grams = [[f.detach().double().mT @ f.detach().double() for f in pair] for pair in pairs]
+        return float(sum((a * b).sum() for a, b in grams))
+
     def _with_partners(self, v: np.ndarray, u: np.ndarray) -> np.ndarray:
         """[V, Y] (n x r) of V and the u_i that Y's columns are to be partners of."""
-        weights = [dense_or_raise(layer, "a pilot in halves").detach() for layer in self.layers]
-        weight = torch.cat(weights) if self.side == "input" else weights[0].mT
-        y = partners(weight, torch.from_numpy(u)).cpu().numpy()
+        y = partners(self.weight(), torch.from_numpy(u)).cpu().numpy()
         lengths = np.linalg.norm(y, axis=0)
         return orthonormalize(np.hstack([v, y / np.where(lengths > 0, lengths, 1.0)]))
 
@@ -178,11 +198,11 @@ class LowRankChange:
 
 @torch.no_grad()
 def partners(weight: Tensor, images: Tensor) -> Tensor:
-    """Y = (W^T W + c I)^{-1} W^T U (n x k), nearly W^+ U, of W (m x n) and U (m x k), on W's device in float64 (MPS: on the CPU).
+    """Y = (W^T W + c I)^{-1} W^T U (n x k), nearly W^+ U, of W (m x n) and U (m x k), float64 on W's device.
 
     c = ||W||_F^2 / (100 n), so that Y's directions do not depend on W's scale. Of W = 0 it is zero.
     """
-    w = weight.cpu().double() if weight.device.type == "mps" else weight.double()
+    w = weight.double()
     u, (m, n) = images.to(w), w.shape
     wide = m < n  # (W^T W + c I)^{-1} W^T = W^T (W W^T + c I)^{-1}: whichever is smaller is solved
     gram = w @ w.mT if wide else w.mT @ w
@@ -216,17 +236,18 @@ def changes_for(
     """
     most = max(_read(layer, adapter) for layer in layers.values())
     halved = [name for name, layer in layers.items() if _read(layer, adapter) < layer.adapters[adapter].rank]
+    dense, why = (list(layers), "keep needs dense weights, to start from") if pilot.keep else (halved, _BY_WEIGHTS)
     if pilot.rank is not None and most > pilot.rank:
         what = "half the adapter's" if halved else "the adapter's"
         raise ValueError(
             f"pilot must have a rank of at least {what}, which is {most}, got {pilot.rank}; None takes what is needed"
         )
-    for name in halved:
+    for name in dense:
         for each in layers[name].adapters[adapter].tied_layers:
             if dense_weight(base := each.get_base_layer()) is None:
                 raise TypeError(
-                    f"halves needs dense weights, to find partners by, but that of {name}, a {type(base).__name__}, is quantised or "
-                    "sharded; calibrate before fully_shard, or use Pilot() without halves"
+                    f"{why}, but that of {name}, a {type(base).__name__}, is quantised or sharded; calibrate before fully_shard, or "
+                    f"use Pilot() without {why.split()[0]}"
                 )
     draw = None if seed is None else torch.Generator().manual_seed(seed)
     meta = torch.device("meta")

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field
 from typing import Any
 
+from ..plots import as_page, finish
 from ..sketch.split_half import SplitHalf
 from ..support.methods import Pilot
 from ..support.support import Support
 from .memory import Footprint
-from .summary import rows_of, short, summary, table
+from .start import Starts
+from .summary import figure, rows_of, short, summary, table
 
 __all__ = ["CalibrationReport"]
 
@@ -24,6 +27,7 @@ class CalibrationReport:
     sides: of modules whose side was open (`side="auto"`), module name -> {side: ||P^T S P||_F^2}, what decided it (`sides.py`); the
         chosen one is that of the support in `supports`
     pilot: the short training that the supports come from (`support="pilot"`); its steps are not counted in `passes`
+    start: where training starts after a kept pilot: `scale`, and `made`, module name -> the part of the pilot's change that is made
     """
 
     method: str
@@ -37,6 +41,7 @@ class CalibrationReport:
     memory: Footprint | None = None
     sides: dict[str, dict[str, float]] = field(default_factory=dict, repr=False)
     pilot: Pilot | None = None
+    start: Starts | None = None
 
     def __str__(self) -> str:
         """A summary with advice, and the layers by kind and depth; `table()` has all of them."""
@@ -48,6 +53,16 @@ class CalibrationReport:
     def table(self) -> str:
         """One line for every layer, in at most 100 columns."""
         return table(self)
+
+    def plot(self, path: str | os.PathLike | None = None) -> Any:
+        """The matplotlib figure: energy, agreement and differing ranks by depth and kind of module, and the supports' values.
+
+        path: also written there, .png or .svg. ModuleNotFoundError without matplotlib.
+        """
+        return finish(figure(self), path)
+
+    def _repr_html_(self) -> str:
+        return as_page(str(self), self.plot)
 
     def rows(self) -> list[dict[str, Any]]:
         """One dict for every layer, as `pandas.DataFrame(report.rows())` takes them; nan where nothing is known."""

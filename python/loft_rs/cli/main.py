@@ -55,9 +55,10 @@ def sentence(error: Exception, extra: str) -> str:
 
 
 def in_shell_words(text: str, words: Mapping[str, str]) -> str:
-    """A Python argument in a message by the name that it has in the shell. Paths and dotted names are left alone."""
+    """A Python argument in a message by the name that it has in the shell. Paths and dotted names are left alone, and words as in "the
+    smallest rank", which is not the argument."""
     for argument, flag in words.items():
-        text = re.sub(rf"(?<![\w./-]){re.escape(argument)}(?![\w/-]|\.\w)", flag, text)
+        text = re.sub(rf"(?<![\w./-])(?<!est ){re.escape(argument)}(?![\w/-]|\.\w)", flag, text)
     return text
 
 

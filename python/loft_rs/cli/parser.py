@@ -69,7 +69,12 @@ class _Version(argparse.Action):
 
 
 def _demo(demo: argparse.ArgumentParser) -> None:
-    demo.add_argument("--data", type=Path, metavar="FILE", help=".csv, .tsv or .jsonl with 'query' and 'passage'")
+    demo.add_argument(
+        "--data",
+        type=Path,
+        metavar="FILE",
+        help=".csv, .tsv or .jsonl with 'query' and 'passage', at least 64 distinct pairs (default: docstrings of installed code)",
+    )
     demo.add_argument(
         "--model", type=Path, metavar="DIR", help="a transformers encoder with its tokenizer (default: MiniLM)"
     )
@@ -79,11 +84,13 @@ def _demo(demo: argparse.ArgumentParser) -> None:
         "--support",
         choices=(*CALIBRATED_SUPPORTS, *DATA_FREE_SUPPORTS),
         default=argparse.SUPPRESS,
-        help="of the first LOFT row",
+        help="of the LOFT row (default: principal)",
     )
-    demo.add_argument("--rank", type=int, default=argparse.SUPPRESS, help="rank of the LOFT supports")
-    demo.add_argument("--steps", type=int, default=argparse.SUPPRESS, help="training steps of each method")
-    demo.add_argument("--compare", default="", metavar="A,B", help="more supports to compare, by comma")
+    demo.add_argument("--rank", type=int, default=argparse.SUPPRESS, help="rank of the LOFT supports (default: 64)")
+    demo.add_argument(
+        "--steps", type=int, default=argparse.SUPPRESS, help="training steps of each method (default: 45)"
+    )
+    demo.add_argument("--compare", default="", metavar="A,B", help="more supports to compare with LoRA, by comma")
     demo.add_argument(
         "--out", type=Path, default=argparse.SUPPRESS, metavar="DIR", help="folder for all results (default: loft-demo)"
     )

@@ -10,7 +10,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -42,7 +42,9 @@ class Probe:
 
         return self.difference(output, self.output(PeftModel.from_pretrained(load_encoder(self.base), adapter).eval()))
 
-    def export_differences(self, outputs: Mapping[str, Tensor], exports: Mapping[str, Path]) -> dict[str, float]:
+    def export_differences(
+        self, outputs: Mapping[str, Tensor], exports: Mapping[str, Path], tick: Callable[[], None]
+    ) -> dict[str, float]:
         """Against each exported LoRA, loaded by stock PEFT in a process in which loft_rs cannot be imported."""
         from safetensors.torch import load_file, save_file
 
@@ -50,18 +52,23 @@ class Probe:
             batch, out = Path(folder, "batch.safetensors"), Path(folder, "hidden.safetensors")
             save_file({name: each.contiguous() for name, each in self.inputs.items()}, batch)
             named = [f"{name}={path}" for name, path in exports.items()]
-            _run_alone([str(self.base), str(batch), str(out), *named])
+            _run_alone([str(self.base), str(batch), str(out), *named], tick)
             hidden = load_file(out)
         return {name: self.difference(outputs[name], hidden[name]) for name in exports}
 
 
-def _run_alone(arguments: list[str]) -> None:
+def _run_alone(arguments: list[str], tick: Callable[[], None]) -> None:
     script = Path(__file__).with_name("stock_peft.py")
     environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
     # -P: the script's own folder is part of loft_rs, and stays off the path.
-    done = subprocess.run(
-        [sys.executable, "-P", str(script), *arguments], env=environment, capture_output=True, text=True
-    )
-    if done.returncode:
-        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+    command = [sys.executable, "-P", str(script), *arguments]
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as alone:
+        while True:
+            try:
+                _, errors = alone.communicate(timeout=1)
+                break
+            except subprocess.TimeoutExpired:
+                tick()
+    if alone.returncode:
+        last = (errors.strip().splitlines() or ["no message"])[-1]
         raise RuntimeError(f"stock PEFT could not use the exported LoRA: {last}")

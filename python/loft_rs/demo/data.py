@@ -23,6 +23,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+from .._words import count
+
 MASK = "this"
 HELD_OUT = 800
 MIN_WORDS = 5
@@ -194,9 +196,9 @@ def read_pairs(path: str | Path) -> list[Pair]:
     path = Path(path)
     suffix = path.suffix.lower()
     if suffix not in SUFFIXES:
-        raise ValueError(f"--data {path}: a file that ends in {', '.join(SUFFIXES)} is expected")
+        raise ValueError(f"{path}: a file that ends in {', '.join(SUFFIXES)} is expected")
     if not path.is_file():
-        raise FileNotFoundError(f"--data {path}: no such file")
+        raise FileNotFoundError(f"{path}: no such file")
     try:
         with path.open(encoding="utf-8-sig", newline="") as lines:
             records = (
@@ -206,20 +208,31 @@ def read_pairs(path: str | Path) -> list[Pair]:
             )
             pairs = list(dict.fromkeys(_pair(path, line, record) for line, record in records))
     except UnicodeDecodeError as error:
-        raise ValueError(f"--data {path}: not UTF-8 text ({error.reason} at byte {error.start})") from None
+        raise ValueError(f"{path}, line {_undecodable_line(path)}: not UTF-8 text ({error.reason})") from None
     if len(pairs) < MIN_PAIRS:
-        raise ValueError(
-            f"--data {path}: {len(pairs)} distinct pairs, at least {MIN_PAIRS} are needed to train and to measure"
-        )
+        pairs_of = count(len(pairs), "distinct pair")
+        raise ValueError(f"{path}: {pairs_of}, at least {MIN_PAIRS} are needed to train and to measure")
     return pairs
+
+
+def _undecodable_line(path: Path) -> int:
+    """The first line that is not UTF-8."""
+    raw = path.read_bytes()
+    try:
+        raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        return raw.count(b"\n", 0, error.start) + 1
+    return 1
 
 
 def _table_records(path: Path, lines: Iterator[str], delimiter: str) -> Iterator[tuple[int, dict]]:
     reader = csv.DictReader(lines, delimiter=delimiter, strict=True)
     try:
-        missing = [column for column in COLUMNS if column not in (reader.fieldnames or [])]
+        if not reader.fieldnames:
+            raise ValueError(f"{path}: the file is empty; a header with query and passage is needed")
+        missing = [column for column in COLUMNS if column not in reader.fieldnames]
         if missing:
-            found = ", ".join(reader.fieldnames or []) or "nothing"
+            found = ", ".join(reader.fieldnames)
             raise ValueError(
                 f"{path}, line 1: no column {missing[0]!r} in the header (found: {found}); query and passage are needed"
             )

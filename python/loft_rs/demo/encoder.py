@@ -7,7 +7,7 @@ only inside a batch whose texts have nearly the same length: on a CPU, padding i
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -90,12 +90,13 @@ class Tokens:
             yield batch
 
     @torch.no_grad()
-    def embed_all(self, model: nn.Module) -> Tensor:
-        """Every text's embedding, in the texts' own order."""
+    def embed_all(self, model: nn.Module, tick: Callable[[], None] = lambda: None) -> Tensor:
+        """Every text's embedding, in the texts' own order. tick: called after every batch."""
         indices, parts = [], []
         for batch in self.evaluation_batches():
             indices += batch
             parts.append(embed(model, *self.batch(batch)))
+            tick()
         stacked = torch.cat(parts)
         return torch.empty_like(stacked).index_copy_(0, torch.tensor(indices), stacked)
 

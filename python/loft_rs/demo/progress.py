@@ -6,6 +6,8 @@ import sys
 import time
 from collections.abc import Callable
 
+QUIET = 8.0  # seconds
+
 
 class Progress:
     """Lines on stderr, each with the seconds since the start."""
@@ -13,9 +15,18 @@ class Progress:
     def __init__(self) -> None:
         self.begun = time.perf_counter()
         self.terminal = sys.stderr.isatty()
+        self.doing, self.said = "", self.begun
 
     def say(self, text: str) -> None:
+        """A line now. What takes long after it calls `tick`."""
+        self.doing, self.said = text, time.perf_counter()
         print(f"[{time.perf_counter() - self.begun:5.0f} s] {text}", file=sys.stderr, flush=True)
+
+    def tick(self) -> None:
+        """Say that the work of the last line goes on, where nothing was said for QUIET seconds."""
+        if (now := time.perf_counter()) - self.said > QUIET:
+            self.said = now
+            print(f"[{now - self.begun:5.0f} s]   ... {self.doing.split(':')[0]}", file=sys.stderr, flush=True)
 
     def steps(self, title: str, total: int) -> Callable[[float], None]:
         """A function to call with each step's loss, `total` times."""
@@ -40,6 +51,7 @@ class Progress:
 
         def step(loss: float) -> None:
             losses.append(loss)
+            self.tick()
             if len(losses) % every == 0 or len(losses) == total:
                 recent = losses[-every:]
                 self.say(f"{title}: step {len(losses)} of {total}, loss {sum(recent) / len(recent):.3f}")

@@ -15,13 +15,14 @@ import torch
 from torch import Tensor, nn
 
 from .._files import whole_directory
-from . import data, methods, report
+from .._words import count
+from . import data, methods, page, report
 from .check import Probe
 from .encoder import TokenPairs, load_encoder, load_tokenizer, model_directory
 from .methods import Method
 from .progress import Progress
 from .report import Row
-from .train import Answers, answer, batch_plan, calibration_steps, train
+from .train import Answers, answer, batch_plan, calibration_steps, pilot_step, train
 
 CALIBRATION_BATCHES = 4
 
@@ -33,8 +34,8 @@ class Options:
     out: Path = Path("loft-demo")
     data: Path | None = None
     model: Path | None = None
-    support: str = "skewgrad"
-    rank: int = 128
+    support: str = "principal"
+    rank: int = 64
     steps: int = 45
     compare: tuple[str, ...] = ()
     seed: int = 0
@@ -82,6 +83,7 @@ def run(options: Options) -> list[Row]:
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     progress = Progress()
+    progress.say(f"reading pairs from {options.data or 'the docstrings of installed code'}")
     base = model_directory(options.model)
     tokenizer = load_tokenizer(base)
     pairs = data.read_pairs(options.data) if options.data else data.installed_pairs()
@@ -101,14 +103,20 @@ def run(options: Options) -> list[Row]:
             seed=options.seed,
             progress=progress,
         )
-        before = answer(load_encoder(base), held_out)
+        progress.say("answering the held-out queries with the model as it is")
+        before = answer(load_encoder(base), held_out, progress.tick)
         progress.say(f"zero-shot: recall@1 {before.scores.recall_at_1:.3f}, MRR {before.scores.mrr:.3f}")
         outcomes = {method.name: _measure(method, setting) for method in chosen}
         rows = [Row("zero-shot", *before.scores), *_with_exports(outcomes, setting)]
         shown = report.examples(split.held_out, before, outcomes[options.support].answers, chosen[0].label)
         seconds = time.perf_counter() - progress.begun
-        report.write(folder, rows, _facts(options, split, seconds), shown)
-    print(f"\n{report.table(rows)}\n\n{shown}\n\nEverything is in {options.out.resolve()} ({seconds:.0f} s in all)")
+        facts = _facts(options, split, seconds)
+        told = [report.table(rows), report.checks(rows), report.verdict(rows, len(split.held_out)), shown]
+        told.append(report.next_steps(options.out, options.support, base, rows[1].rank))
+        report.write(folder, rows, facts, told)
+        page.write(folder / "report.html", rows, facts, told)
+    print("\n" + "\n\n".join(told))
+    print(f"\nEverything is in {options.out.resolve()}; open report.html there ({seconds:.0f} s in all)")
     return rows
 
 
@@ -124,13 +132,16 @@ def _measure(method: Method, setting: Setting) -> Outcome:
         method.learning_rate,
         setting.progress.steps(method.label, len(setting.plan)),
     )
-    answers = answer(model, setting.held_out)
+    setting.progress.say(f"{method.label}: answering the held-out queries")
+    answers = answer(model, setting.held_out, setting.progress.tick)
+    setting.progress.say(f"{method.label}: saving, reloading, exporting")
     output = setting.probe.output(model)
     adapter = setting.folder / method.name
     model.save_pretrained(str(adapter))  # type: ignore[operator]
     row = Row(
         method.label,
         *answers.scores,
+        rank=method.rank,
         trained=sum(each.numel() for each in model.parameters() if each.requires_grad),
         seconds_per_step=per_step,
         calibration_seconds=calibration_seconds,
@@ -138,18 +149,22 @@ def _measure(method: Method, setting: Setting) -> Outcome:
         reload_difference=setting.probe.reload_difference(output, adapter),
         learning_rate=method.learning_rate,
     )
+    (adapter / "README.md").write_text(report.card(row, setting.base), encoding="utf-8")  # for PEFT's empty form
     setting.progress.say(f"{method.label}: recall@1 {row.recall_at_1:.3f}, MRR {row.mrr:.3f}")
     return Outcome(row, answers, output)
 
 
 def _calibrate(method: Method, model: nn.Module, setting: Setting) -> float | None:
-    batches = setting.plan[:CALIBRATION_BATCHES]
-    found = method.calibrate(model, *calibration_steps(model, setting.train_on, batches))
+    batches, tick = setting.plan[:CALIBRATION_BATCHES], setting.progress.tick
+    forward, backward = calibration_steps(model, setting.train_on, batches, tick)
+    if method.name == "pilot":
+        backward = pilot_step(model, setting.train_on, setting.plan, tick)
+    setting.progress.say(f"{method.label}: calibrating")
+    found = method.calibrate(model, forward, backward)
     if found is None:
         return None
-    setting.progress.say(
-        f"{method.label}: calibrated on {len(batches)} batches in {found.passes} passes, {found.seconds:.1f} s"
-    )
+    how = f"by a pilot of {count(found.pilot.steps, 'step')}" if found.pilot else f"in {count(found.passes, 'pass')}"
+    setting.progress.say(f"{method.label}: calibrated {how}, {found.seconds:.1f} s")
     return found.seconds
 
 
@@ -169,7 +184,9 @@ def _with_exports(outcomes: dict[str, Outcome], setting: Setting) -> list[Row]:
     """The rows, with each LoRA export's difference measured in one other process."""
     setting.progress.say("loading the exported LoRAs in stock PEFT, in a process without loft_rs")
     exports = {name: setting.folder / f"{name}-as-lora" for name in outcomes if name != methods.LORA}
-    differences = setting.probe.export_differences({name: each.output for name, each in outcomes.items()}, exports)
+    differences = setting.probe.export_differences(
+        {name: each.output for name, each in outcomes.items()}, exports, setting.progress.tick
+    )
     return [replace(each.row, lora_export_difference=differences.get(name)) for name, each in outcomes.items()]
 
 

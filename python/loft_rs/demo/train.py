@@ -7,6 +7,7 @@ for every method.
 
 from __future__ import annotations
 
+import itertools
 import random
 import time
 from collections.abc import Callable, Sequence
@@ -17,6 +18,8 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from .encoder import TokenPairs, embed
+
+Tick = Callable[[], None]  # called often while something takes long
 
 SCALE = 20.0
 BATCH = 64
@@ -53,7 +56,7 @@ def contrastive_loss(model: nn.Module, pairs: TokenPairs, batch: Sequence[int]) 
 
 
 def calibration_steps(
-    model: nn.Module, pairs: TokenPairs, batches: Sequence[Sequence[int]]
+    model: nn.Module, pairs: TokenPairs, batches: Sequence[Sequence[int]], tick: Tick
 ) -> tuple[Callable[[], None], Callable[[], None]]:
     """For `calibrate`, over the same batches at each call: forward alone, and forward and backward."""
 
@@ -61,12 +64,25 @@ def calibration_steps(
         with torch.no_grad():
             for batch in batches:
                 contrastive_loss(model, pairs, batch)
+                tick()
 
     def backward() -> None:
         for batch in batches:
             contrastive_loss(model, pairs, batch).backward()
+            tick()
 
     return forward, backward
+
+
+def pilot_step(model: nn.Module, pairs: TokenPairs, plan: Sequence[Sequence[int]], tick: Tick) -> Callable[[], None]:
+    """For a pilot: forward and backward of one batch, the next of the plan at each call."""
+    batches = itertools.cycle(plan)
+
+    def step() -> None:
+        contrastive_loss(model, pairs, next(batches)).backward()
+        tick()
+
+    return step
 
 
 def train(
@@ -107,9 +123,9 @@ class Answers(NamedTuple):
         return Scores((self.ranks == 1).float().mean().item(), self.ranks.reciprocal().float().mean().item())
 
 
-def answer(model: nn.Module, pairs: TokenPairs) -> Answers:
+def answer(model: nn.Module, pairs: TokenPairs, tick: Tick = lambda: None) -> Answers:
     """Rank every passage for every query. Ties count against the query."""
-    queries, passages = pairs.queries.embed_all(model), pairs.passages.embed_all(model)
+    queries, passages = pairs.queries.embed_all(model, tick), pairs.passages.embed_all(model, tick)
     similarity = queries @ passages.T
     if not torch.isfinite(similarity).all():
         raise ArithmeticError("the embeddings are no longer finite: training diverged")

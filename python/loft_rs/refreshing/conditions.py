@@ -59,6 +59,10 @@ def require_choosable(adapter: str, config: LoftConfig) -> None:
         raise ValueError(
             f"refresh keeps the rank of every layer, but r of adapter {adapter!r} is a Budget, which shares them out anew"
         )
+    if getattr(config.options, "keep", False):
+        raise ValueError(
+            f"refresh leaves the model's function what it is, but the pilot of adapter {adapter!r} is kept: use Pilot() without keep"
+        )
     if config.has_support and config.method not in (*DATA_FREE_SUPPORTS, *CALIBRATED_SUPPORTS):
         raise ValueError(
             f"refresh chooses supports, but those of adapter {adapter!r} come from the file {config.support}; build it with one of "

@@ -109,20 +109,28 @@ class Activation(_Sketched):
 class Pilot:
     """A short low-rank training whose change the support spans (`calibration/pilot.py`).
 
-    steps: of Adam, one batch each, at rate `lr`. rank: of the change of a layer, no more than min(m, n) there; None: 64, or the adapter's
-    rank (in halves: the first one's) where that is larger. halves: the support's first half are the directions that the change reads,
-    the second their partners, which W0 maps to what it writes, and the transform turns one half towards the other only: r^2/4 trained
-    numbers a layer. Needs dense weights. ValueError for anything but positive numbers.
+    steps: of Adam, one batch each, at rate `lr`.
+    rank: of the change of a layer, no more than min(m, n) there. None: 64, or the adapter's rank (in
+        halves: the first one's) where that is larger.
+    halves: the support's first half are the directions that the change reads, the second their
+        partners, which W0 maps to what it writes. The transform turns one half towards the other
+        only: r^2/4 trained numbers a layer. Needs dense weights.
+    keep: experimental, for short runs. Training starts where the pilot ended, at the rotation nearest
+        to its change (`calibration/start.py`), in place of the base model. Needs dense weights, and
+        the transform `cayley` or `exp`.
+
+    ValueError for anything but positive numbers.
 
     >>> from loft_rs import Pilot
     >>> Pilot(steps=64, halves=True)
-    Pilot(steps=64, rank=None, lr=0.001, halves=True)
+    Pilot(steps=64, rank=None, lr=0.001, halves=True, keep=False)
     """
 
     steps: int = 32
     rank: int | None = None
     lr: float = 1e-3
     halves: bool = False
+    keep: bool = False
 
     def __post_init__(self) -> None:
         for name, value in (("steps", self.steps), ("rank", PILOT_RANK if self.rank is None else self.rank)):
@@ -134,6 +142,7 @@ class Pilot:
         if not number or not 0 < self.lr < math.inf:
             raise ValueError(f"lr must be a positive number, got {self.lr!r}")
         _flag("halves", self.halves)
+        _flag("keep", self.keep)
 
 
 @dataclass(frozen=True, kw_only=True)

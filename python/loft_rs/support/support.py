@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -62,6 +63,20 @@ class Support:
     def rank(self) -> int:
         """The number of columns."""
         return self.basis.shape[1]
+
+    def plot(self, path: str | os.PathLike | None = None) -> Any:
+        """The matplotlib figure: the values with the energy captured so far, and which coordinates lie in the support.
+
+        path: also written there, .png or .svg. ModuleNotFoundError without matplotlib.
+        """
+        from ..plots import draw_support, finish
+
+        return finish(draw_support(self.values, self.energy, self.basis, repr(self)), path)
+
+    def _repr_html_(self) -> str:
+        from ..plots import as_page
+
+        return as_page(repr(self), self.plot)
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         return np.array(self.basis, dtype=dtype, copy=copy)

@@ -178,6 +178,10 @@ def _check_together(config: Any) -> None:
             f"halves needs the transform 'cayley' or 'exp' without magnitudes, got {config.transform!r}",
         ),
         (
+            getattr(config.options, "keep", False) and (not TABLE[transform.base].halves or transform.magnitudes),
+            f"Pilot(keep=True) needs the transform 'cayley' or 'exp' without magnitudes, got {config.transform!r}",
+        ),
+        (
             config.layers_to_transform is not None and isinstance(config.target_modules, str),
             "layers_to_transform needs target_modules to be a list of names, not a string",
         ),

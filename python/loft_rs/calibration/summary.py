@@ -75,15 +75,20 @@ def figure(report: Any) -> Any:
     """Maps of what is known of the layers, and their falling values."""
     rows = rows_of(report)
     maps = [Map("captured energy", [row["energy"] for row in rows], low=0.0, high=1.0, framed=True)]
-    if report.evidence:
-        maps.append(Map("agreement", [row["agreement"] for row in rows], low=0.0, high=1.0))
+    maps += [Map(key, [row[key] for row in rows], low=0.0, high=1.0) for key in ("agreement", "reproducible")]
     if len({row["rank"] for row in rows}) > 1:
-        maps.append(Map("rank", [row["rank"] for row in rows], "cividis"))
-    curves = [np.sort(each.values)[::-1] / np.nanmax(each.values) for each in report.supports.values()]
-    spectra = Spectra(
-        "values of each support, over its largest", curves, "most captured energy", [row["energy"] for row in rows]
-    )
+        maps.append(Map("rank", [row["rank"] for row in rows]))
+    curves = [_falling(each.values) for each in report.supports.values()]
+    energies = [row["energy"] for row in rows]
+    title = "each support's values / its largest"
+    spectra = Spectra(title, "direction", curves, "least captured energy", energies, least=True)
     return draw_layers([row["layer"] for row in rows], maps, spectra, short(report)[len("CalibrationReport(") : -1])
+
+
+def _falling(values: np.ndarray) -> np.ndarray:
+    """Over the largest; empty where no matrix was given."""
+    known = np.sort(values[np.isfinite(values)])[::-1]
+    return known / known[0] if known.size and known[0] > 0 else known[:0]
 
 
 def rows_of(report: Any) -> list[dict[str, Any]]:

@@ -39,12 +39,6 @@ class Grid:
         places = [(rows.index(kind), depths.index(depth)) for depth, kind in split]
         return cls(_without_shared_start(rows), depths, places)
 
-    def label(self, index: int) -> str:
-        """The kind and depth of a name, as in `3 mlp.up_proj`."""
-        row, column = self.places[index]
-        depth = self.depths[column]
-        return self.kinds[row] if depth is None else f"{depth} {self.kinds[row]}"
-
 
 def kind_and_depth(name: str) -> tuple[str, int | None]:
     """The name behind the last block's number, and that number."""

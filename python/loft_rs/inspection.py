@@ -68,11 +68,11 @@ class AdapterReport(list[ModuleReport]):
 
         path: also written there, .png or .svg. ModuleNotFoundError without matplotlib.
         """
-        from .plots import Map, Spectra, draw_layers, finish
+        from .plots import Map, Spectra, draw_layers, energy_map, finish
 
         largest = [each.largest_angle for each in self]
         maps = [
-            Map("captured energy", [each.energy for each in self], low=0.0, high=1.0),
+            energy_map([each.energy for each in self]),
             Map("largest angle, degrees", largest, low=0.0, framed=True),
             Map("rms angle, degrees", [each.rms_angle for each in self], low=0.0),
         ]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 import os
+import re
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -26,7 +27,18 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["Map", "Spectra", "as_page", "as_svg", "check_path", "draw_layers", "draw_methods", "draw_support", "finish"]
+__all__ = [
+    "Map",
+    "Spectra",
+    "as_page",
+    "as_svg",
+    "check_path",
+    "draw_layers",
+    "draw_methods",
+    "draw_support",
+    "energy_map",
+    "finish",
+]
 
 WIDTH = 7.0  # inches
 DPI = 200
@@ -35,7 +47,7 @@ ROOM = 28  # characters of a module's label
 INK = "#1b1c1d"  # of all text and lines; `as_svg` makes it the page's own colour
 FAINT = "#8c8f93"
 BLUE, RED = "#4477aa", "#cc6677"
-SMALL, HEAD, TITLE = 7, 8.5, 10  # points
+SMALL, HEAD, TITLE = 7, 8.5, 9  # points
 
 
 @dataclass(frozen=True)
@@ -50,6 +62,12 @@ class Map:
     low: float | None = None
     high: float | None = None
     framed: bool = False
+
+
+def energy_map(values: Sequence[float], *, framed: bool = False) -> Map:
+    """Captured energies, coloured from the tenth below the least up to 1."""
+    known = [value for value in values if np.isfinite(value)]
+    return Map("captured energy", values, min(0.9, np.floor(10 * min(known)) / 10) if known else 0.0, 1.0, framed)
 
 
 @dataclass(frozen=True)
@@ -116,7 +134,7 @@ def draw_layers(names: Sequence[str], maps: Sequence[Map], spectra: Spectra, tit
     if len(named) > 1:
         left, right = parts[-1].subplots(1, 2, width_ratios=(1.15, 1))
         _curves(left, spectra, named)
-        _bars(right, [_tail(grid.label(index)) for index in named], spectra, named)
+        _bars(right, [_label(grid, index) for index in named], spectra, named)
     elif curved:
         _curves(parts[-1].subplots(), spectra, named)
     return figure
@@ -127,15 +145,22 @@ def _row_height(grid: Grid) -> float:
     return max(0.13, min(0.24, 9.6 / len(grid.kinds)))
 
 
-def _tail(label: str) -> str:
-    """The end of a label that is too long, which tells more than its beginning."""
-    return label if len(label) <= ROOM else "…" + label[1 - ROOM :]
+def _tail(kind: str) -> str:
+    """The end of a kind that is too long, which tells more than its beginning."""
+    return kind if len(kind) <= ROOM else "…" + kind[1 - ROOM :]
+
+
+def _label(grid: Grid, index: int) -> str:
+    """A module's depth and kind, as in `3 mlp.up_proj`."""
+    row, column = grid.places[index]
+    depth = grid.depths[column]
+    return _tail(grid.kinds[row]) if depth is None else f"{depth} {_tail(grid.kinds[row])}"
 
 
 def _entitle(figure: Figure, title: str) -> None:
     """The title, and the room around all parts."""
     if title:
-        lines = textwrap.fill(title, 84, break_on_hyphens=False)
+        lines = textwrap.fill(title, 100, break_on_hyphens=False)
         figure.suptitle(lines, fontsize=TITLE, color=INK, parse_math=False)
     figure.set_layout_engine("constrained", w_pad=0.08, h_pad=0.06, wspace=0.05, hspace=0.05)
 
@@ -147,8 +172,9 @@ def _heat_map(axis: Axes, grid: Grid, drawn: Map, named: Sequence[int], *, first
     from matplotlib.patches import Rectangle
 
     colours = colormaps["viridis"].with_extremes(bad=(0.55, 0.56, 0.58, 0.35))
-    tiles = [Rectangle((column + 0.04, row + 0.04), 0.92, 0.92) for row, column in grid.places]
-    shown = PatchCollection(tiles, cmap=colours, linewidth=0)
+    gap = min(0.04, 0.004 * len(grid.depths))
+    tiles = [Rectangle((column + gap, row + 0.03), 1 - 2 * gap, 0.94) for row, column in grid.places]
+    shown = PatchCollection(tiles, cmap=colours, linewidth=0, snap=False)
     shown.set_array(np.ma.masked_invalid(drawn.values))
     shown.set_clim(drawn.low, drawn.high)
     axis.add_collection(shown)
@@ -256,10 +282,12 @@ def _values(axis: Axes, known: np.ndarray, energy: float) -> None:
         axis.set(xticks=[], yticks=[])
         axis.text(0.5, 0.5, "unknown: no matrix was given", ha="center", fontsize=SMALL, color=INK)
         return
+    from matplotlib.ticker import MaxNLocator
+
     places = np.arange(1, len(known) + 1)
     axis.bar(places, known / known[0], color=BLUE, width=0.8)
     drawn = bool(np.isfinite(energy))
-    _plain(axis, "values / largest (bars)" + ", captured energy so far (line)" * drawn, "direction")
+    _plain(axis, "values / largest" + ", and captured energy so far (line)" * drawn, "direction")
     axis.set_ylim(0, 1.05)
     room = max(0.6, 0.12 * len(known)) if drawn else 0.5
     axis.set_xlim(0.5, len(known) + room + 0.5 * drawn)
@@ -268,7 +296,8 @@ def _values(axis: Axes, known: np.ndarray, energy: float) -> None:
         axis.plot(places, energy * squares / squares[-1], color=RED, linewidth=1.4, marker="o", markersize=2)
         last = (len(known) + 0.5, energy)
         axis.annotate(f"{energy:.2f}", last, (2, 0), textcoords="offset points", va="center", fontsize=SMALL, color=INK)
-    axis.locator_params(axis="x", integer=True, nbins=6)
+    ticks = MaxNLocator(6, integer=True).tick_values(1, len(known))
+    axis.set_xticks([tick for tick in ticks if 1 <= tick <= len(known)])
 
 
 def draw_methods(points: Mapping[str, tuple[float, float]], base: float, score: str) -> Figure:
@@ -348,8 +377,11 @@ def as_svg(figure: Figure) -> str:
     with rc_context({"svg.fonttype": "path"}):
         figure.savefig(held, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     text = held.getvalue()
-    whole = text[text.index("<svg") :].replace(INK, "currentColor")
-    return whole.replace("<svg ", '<svg style="max-width: 100%; height: auto" ', 1)
+    text = text[text.index("<svg") :].replace(INK, "currentColor")
+    # matplotlib's style sheet would be the whole page's: its rules go to this element, from which its parts have them.
+    rules = "stroke-linejoin: round; stroke-linecap: butt"
+    text = re.sub(r"<style\b.*?</style>", "", text, count=1, flags=re.DOTALL)
+    return text.replace("<svg ", f'<svg style="max-width: 100%; height: auto; {rules}" ', 1)
 
 
 def as_page(text: str, plot: Callable[[], Figure], more: str = "") -> str:

@@ -314,7 +314,7 @@ def draw_methods(points: Mapping[str, tuple[float, float]], base: float, score: 
     ordered = sorted(
         [("untrained", left, base), *((n, s, v) for n, (s, v) in points.items())], key=lambda each: each[2]
     )
-    heights = _apart([value for *_, value in ordered], 0.075 * (max(scores) - min(scores) + 2 * margin))
+    heights = _apart([value for *_, value in ordered], 0.09 * (max(scores) - min(scores) + 2 * margin))
     for (label, size, value), height in zip(ordered, heights, strict=True):
         point, leftwards = label != "untrained", size > (left * right) ** 0.5
         beside = 1.03 if not point else 1 / 1.15 if leftwards else 1.15

@@ -191,7 +191,7 @@ def _heat_map(axis: Axes, grid: Grid, drawn: Map, named: Sequence[int], *, first
     bar = axis.figure.colorbar(shown, ax=axis, orientation="horizontal", aspect=30, pad=0.03, fraction=0.06)
     bar.ax.tick_params(labelsize=SMALL, length=2, colors=INK)
     bar.ax.locator_params(nbins=5)
-    bar.outline.set_visible(False)  # type: ignore[operator]
+    bar.outline.set_visible(False)
 
 
 def _name_places(axis: Axes, grid: Grid) -> None:
@@ -314,7 +314,7 @@ def draw_methods(points: Mapping[str, tuple[float, float]], base: float, score: 
     ordered = sorted(
         [("untrained", left, base), *((n, s, v) for n, (s, v) in points.items())], key=lambda each: each[2]
     )
-    heights = _apart([value for *_, value in ordered], 0.09 * (max(scores) - min(scores) + 2 * margin))
+    heights = _apart([value for *_, value in ordered], 0.08 * (max(scores) - min(scores) + 2 * margin))
     for (label, size, value), height in zip(ordered, heights, strict=True):
         point, leftwards = label != "untrained", size > (left * right) ** 0.5
         beside = 1.03 if not point else 1 / 1.15 if leftwards else 1.15

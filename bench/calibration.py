@@ -1,18 +1,24 @@
-"""Calibration on real models: how much of the optimum its supports capture, and whether its error bars are honest.
+"""Calibration on real models: how much of the optimum its supports capture, and whether its error
+bars are honest.
 
     quality       captured ||P^T S P||_F^2 (gradsvd: ||G P||_F^2) over that of the best P, from dense gradients of the same batches in
-                  float32, by passes and sketch columns k; mean and least over the layers; the stated energy over the true one, and
-                  how much of the off-diagonal of sum z^T z is left by the input-PCA order that one sketch gave
+                  float32, by passes and sketch columns k; mean and least over the layers; the
+                  stated energy over the true one, and how much of the off-diagonal of sum z^T z is
+                  left by the input-PCA order that one sketch gave
     split-half    MiniLM on MRPC, disjoint draws of 2 to 16 batches of 8, by the squared error of the pairs' cosines: the reported agreement
-                  and reproducible part, against the overlap with the support of the next draw and of all the other batches, and the
-                  captured part that shows in those. Means over layers and draws, the draws' standard error, and the spread (standard
-                  deviation) of one layer's error in one draw. `contrastive`: the loss of `quality`, of which a few batches have all
+                  and reproducible part, against the overlap with the support of the next draw and
+                  of all the other batches, and the captured part that shows in those. Means over
+                  layers and draws, the draws' standard error, and the spread (standard deviation)
+                  of one layer's error in one draw. `contrastive`: the loss of `quality`, of which a
+                  few batches have all
     sides         MiniLM on MRPC, side="auto", two draws of 4 batches: how many modules turn their output; ||P^T S P||^2 summed over all
-                  modules on one side over that on the chosen ones; the larger over the smaller; how often the other draw chooses the
-                  same side, and how often the chosen side captures more there with the P of this draw
+                  modules on one side over that on the chosen ones; the larger over the smaller; how
+                  often the other draw chooses the same side, and how often the chosen side captures
+                  more there with the P of this draw
     pilot         MiniLM on MRPC, all linears: the time of a pilot beside so many steps of PEFT's LoRA r=64, and of other supports; 5 rounds
 
-MiniLM-L6 and SmolLM2-135M come as packages (`matrices.py`); the texts are sentence pairs of MRPC and problems of GSM8K, in `--data`.
+MiniLM-L6 and SmolLM2-135M come as packages (`matrices.py`); the texts are sentence pairs of MRPC
+and problems of GSM8K, in `--data`.
 """
 
 from __future__ import annotations
@@ -44,7 +50,9 @@ MINILM_TARGETS = ["query", "key", "value", "dense"]
 
 
 class Pairs(nn.Module):
-    """MiniLM with a loss of sentence pairs: the in-batch contrastive one of paraphrases, or with labels the squared error of cosines."""
+    """MiniLM with a loss of sentence pairs: the in-batch contrastive one of paraphrases, or with
+    labels the squared error of cosines.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -62,7 +70,9 @@ class Pairs(nn.Module):
 
 
 def minilm(data: Path, count: int, contrastive: bool = True) -> tuple[nn.Module, list[dict]]:
-    """The model and batches of SIZE pairs: of paraphrases alone where the loss is contrastive, labelled otherwise."""
+    """The model and batches of SIZE pairs: of paraphrases alone where the loss is contrastive,
+    labelled otherwise.
+    """
     from transformers import AutoTokenizer
 
     from loft_rs.demo.encoder import model_directory
@@ -209,8 +219,8 @@ def best_basis(matrix: np.ndarray, rank: int) -> np.ndarray:
 
 
 def from_gradients(gradients: list[np.ndarray], w: np.ndarray, support: str, rank: int) -> tuple[np.ndarray, SplitHalf]:
-    """(P, evidence) as `calibrate` has them of batches whose dense gradients (m x n) are these: S and G are made of W0 and I in place of
-    the tokens' rows."""
+    """(P, evidence) as `calibrate` has them of batches whose dense gradients (m x n) are these: S
+    and G are made of W0 and I in place of the tokens' rows."""
     m, n = w.shape
     plan = Plan(support, "input", "natural", 0, rank, n, (m,), min(rank + OVERSAMPLING, n), False)
     sketch = SKETCHES[support](plan, torch.device("cpu"), torch.float32)
@@ -355,7 +365,9 @@ def pilot_cost(report: Report, data: Path) -> None:
 def judged(
     gradients: list[np.ndarray], total: np.ndarray, w: np.ndarray, support: str, rank: int, b: int, draws: int
 ) -> dict[str, list[float]]:
-    """Of one layer and so many disjoint draws of b batches: what the evidence says, and what the other batches show."""
+    """Of one layer and so many disjoint draws of b batches: what the evidence says, and what the
+    other batches show.
+    """
     found: dict[str, list[float]] = defaultdict(list)
     before = None
     for start in range(0, draws * b, b):

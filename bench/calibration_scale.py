@@ -1,14 +1,17 @@
-"""What calibration costs at size: time and memory above the frozen step, against what was known beforehand and against full gradients.
+"""What calibration costs at size: time and memory above the frozen step, against what was known
+beforehand and against full gradients.
 
     --cpu    a 1B-shaped Llama (16 layers, 2048 wide, mlp 8192), bf16, on this machine: the resident set's peak
     --cost   four Llama-3.1-8B-shaped layers, 8192 tokens, bf16, r = 64 (k = 80), on a CUDA device: a batch of pass 1 and of pass 2, with
-             the check for NaN that follows it, and a batch with weight gradients, over the frozen forward and backward pass
+             the check for NaN that follows it, and a batch with weight gradients, over the frozen
+             forward and backward pass
     --pilot  four such layers under a language model's loss, 2048 tokens a batch: `support="pilot"` and skewgrad, over PEFT's LoRA
     --big    32 such layers with 4-bit weights on one CUDA device, calibrated for all linear layers at once and in groups
 
-Weights are random. The times of --cost are medians of CUDA events in rounds that alternate with the frozen step; a ratio is the median over
-the rounds of the ratio inside one. Memory is the allocator's peak during a step above what is held before it, less the same of the frozen
-step. `--out FILE` keeps the rows as JSON. `--tiny` tries --cost, --pilot and --big on a CPU.
+Weights are random. The times of --cost are medians of CUDA events in rounds that alternate with the
+frozen step; a ratio is the median over the rounds of the ratio inside one. Memory is the
+allocator's peak during a step above what is held before it, less the same of the frozen step.
+`--out FILE` keeps the rows as JSON. `--tiny` tries --cost, --pilot and --big on a CPU.
 """
 
 from __future__ import annotations
@@ -58,7 +61,9 @@ class _Int4Product(torch.autograd.Function):
 
 
 class Int4Linear(nn.Module):
-    """y = x W^T with W (m x n) of random 4-bit integers, two a byte, and a bf16 scale for every 64 of a row."""
+    """y = x W^T with W (m x n) of random 4-bit integers, two a byte, and a bf16 scale for every 64
+    of a row.
+    """
 
     GROUP = 64
     compute_dtype = torch.bfloat16

@@ -1,4 +1,6 @@
-"""What benches share: rows that are on disk as soon as they are measured, timing, peak memory, the machine."""
+"""What benches share: rows that are on disk as soon as they are measured, timing, peak memory, the
+machine.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,9 @@ from blocks.text import method_table, table
 
 
 class Report:
-    """Rows by section, kept in a file that is written whole after each row; its other sections stay."""
+    """Rows by section, kept in a file that is written whole after each row; its other sections
+    stay.
+    """
 
     def __init__(self, path: Path, machine: dict[str, Any]) -> None:
         self.path, self.machine = path, machine
@@ -65,7 +69,8 @@ def seconds(call: Callable[[], Any]) -> float:
 
 
 def cell(report: Report, key: dict, call: Callable, judge: Callable, repeat: int, limit: float) -> None:
-    """One row: the median of `repeat` calls, or of one that passes `limit` seconds, and what `judge` says of its result.
+    """One row: the median of `repeat` calls, or of one that passes `limit` seconds, and what
+    `judge` says of its result.
 
     A failure is a row too.
     """

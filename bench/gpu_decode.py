@@ -176,7 +176,9 @@ class Decoder:
         return torch.cat(found, dim=1)
 
     def generate_time(self, mode: str | None) -> float:
-        """Milliseconds a token of `model.generate`, beyond the prompt's pass and the first token."""
+        """Milliseconds a token of `model.generate`, beyond the prompt's pass and the first
+        token.
+        """
         options: dict[str, Any] = {"do_sample": False, "attention_mask": torch.ones_like(self.prompt)}
         if mode is not None:
             compile_config = CompileConfig(mode=mode, fullgraph=True)
@@ -231,7 +233,9 @@ class Section:
         return found
 
     def _warm(self, decoder: Decoder) -> dict[str, Any]:
-        """The first tokens; of a compiled step also what Dynamo counts, and why it is no one graph."""
+        """The first tokens; of a compiled step also what Dynamo counts, and why it is no one
+        graph.
+        """
         if self.mode != "compiled":
             decoder.times(WARM_UP)
             return {}
@@ -258,7 +262,9 @@ class Section:
         return found
 
     def _compare(self) -> None:
-        """Logits on the tokens that the frozen base chooses, so that all methods get the same ones."""
+        """Logits on the tokens that the frozen base chooses, so that all methods get the same
+        ones.
+        """
         if BASE.name not in self.timed:
             return
         given = self.decoders[BASE.name].logits(eager=True).argmax(-1)
@@ -285,7 +291,9 @@ class Section:
         return [decoder.generate_time(mode)]
 
     def _rounds(self, key: str, call: Callable[[Decoder], list[float]]) -> None:
-        """Rounds of all methods: median times, and ratios to the references from within the rounds."""
+        """Rounds of all methods: median times, and ratios to the references from within the
+        rounds.
+        """
         times: dict[str, list[list[float]]] = {name: [] for name in self.timed}
         graphs = _graphs()
         for index in range(self.arguments.rounds):

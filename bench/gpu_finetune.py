@@ -1,16 +1,20 @@
-"""500 bf16 steps of a small real model on a GPU: LOFT against LoRA, how orthogonal T stays, and whether a seed repeats bit for bit.
+"""500 bf16 steps of a small real model on a GPU: LOFT against LoRA, how orthogonal T stays, and
+whether a seed repeats bit for bit.
 
-MiniLM-L6 (BERT, 22 M parameters, pretrained; weights in bf16) on SST-2: batches of 32 sentences, mean pooling and a linear head in
-float32. The head is trained alone for a few steps first, the same for every method; then head and adapter together, fused AdamW without
-decay, linear warm-up and decay. Adapters are float32 (PEFT's default), no dropout, and the same batches in the same order for all.
+MiniLM-L6 (BERT, 22 M parameters, pretrained; weights in bf16) on SST-2: batches of 32 sentences,
+mean pooling and a linear head in float32. The head is trained alone for a few steps first, the same
+for every method; then head and adapter together, fused AdamW without decay, linear warm-up and
+decay. Adapters are float32 (PEFT's default), no dropout, and the same batches in the same order for
+all.
 
 The machine with the card may have no network, so the run reads one folder that is packed elsewhere:
 
     python bench/gpu_finetune.py --pack FOLDER --data SST2_FOLDER     # MiniLM in bf16 (45 MB) and the tokenised sentences
     python bench/gpu_finetune.py --folder FOLDER --out curves.jsonl   # the runs
 
-`--out` holds JSON lines, written as they come: every ten steps the mean loss of the ten and the largest ||T^T T - I||_2 over the layers
-at that moment (measured as R^T R from the stored P, in float64); then one summary a run. Each method runs twice with one seed.
+`--out` holds JSON lines, written as they come: every ten steps the mean loss of the ten and the
+largest ||T^T T - I||_2 over the layers at that moment (measured as R^T R from the stored P, in
+float64); then one summary a run. Each method runs twice with one seed.
 """
 
 from __future__ import annotations

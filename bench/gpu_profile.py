@@ -1,13 +1,17 @@
-"""Where a LOFT step's extra time goes: kernels of a few steps of the 8B-shaped model, beside the frozen base's, against the card's.
+"""Where a LOFT step's extra time goes: kernels of a few steps of the 8B-shaped model, beside the
+frozen base's, against the card's.
 
-Each device kernel is charged to the operation that launched it (torch.profiler), and each operation to a group:
+Each device kernel is charged to the operation that launched it (torch.profiler), and each operation
+to a group:
 
     base GEMM       a matrix product none of whose operands has a side of r, 2 r or 3 r (layers of one input share a product)
     adapter GEMM    one with such a side; the small batched products and solves of the transform as well
-    attention, optimiser, adapter other (operations of LOFT's own that touch the rank, or its fused kernels), elementwise (the rest)
+    attention, optimiser, adapter other (operations of LOFT's own that touch the rank, or its fused
+    kernels), elementwise (the rest)
 
-The floor of a matrix product is the larger of its operations over the best measured GEMM rate and its bytes (every operand once, two
-bytes a number) over the measured copy rate. `--device cpu --tiny` tries the script: operators then, no kernels.
+The floor of a matrix product is the larger of its operations over the best measured GEMM rate and
+its bytes (every operand once, two bytes a number) over the measured copy rate.
+`--device cpu --tiny` tries the script: operators then, no kernels.
 """
 
 from __future__ import annotations
@@ -45,7 +49,8 @@ def group_of(name: str, shapes: list[list[int]], rank: int) -> str:
     """The group of one operation, from its name and its operands' shapes."""
     lowered = name.lower()
     matrices = [shape for shape in shapes if len(shape) >= 2]
-    # Only r itself in what has a batch, and nothing with heads, whose halves are as wide as a rank may be.
+    # Only r itself in what has a batch, and nothing with heads, whose halves are as wide as a rank
+    # may be.
     sides = {side for shape in matrices if len(shape) == 2 for side in shape}
     ranked = any(rank * count in sides for count in (1, 2, 3)) or any(rank in s[-2:] for s in matrices if len(s) == 3)
     if "adam" in lowered or "_foreach" in lowered or "optimizer" in lowered:
@@ -59,7 +64,9 @@ def group_of(name: str, shapes: list[list[int]], rank: int) -> str:
 
 
 def floor_us(name: str, shapes: list[list[int]], tflop_s: float, copy_gb_s: float) -> float | None:
-    """The least time of a matrix product of two-byte numbers on this card, in microseconds; None for anything else."""
+    """The least time of a matrix product of two-byte numbers on this card, in microseconds; None
+    for anything else.
+    """
     if name not in ("aten::mm", "aten::addmm", "aten::addmm_"):
         return None
     (m, k), (_, n) = shapes[:2] if name == "aten::mm" else shapes[1:3]  # an `out` comes last
@@ -80,7 +87,8 @@ class Breakdown:
         device = 0.0
         for event in events:
             if event.device_type != DeviceType.CPU:
-                # A range that a user or the profiler marked spans kernels that are counted themselves.
+                # A range that a user or the profiler marked spans kernels that are counted
+                # themselves.
                 if getattr(event, "is_user_annotation", False) or event.name.startswith(("ProfilerStep", "Optimizer.")):
                     continue
                 taken = event.time_range.end - event.time_range.start
@@ -135,7 +143,9 @@ def ceilings(card: Card, tokens: int, rank: int, tiny: bool) -> dict[str, Any]:
 
 
 def differences(ours: dict, base: dict, count: int) -> list[tuple[Any, float, float, float, float]]:
-    """(key, us here, us in the base, launches here, launches in the base), the largest difference first."""
+    """(key, us here, us in the base, launches here, launches in the base), the largest difference
+    first.
+    """
     keys = set(ours) | set(base)
     rows = [
         (key, *(ours.get(key, [0.0, 0.0])[i] if d else base.get(key, [0.0, 0.0])[i] for i in (0, 1) for d in (1, 0)))

@@ -1,17 +1,21 @@
-"""One training step of LOFT beside the frozen base and PEFT's methods, on one CUDA device, in one run.
+"""One training step of LOFT beside the frozen base and PEFT's methods, on one CUDA device, in one
+run.
 
     8b            four Llama-3.1-8B-shaped layers, 8192 tokens, bf16, all seven linears
     8b-slow       the same for BOFT and HRA, whose steps take seconds
     encoder       MiniLM-sized BERT (6 layers, 384 wide), batch 32 x 128, all linears, bf16;  encoder-fp32: in float32
     vit           ViT-B/16, 64 images of 224 x 224, all linears, bf16
 
-A step is forward, backward, fused AdamW and zero_grad; random weights, no dropout, SDPA attention, its time from CUDA events in a queue
-that never runs dry. A card's clock drifts, so the frozen base (and LoRA, for the small models) is measured again in every round beside
-each method, in alternating order, and a ratio is the median over the rounds of the ratio inside one round. Activation memory is the peak
-during a step minus what is held before it; `held` is what model, adapter and optimiser keep between steps.
+A step is forward, backward, fused AdamW and zero_grad; random weights, no dropout, SDPA attention,
+its time from CUDA events in a queue that never runs dry. A card's clock drifts, so the frozen base
+(and LoRA, for the small models) is measured again in every round beside each method, in alternating
+order, and a ratio is the median over the rounds of the ratio inside one round. Activation memory is
+the peak during a step minus what is held before it; `held` is what model, adapter and optimiser
+keep between steps.
 
-`--out FILE` keeps the rows as JSON, rewritten whole after each; other sections in it, and other methods of this section, stay.
-`--show` prints the tables of such a file and measures nothing. `--device cpu --tiny` tries the script without a card.
+`--out FILE` keeps the rows as JSON, rewritten whole after each; other sections in it, and other
+methods of this section, stay. `--show` prints the tables of such a file and measures nothing.
+`--device cpu --tiny` tries the script without a card.
 """
 
 from __future__ import annotations
@@ -61,7 +65,9 @@ class Rows(Report):
 
 
 def chosen(section: str, ranks: list[int], mode: str) -> list[Method]:
-    """The rows of a section; other than eager, without the methods whose own code is not meant for it."""
+    """The rows of a section; other than eager, without the methods whose own code is not meant for
+    it.
+    """
     precision = "fp32" if section.endswith("fp32") else "bf16"
     slow = [BOFT, HRA]
     if section == "8b-slow":
@@ -98,7 +104,8 @@ class Bench:
 
     def row(self, method: Method) -> dict[str, Any]:
         if self.options["mode"] == "compiled":
-            # Every method starts with an empty cache, so that none lives off another's share of the recompile limit.
+            # Every method starts with an empty cache, so that none lives off another's share of the
+            # recompile limit.
             torch._dynamo.reset()
             self.kept.clear()
         self.card.clear()
@@ -142,7 +149,9 @@ class Bench:
         return self.kept[method.name]
 
     def _warm(self, step: Step) -> dict[str, Any]:
-        """The first steps; for a compiled one what Dynamo counts: graphs, graph breaks and why, whether the recompile limit was reached."""
+        """The first steps; for a compiled one what Dynamo counts: graphs, graph breaks and why,
+        whether the recompile limit was reached.
+        """
         if step.mode != "compiled":
             for _ in range(WARM_UP):
                 step.run()
@@ -174,7 +183,9 @@ class Bench:
         return found
 
     def _interleave(self, calls: dict[str, Any]) -> dict[str, Any]:
-        """Rounds of all candidates: the method's median time, and its ratio to each reference, from within the rounds."""
+        """Rounds of all candidates: the method's median time, and its ratio to each reference, from
+        within the rounds.
+        """
         repeats, rounds = self.arguments.repeats, self.arguments.rounds
         times: dict[str, list[list[float]]] = {name: [] for name in calls}
         counts = {

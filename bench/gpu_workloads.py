@@ -1,7 +1,8 @@
-"""What the GPU benches share: the model shapes, the methods, one training step of each, and the card's own ceilings.
+"""What the GPU benches share: the model shapes, the methods, one training step of each, and the
+card's own ceilings.
 
-Weights are random, the input requires a gradient, and the output is given one: so a frozen base has a backward pass, and its step
-is the floor of every adapter's.
+Weights are random, the input requires a gradient, and the output is given one: so a frozen base has
+a backward pass, and its step is the floor of every adapter's.
 """
 
 from __future__ import annotations
@@ -35,7 +36,9 @@ REENTRANT = {"non-reentrant": False, "reentrant": True}
 
 @dataclass(frozen=True)
 class Workload:
-    """A base model of one shape and its batch. `tiny`: the same with toy sizes, to try a script on a CPU."""
+    """A base model of one shape and its batch. `tiny`: the same with toy sizes, to try a script on
+    a CPU.
+    """
 
     name: str  # 8b, encoder, vit
     precision: str
@@ -100,13 +103,16 @@ class Workload:
 
 
 def linears(model: nn.Module) -> list[str]:
-    """The last parts of the linear layers' names: what `target_modules` takes, under any transformers' own naming."""
+    """The last parts of the linear layers' names: what `target_modules` takes, under any
+    transformers' own naming.
+    """
     return sorted({name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, nn.Linear)})
 
 
 @dataclass(frozen=True)
 class Method:
-    """One row: `config` makes the PEFT configuration for these target modules, None for the frozen base.
+    """One row: `config` makes the PEFT configuration for these target modules, None for the frozen
+    base.
 
     half: the adapters stay in a half-precision base's dtype instead of PEFT's default, float32.
     """
@@ -139,7 +145,8 @@ def lora(rank: int, half: bool) -> Method:
 
 
 def psoft(rank: int, neumann: bool) -> Method:
-    # The initial SVD has no part in a step; the exact one of 28 large matrices would take longer than all of them.
+    # The initial SVD has no part in a step; the exact one of 28 large matrices would take longer
+    # than all of them.
     def config(targets: list[str]) -> Any:
         return peft.PsoftConfig(
             r=rank, psoft_alpha=rank, target_modules=targets, psoft_svd="lowrank", use_cayley_neumann=neumann
@@ -182,8 +189,8 @@ def lofts(rank: int) -> list[Method]:
 class Step:
     """One method's model with its optimiser; `run()` is a whole training step.
 
-    `mode`: "eager"; "compiled", under torch.compile; "captured", as one CUDA graph that is replayed. The last two keep the eager step
-    beside it: `run(eager=True)`, of the same parameters.
+    `mode`: "eager"; "compiled", under torch.compile; "captured", as one CUDA graph that is
+    replayed. The last two keep the eager step beside it: `run(eager=True)`, of the same parameters.
     """
 
     def __init__(self, workload: Workload, method: Method, *, mode: str = "eager", checkpointing: str | None = None):
@@ -246,7 +253,9 @@ class Card:
         self.cuda = device == "cuda"
 
     def times(self, call: Callable[[], None], count: int) -> list[float]:
-        """Milliseconds of each of `count` calls in a row after one that is not counted: a queue that never runs dry, as in training."""
+        """Milliseconds of each of `count` calls in a row after one that is not counted: a queue
+        that never runs dry, as in training.
+        """
         call()
         if not self.cuda:
             marks = [time.perf_counter()]
@@ -302,7 +311,9 @@ class Card:
         return 2 * size / (1e6 * median(self.times(lambda: target.copy_(source), 10)))
 
     def gemm_tflop_s(self, m: int, k: int, n: int, dtype: torch.dtype) -> float:
-        """X (m x k) times W^T (k x n), as a linear layer's forward pass has them, on normal random numbers."""
+        """X (m x k) times W^T (k x n), as a linear layer's forward pass has them, on normal random
+        numbers.
+        """
         x = torch.randn(m, k, device=self.device, dtype=dtype)
         weight = torch.randn(n, k, device=self.device, dtype=dtype)
         out = torch.empty(m, n, device=self.device, dtype=dtype)

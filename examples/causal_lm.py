@@ -1,10 +1,11 @@
-"""Fine-tunes a causal language model with a pilot's support, and exports it as a LoRA that loads without loft_rs.
+"""Fine-tunes a causal language model with a pilot's support, and exports it as a LoRA that loads
+without loft_rs.
 
     python examples/causal_lm.py                            a Llama of two layers with random weights, made here: seconds
     python examples/causal_lm.py --model FOLDER --file TEXT   a model of your own, on the lines of a text file
 
-No weights can be downloaded here by `pip`, so the small model knows nothing: the run shows the calls, not a result.
-Needs `pip install ".[train]" accelerate`.
+No weights can be downloaded here by `pip`, so the small model knows nothing: the run shows the
+calls, not a result. Needs `pip install ".[train]" accelerate`.
 """
 
 from __future__ import annotations

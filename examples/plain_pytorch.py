@@ -1,9 +1,11 @@
-"""LOFT layers in a network of plain PyTorch, without PEFT: supports from gradients, training, merging.
+"""LOFT layers in a network of plain PyTorch, without PEFT: supports from gradients, training,
+merging.
 
     python examples/plain_pytorch.py           a second on a CPU
 
-A small network is trained first, then its inputs change: they are turned inside a small subspace. The frozen network
-with one LOFT layer learns the new inputs from 120 trained numbers. Data and weights are made here. Needs `pip install torch`.
+A small network is trained first, then its inputs change: they are turned inside a small subspace.
+The frozen network with one LOFT layer learns the new inputs from 120 trained numbers. Data and
+weights are made here. Needs `pip install torch`.
 """
 
 from __future__ import annotations

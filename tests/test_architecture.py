@@ -1,14 +1,22 @@
-"""The shape of the house, read from the files themselves: imports run one way, and nothing is too large."""
+"""The shape of the house, read from the files themselves: imports run one way, and nothing is too
+large.
+"""
 
 import ast
+import io
 import re
+import tokenize
 from pathlib import Path
+
+import pytest
 
 import loft_rs
 
 ROOT = Path(loft_rs.__file__).parent
+CHECKOUT = Path(__file__).resolve().parents[1]
 
-# A module imports from floors below its own and from its own folder, never from a neighbour on its floor.
+# A module imports from floors below its own and from its own folder, never from a neighbour on its
+# floor.
 FLOORS = (
     ("_*",),  # what all share, the compiled core among it
     ("linalg", "plots"),
@@ -21,11 +29,13 @@ FLOORS = (
     ("cli",),
 )
 
-MODULE_LINES, FUNCTION_LINES, TOP_LEVEL_MODULES = 400, 60, 16
+MODULE_LINES, FUNCTION_LINES, TOP_LEVEL_MODULES, PROSE_COLUMNS = 400, 60, 16, 100
 
 
 def imports() -> dict[str, set[str]]:
-    """Every module of the package -> the modules of the package that it names in an import, also in a function or for types alone."""
+    """Every module of the package -> the modules of the package that it names in an import, also in
+    a function or for types alone.
+    """
     files = {"loft_rs._core": ROOT / "_core.pyi"}
     for path in ROOT.rglob("*.py"):
         parts = ("loft_rs", *path.relative_to(ROOT).with_suffix("").parts)
@@ -142,9 +152,32 @@ def test_an_activation_passes_three_files():
 
 
 def test_contributing_names_files_that_are_there():
-    checkout = Path(__file__).resolve().parents[1]
-    text = (checkout / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    text = (CHECKOUT / "CONTRIBUTING.md").read_text(encoding="utf-8")
     named = re.findall(r"`((?:[\w.-]+/)*(?:[\w-]+\.(?:py|pyi|rs|md|sh)|(?<=/)))`", text)
     assert len(named) > 40
-    assert [path for path in named if not (checkout / path).exists() and not (ROOT / path).exists()] == []
+    assert [path for path in named if not (CHECKOUT / path).exists() and not (ROOT / path).exists()] == []
     assert len(text.splitlines()) <= 110 and max(map(len, text.splitlines())) <= 100
+
+
+def prose(path: Path) -> list[tuple[int, str]]:
+    """The lines of docstrings and of comments that stand alone, but for tables and aligned formulas."""
+    text = path.read_text(encoding="utf-8")
+    lines, numbers = text.splitlines(), set()
+    for node in ast.walk(ast.parse(text)):
+        kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+        if isinstance(node, kinds) and ast.get_docstring(node, clean=False) is not None:
+            numbers |= set(range(node.body[0].lineno, node.body[0].end_lineno + 1))
+    tokens = tokenize.generate_tokens(io.StringIO(text).readline)
+    numbers |= {t.start[0] for t in tokens if t.type == tokenize.COMMENT and lines[t.start[0] - 1].lstrip()[0] == "#"}
+    held = [(number, lines[number - 1]) for number in sorted(numbers)]
+    return [(n, line) for n, line in held if not line.lstrip().startswith("|") and "  " not in line.strip()]
+
+
+@pytest.mark.skipif(not (CHECKOUT / "bench").is_dir(), reason="needs the checkout")
+def test_a_line_of_prose_has_at_most_100_characters():
+    files = [
+        *ROOT.rglob("*.py"),
+        *(p for name in ("bench", "tests", "examples") for p in (CHECKOUT / name).rglob("*.py")),
+    ]
+    long = [f"{path}:{number}" for path in files for number, line in prose(path) if len(line) > PROSE_COLUMNS]
+    assert long == []

@@ -1,4 +1,6 @@
-"""The Python surface of the Rust core: what goes in (strides, dtypes, refusals) and what comes out, against float64."""
+"""The Python surface of the Rust core: what goes in (strides, dtypes, refusals) and what comes out,
+against float64.
+"""
 
 from __future__ import annotations
 
@@ -101,7 +103,9 @@ def test_tol_buys_energy():
 @pytest.mark.parametrize("shape", [(60, 45), (300, 280), (700, 520)])
 @pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
 def test_strides_and_threads_change_no_bit(shape, dtype):
-    """Columns that are contiguous are summed in another order than rows that are; all else is the same to the bit."""
+    """Columns that are contiguous are summed in another order than rows that are; all else is the
+    same to the bit.
+    """
     a, w = gaussian(*shape, 1, dtype), gaussian(*shape, 2, dtype)
 
     def run(a, w, threads):
@@ -354,16 +358,19 @@ def test_keyboard_interrupt_stops_a_long_call():
         sent.append(time.perf_counter())
         os.kill(os.getpid(), signal.SIGINT)
 
-    # A shell's background job inherits SIGINT ignored, and Python then installs no handler of its own.
+    # A shell's background job inherits SIGINT ignored, and Python then installs no handler of its
+    # own.
     previous = signal.signal(signal.SIGINT, signal.default_int_handler)
     timer = threading.Timer(0.3, interrupt)
     timer.start()
     try:
         with pytest.raises(KeyboardInterrupt):
-            # A flat spectrum and a hopeless tolerance: without the signal this goes on for many seconds.
+            # A flat spectrum and a hopeless tolerance: without the signal this goes on for many
+            # seconds.
             linalg.randomized_svd(a, 24, tol=1e-14)
     finally:
         timer.cancel()
         signal.signal(signal.SIGINT, previous)
-    # The signal is looked for every 100 ms; the bound only tells a prompt stop from a call that ran to its end.
+    # The signal is looked for every 100 ms; the bound only tells a prompt stop from a call that ran
+    # to its end.
     assert time.perf_counter() - sent[0] < 5

@@ -1,4 +1,6 @@
-"""Blocks of the README and of docs/choosing: which rate to start from, and what an adapter weighs on disk."""
+"""Blocks of the README and of docs/choosing: which rate to start from, and what an adapter weighs
+on disk.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,9 @@ RANKS = (16, 32, 64, 128)
 
 
 def rates() -> str:
-    """Support -> c of lr = c / r, the rate at r = 64, and what it costs beside the rate tuned for each task."""
+    """Support -> c of lr = c / r, the rate at r = 64, and what it costs beside the rate tuned for
+    each task.
+    """
     cells = [
         [
             f"`{name}`",
@@ -45,8 +49,9 @@ def choose() -> str:
 
 
 def loft_sizes(r: int, shapes: Sequence[tuple[int, int]], width: int) -> tuple[int, int]:
-    """(trained numbers, bytes of the tensors in the file) of LOFT on layers of shape (outputs, inputs) of a base with `width`
-    bytes a number: P is in the base's precision; theta and the energy of each layer are float32."""
+    """(trained numbers, bytes of the tensors in the file) of LOFT on layers of shape
+    (outputs, inputs) of a base with `width` bytes a number: P is in the base's precision; theta and
+    the energy of each layer are float32."""
     trained = len(shapes) * r * (r - 1) // 2
     return trained, width * r * sum(n for _, n in shapes) + 4 * (trained + len(shapes))
 
@@ -61,7 +66,9 @@ def megabytes(count: int) -> str:
 
 
 def disk() -> str:
-    """What LOFT and LoRA of one rank train and weigh on all linears of Llama-3.1-8B in bfloat16, in millions of bytes."""
+    """What LOFT and LoRA of one rank train and weigh on all linears of Llama-3.1-8B in bfloat16, in
+    millions of bytes.
+    """
     cells = []
     for r in RANKS:
         trained, stored = loft_sizes(r, LLAMA, 2)
@@ -71,7 +78,9 @@ def disk() -> str:
 
 
 def sizes(shapes: Sequence[tuple[int, int]], width: int) -> str:
-    """Rank -> what LOFT trains and weighs, and what it weighs as a LoRA in float32; PEFT's LoRA of r=8 is the last row."""
+    """Rank -> what LOFT trains and weighs, and what it weighs as a LoRA in float32; PEFT's LoRA of
+    r=8 is the last row.
+    """
     cells = []
     for r in (8, 16, 32, 64, 128, 256):
         trained, stored = loft_sizes(r, shapes, width)

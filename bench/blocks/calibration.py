@@ -1,4 +1,6 @@
-"""Blocks of bench/CALIBRATION.md: what calibration costs, what it captures, how far it agrees with other batches."""
+"""Blocks of bench/CALIBRATION.md: what calibration costs, what it captures, how far it agrees with
+other batches.
+"""
 
 from __future__ import annotations
 
@@ -68,7 +70,9 @@ CASES = [(model, r) for model in ("MiniLM-L6", "SmolLM2-135M") for r in (16, 64)
 
 
 def captured(support: str, least: bool) -> str:
-    """The captured energy over the optimum, mean over the layers (or the least), by passes and columns."""
+    """The captured energy over the optimum, mean over the layers (or the least), by passes and
+    columns.
+    """
     cells = []
     for passes, columns, name in KINDS:
         mine = [

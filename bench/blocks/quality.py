@@ -1,6 +1,8 @@
-"""Blocks of FINDINGS.md, docs/results.md and the README that come from the runs of the quality bench.
+"""Blocks of FINDINGS.md, docs/results.md and the README that come from the runs of the quality
+bench.
 
-Differences are of scores, so that above zero is better everywhere: an NLL counts negated. * where the 95 % interval excludes zero.
+Differences are of scores, so that above zero is better everywhere: an NLL counts negated. * where
+the 95 % interval excludes zero.
 """
 
 from __future__ import annotations
@@ -46,7 +48,9 @@ def cell(found: Difference | None, of: int) -> str:
 
 
 def against(methods: Sequence[str], other: str, groups: dict[str, Sequence[str]]) -> str:
-    """Each method minus another, a row a group of tasks; groups in which nothing was scored are left out."""
+    """Each method minus another, a row a group of tasks; groups in which nothing was scored are
+    left out.
+    """
     found = []
     for name, tasks in groups.items():
         cells = [cell(scores().difference(tasks, method, other), len(tasks)) for method in methods]
@@ -56,7 +60,9 @@ def against(methods: Sequence[str], other: str, groups: dict[str, Sequence[str]]
 
 
 def many(methods: Sequence[str], others: Sequence[str], tasks: Sequence[str], lower: bool = False) -> str:
-    """A row a method: what it trains, its score on one task or the mean over some, and the differences to others."""
+    """A row a method: what it trains, its score on one task or the mean over some, and the
+    differences to others.
+    """
     found = []
     for method in methods:
         row, value = scores().row(tasks[0], method), scores().value(tasks, method)
@@ -93,7 +99,9 @@ def forgetting() -> str:
 
 
 def traced_difference(field: str, method: str, other: str, tasks: Sequence[str]) -> str:
-    """What was traced of one method minus that of another, the mean over the tasks; the sign is the field's own."""
+    """What was traced of one method minus that of another, the mean over the tasks; the sign is the
+    field's own.
+    """
     held = [scores().traced(task, field) for task in tasks]
     pairs = []
     for each in held:
@@ -186,7 +194,9 @@ IDEAS = {
 
 
 def ideas() -> str:
-    """What was tried on GSM8K: its NLL and the score gained over what it varies, on each task where both were scored."""
+    """What was tried on GSM8K: its NLL and the score gained over what it varies, on each task where
+    both were scored.
+    """
     found = []
     for idea, (method, base) in IDEAS.items():
         row = scores().row("gsm8k", method)
@@ -204,7 +214,9 @@ FRONT = ("gsm8k", "sib200", "gtsrb", "mrpc")
 
 
 def front() -> str:
-    """The README's table: the default support and the pilot beside LoRA and OFT, one number a cell."""
+    """The README's table: the default support and the pilot beside LoRA and OFT, one number a
+    cell.
+    """
     methods = {"LoRA r1": "LoRA r=1", "LoRA r8": "LoRA r=8", "OFT b4": "OFT, blocks of 4",
                "LOFT principal": "LOFT, principal", "LOFT pilot": "LOFT, pilot"}  # fmt: skip
     found = [
@@ -218,7 +230,9 @@ RIVALS = ("LoRA r1", "LoRA r8", "full fine-tuning")
 
 
 def by_family(kind: str) -> str:
-    """The best support of every family beside LoRA and full fine-tuning: differences, scores or trained numbers."""
+    """The best support of every family beside LoRA and full fine-tuning: differences, scores or
+    trained numbers.
+    """
     found = []
     for group, tasks in GROUPS.items():
         loft = scores().best(tasks)
@@ -258,7 +272,9 @@ def seeds() -> str:
 
 
 def kept() -> str:
-    """A kept pilot beside a cold one of as many steps in all, and LoRA r=1: the best mean of the tuning split, and its rate * r or rate."""
+    """A kept pilot beside a cold one of as many steps in all, and LoRA r=1: the best mean of the
+    tuning split, and its rate * r or rate.
+    """
     found = []
     for task, steps in (("asdiv", 96), ("asdiv", 240), ("mawps", 240), ("gtsrb", 300), ("flowers17", 300)):
         end = " r64" if task in MATHEMATICS else ""

@@ -1,4 +1,6 @@
-"""Blocks of bench/GPU.md and of the pages that speak of a step: training steps, decoded tokens, kernels, a fine-tune."""
+"""Blocks of bench/GPU.md and of the pages that speak of a step: training steps, decoded tokens,
+kernels, a fine-tune.
+"""
 
 from __future__ import annotations
 
@@ -38,7 +40,9 @@ def steps(*names: str) -> str:
 
 
 def now() -> str:
-    """What was measured on the H200 since values belong to a pass, beside the code before: on the same card where that was kept."""
+    """What was measured on the H200 since values belong to a pass, beside the code before: on the
+    same card where that was kept.
+    """
     before = {name: part["rows"] for name, part in sections("gpu_step_h100").items()}
     same = one(rows("gpu_step_h200", "8b, the code before"), method="LOFT r64")
     asked: tuple[tuple[str, str, str, dict[str, Any] | None, str], ...] = (
@@ -109,7 +113,9 @@ def finetune(kind: str) -> str:
 
 
 def cost(name: str, sections_: tuple[str, ...], methods: tuple[str, ...] = ()) -> str:
-    """Four columns of a step: ms, over the base, activations over the base, trained; of some methods or of all."""
+    """Four columns of a step: ms, over the base, activations over the base, trained; of some
+    methods or of all.
+    """
     found = [row for each in sections_ for row in rows(name, each) if not methods or row["method"] in methods]
     cells = [
         [row["method"].replace("|", "/") + (f" ({ONE_FACTOR})" if row.get("note") else ""), f"{row['ms']:.1f}",

@@ -1,4 +1,6 @@
-"""How a table and its numbers are written: the one printer of the benches, the report and the pages. Imports nothing of the package."""
+"""How a table and its numbers are written: the one printer of the benches, the report and the
+pages. Imports nothing of the package.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +11,9 @@ REMARKS = ("error", "note", "recompile_limit", "no_full_graph", "why")  # fields
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[Any]], left: int = 1) -> str:
-    """A Markdown table. left: so many first columns hold words and are set to the left; the others hold numbers."""
+    """A Markdown table. left: so many first columns hold words and are set to the left; the others
+    hold numbers.
+    """
     lines = [f"| {' | '.join(head)} |", "|" + "---|" * left + "---:|" * (len(head) - left)]
     return "\n".join(lines + [f"| {' | '.join(map(str, row))} |" for row in rows])
 

@@ -1,4 +1,6 @@
-"""Comparisons over tasks, paired by seed: the mean over a family's tasks within every seed, of scores or of what was traced."""
+"""Comparisons over tasks, paired by seed: the mean over a family's tasks within every seed, of
+scores or of what was traced.
+"""
 
 from __future__ import annotations
 
@@ -52,7 +54,9 @@ class Scores:
         return over_tasks(pairs, len(mine))
 
     def value(self, tasks: Sequence[str], name: str) -> tuple[float, float] | None:
-        """The mean score over the tasks, and half its interval over seeds; None where one is missing."""
+        """The mean score over the tasks, and half its interval over seeds; None where one is
+        missing.
+        """
         if len(self.shared(tasks, name)) < len(tasks):
             return None
         found = [self.row(task, name).scores for task in tasks]
@@ -64,7 +68,9 @@ class Scores:
         return max((name for name in names if self.value(tasks, name)), key=lambda name: self.value(tasks, name)[0])
 
     def traced(self, task: str, field: str) -> dict[str, dict[int, float]]:
-        """Method -> seed -> what a scored run has beside its score: `exact`, in percent, or `outside`, the last trace's NLL."""
+        """Method -> seed -> what a scored run has beside its score: `exact`, in percent, or
+        `outside`, the last trace's NLL.
+        """
         found: dict[str, dict[int, float]] = defaultdict(dict)
         for line in self.lines:
             if line["task"] != task or line["phase"] != "score" or line.get("score") is None:

@@ -1,8 +1,10 @@
-"""The methods, by name: what each makes of a base model, its rank at a parameter budget, and the learning rates it is tried at.
+"""The methods, by name: what each makes of a base model, its rank at a parameter budget, and the
+learning rates it is tried at.
 
-The budget is LoRA r=1's, the sum of inputs and outputs over the adapted layers; a matched method takes the largest (even) rank within it. A
-name that ends in a rank, `r46`, has that instead, in `tenth` a tenth of LoRA r=8's parameters as its budget. LOFT and PSOFT rates are
-`lr * r`, the others' plain; Adam.
+The budget is LoRA r=1's, the sum of inputs and outputs over the adapted layers; a matched method
+takes the largest (even) rank within it. A name that ends in a rank, `r46`, has that instead, in
+`tenth` a tenth of LoRA r=8's parameters as its budget. LOFT and PSOFT rates are `lr * r`, the
+others' plain; Adam.
 """
 
 from __future__ import annotations
@@ -47,12 +49,15 @@ Adapt = Callable[[nn.Module, int, Setup], nn.Module]
 
 @dataclass(frozen=True)
 class Method:
-    """`adapt` makes the model that is trained, given the rank; `size` counts the parameters a rank trains in the adapted layers.
+    """`adapt` makes the model that is trained, given the rank; `size` counts the parameters a rank
+    trains in the adapted layers.
 
-    `share`: of that budget. `times_rank`: the rates are lr * r. `captured`: a training step can be a CUDA graph. `refreshes`: how often the
-    support is chosen anew during the run. `extra`: steps beyond the task's. `rate_of`: trained at that method's rate, without trials.
-    `batches`: to calibrate with. `tilt`: entry (i, j) of the skew parameter is trained at its rate times (l_i l_j)^tilt, l the input energy
-    of the support's coordinates, over their geometric mean.
+    `share`: of that budget. `times_rank`: the rates are lr * r. `captured`: a training step can be
+    a CUDA graph. `refreshes`: how often the support is chosen anew during the run. `extra`: steps
+    beyond the task's. `rate_of`: trained at that method's rate, without trials.
+    `batches`: to calibrate with. `tilt`: entry (i, j) of the skew parameter is trained at its rate
+    times (l_i l_j)^tilt, l the input energy of the support's coordinates, over their geometric
+    mean.
     """
 
     name: str
@@ -99,7 +104,7 @@ def shapes_of(model: nn.Module, names: list[str]) -> list[tuple[int, int]]:
     return [(layer.in_features, layer.out_features) for layer in layers]
 
 
-# -- how each is built -----------------------------------------------------------------------------------------------------
+# -- how each is built ---------------------------------------------------------------------------
 
 
 def _peft(config: type, rank_name: str, **options: Any) -> Adapt:
@@ -155,7 +160,9 @@ def _two_sides(model: nn.Module, rank: int, setup: Setup) -> nn.Module:
 
 
 def _shared_ranks(support: str) -> Adapt:
-    """Ranks shared out over the layers by captured energy a parameter, as many parameters as `rank` everywhere."""
+    """Ranks shared out over the layers by captured energy a parameter, as many parameters as `rank`
+    everywhere.
+    """
 
     def adapt(model: nn.Module, rank: int, setup: Setup) -> nn.Module:
         budget = Budget(params=len(setup.targets) * rank * (rank - 1) // 2)
@@ -178,7 +185,9 @@ class _Turned(nn.Module):
 
 
 def _moments(model: nn.Module, setup: Setup, bases: dict[str, Tensor]) -> dict[str, Tensor]:
-    """sum z z^T over the calibration batches by layer, float64, of z = x, or x P where there is a basis P."""
+    """sum z z^T over the calibration batches by layer, float64, of z = x, or x P where there is a
+    basis P.
+    """
     sums: dict[str, Tensor] = {}
 
     def see(name: str, _: nn.Module, arguments: tuple[Tensor]) -> None:
@@ -198,8 +207,9 @@ def _moments(model: nn.Module, setup: Setup, bases: dict[str, Tensor]) -> dict[s
 
 
 def _turned_blocks(strided: bool) -> Adapt:
-    """OFT in the layer's input-PCA coordinates, y = (x Q)(W Q)^T. A block holds neighbours of that order, or strided ones: one
-    coordinate of each quarter, say. W Q is rounded to W's dtype, so the start is the base only to rounding."""
+    """OFT in the layer's input-PCA coordinates, y = (x Q)(W Q)^T. A block holds neighbours of that
+    order, or strided ones: one coordinate of each quarter, say. W Q is rounded to W's dtype, so the
+    start is the base only to rounding."""
 
     def adapt(model: nn.Module, rank: int, setup: Setup) -> nn.Module:
         moments = _moments(model, setup, {})
@@ -228,7 +238,9 @@ def _recovered(make: Callable[..., LoftConfig]) -> Adapt:
 
 
 class TwoBases(nn.Module):
-    """LoRA-XS (arXiv 2405.17604): y = W0 x + U R V^T x, `up` U (m x r) and `down` V^T (r x n) fixed, R trained from zero."""
+    """LoRA-XS (arXiv 2405.17604): y = W0 x + U R V^T x, `up` U (m x r) and `down` V^T (r x n)
+    fixed, R trained from zero.
+    """
 
     def __init__(self, base: nn.Linear, down: Tensor, up: Tensor):
         super().__init__()
@@ -252,9 +264,11 @@ def _two_bases(model: nn.Module, rank: int, setup: Setup) -> nn.Module:
 
 
 def _two_piloted_bases(model: nn.Module, rank: int, setup: Setup) -> nn.Module:
-    """Those of a short run, as LOFT's pilot takes its one: W - W0 = BA = U S V^T after a step of LoRA r=64 a batch, A from zero.
+    """Those of a short run, as LOFT's pilot takes its one: W - W0 = BA = U S V^T after a step of
+    LoRA r=64 a batch, A from zero.
 
-    V in input-PCA order, `up` U times ||W0||_F / sqrt(inputs), so that the core's rates are a rotation's.
+    V in input-PCA order, `up` U times ||W0||_F / sqrt(inputs), so that the core's rates are a
+    rotation's.
     """
     trained = peft.get_peft_model(model, peft.LoraConfig(r=64, lora_alpha=64, target_modules=setup.targets)).eval()
     layers = {name: trained.base_model.model.get_submodule(name) for name in setup.targets}
@@ -294,7 +308,7 @@ def _everything(model: nn.Module, rank: int, setup: Setup) -> nn.Module:
     return model.float().requires_grad_(True)  # in bf16 a small step would be rounded away
 
 
-# -- sizes -----------------------------------------------------------------------------------------------------------------
+# -- sizes ---------------------------------------------------------------------------------------
 
 
 def _planes(r: int, shapes: Shapes) -> int:
@@ -310,7 +324,9 @@ def _between(r: int, shapes: Shapes) -> int:
 
 
 def _tied(r: int, shapes: Shapes) -> int:
-    """q, k and v of a block as one (MiniLM and the ViT: 4 rotations for 6 layers; SmolLM2, gate and up too: 4 for 7)."""
+    """q, k and v of a block as one (MiniLM and the ViT: 4 rotations for 6 layers; SmolLM2, gate and
+    up too: 4 for 7).
+    """
     return 4 * (len(shapes) // (7 if len(shapes) % 7 == 0 else 6)) * r * (r - 1) // 2
 
 

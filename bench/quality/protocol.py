@@ -1,8 +1,11 @@
-"""The protocol, as functions of the lines written so far: which runs are due, which rate a method has earned, and paired intervals.
+"""The protocol, as functions of the lines written so far: which runs are due, which rate a method
+has earned, and paired intervals.
 
-A *cell* is one method on one task. It is tried at TRIALS rates, TUNE_SEEDS seeds each, on a split that does not score; where the best
-rate is the grid's first or last, the next one beyond is tried too, at most EXTENSIONS times, alike for every method. Then SEEDS runs with
-that rate are scored. A seed fixes the head, the order of the batches and the calibration batches, for all methods alike: they are paired.
+A *cell* is one method on one task. It is tried at TRIALS rates, TUNE_SEEDS seeds each, on a split
+that does not score; where the best rate is the grid's first or last, the next one beyond is tried
+too, at most EXTENSIONS times, alike for every method. Then SEEDS runs with that rate are scored. A
+seed fixes the head, the order of the batches and the calibration batches, for all methods alike:
+they are paired.
 """
 
 from __future__ import annotations
@@ -26,8 +29,8 @@ STUDENT = (math.nan, 12.7062, 4.3027, 3.1824, 2.7764, 2.5706, 2.4469, 2.3646, 2.
 
 @dataclass(frozen=True)
 class Spec:
-    """One run. `rate`: the optimiser's learning rate. `phase`: "tune" or "score"; lines also have "trial", of prototypes that have left the
-    bench, and "untrained" (`untrained.py`)."""
+    """One run. `rate`: the optimiser's learning rate. `phase`: "tune" or "score"; lines also have
+    "trial", of prototypes that have left the bench, and "untrained" (`untrained.py`)."""
 
     task: str
     method: str
@@ -39,7 +42,9 @@ class Spec:
 
 @dataclass(frozen=True)
 class Cell:
-    """A method on a task, with its first rates (ascending) and the factor between them. `rate_of`: the method whose rate it takes."""
+    """A method on a task, with its first rates (ascending) and the factor between them. `rate_of`:
+    the method whose rate it takes.
+    """
 
     task: str
     method: str
@@ -120,7 +125,9 @@ def tuned_rate(lines: Iterable[dict[str, Any]], cell: Cell) -> float | None:
 
 
 def due(lines: list[dict[str, Any]], cells: Sequence[Cell]) -> list[Spec]:
-    """The runs that can start now and are not written yet, those that score first, so that cells become complete."""
+    """The runs that can start now and are not written yet, those that score first, so that cells
+    become complete.
+    """
     done = {key(line) for line in lines}
     by_cell = defaultdict(list)
     for line in lines:
@@ -143,7 +150,9 @@ def due(lines: list[dict[str, Any]], cells: Sequence[Cell]) -> list[Spec]:
 
 
 def interval(values: Sequence[float]) -> tuple[float, float]:
-    """Mean and half the width of its 95 % interval by Student's t; the width is NaN for fewer than two values."""
+    """Mean and half the width of its 95 % interval by Student's t; the width is NaN for fewer than
+    two values.
+    """
     if len(values) < 2:
         return (mean(values) if values else math.nan), math.nan
     return mean(values), STUDENT[len(values) - 1] * stdev(values) / math.sqrt(len(values))

@@ -1,9 +1,12 @@
-"""Does the best learning rate fall as 1/r, or as 1/sqrt(r)? LOFT of several ranks, each at rates 1.6 apart, on the tuning split.
+"""Does the best learning rate fall as 1/r, or as 1/sqrt(r)? LOFT of several ranks, each at rates
+1.6 apart, on the tuning split.
 
-    python bench/quality/ranks.py --packed PACKED --tasks asdiv gtsrb --out bench/quality/runs/ranks.jsonl --workers 10 --wave 3
+    python bench/quality/ranks.py --packed PACKED --tasks asdiv gtsrb --out
+    bench/quality/runs/ranks.jsonl --workers 10 --wave 3
 
-Rates are lr * r around .064, `suggest_lr`'s: under 1/r the best one is the same at every rank, under 1/sqrt(r) it grows as sqrt(r), by
-2.8 from r = 16 to 128. Lines are as `sweep.py`'s, in the phase "ranks".
+Rates are lr * r around .064, `suggest_lr`'s: under 1/r the best one is the same at every rank,
+under 1/sqrt(r) it grows as sqrt(r), by 2.8 from r = 16 to 128. Lines are as `sweep.py`'s, in the
+phase "ranks".
 """
 
 from __future__ import annotations

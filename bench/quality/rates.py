@@ -1,7 +1,9 @@
-"""What the tuning runs say of learning rates: the loss at a rate beside the best one, and at one rate for all tasks.
+"""What the tuning runs say of learning rates: the loss at a rate beside the best one, and at one
+rate for all tasks.
 
-A trial is the mean score of a method on a task's tuning split at one rate; its loss is the best trial's score less its own. Rates of LOFT
-and PSOFT are lr * r, the others' lr. Neighbours are a factor of 2.5 apart. The best rate is chosen on the lines that judge it, two seeds.
+A trial is the mean score of a method on a task's tuning split at one rate; its loss is the best
+trial's score less its own. Rates of LOFT and PSOFT are lr * r, the others' lr. Neighbours are a
+factor of 2.5 apart. The best rate is chosen on the lines that judge it, two seeds.
 """
 
 from __future__ import annotations
@@ -35,7 +37,9 @@ Trials = dict[str, dict[float, float]]  # task -> rate -> mean score
 
 @dataclass(frozen=True)
 class OneRate:
-    """One rate for all tasks: the median of the rates tried in this step of the grid, and the mean loss."""
+    """One rate for all tasks: the median of the rates tried in this step of the grid, and the mean
+    loss.
+    """
 
     rate: float
     loss: float
@@ -58,7 +62,9 @@ def best(grid: dict[float, float]) -> float:
 
 
 def beside(found: Trials) -> tuple[float, float]:
-    """Mean and median loss of standing one step beside the best rate; runs that diverged are left out."""
+    """Mean and median loss of standing one step beside the best rate; runs that diverged are left
+    out.
+    """
     losses = []
     for grid in found.values():
         rates, at = list(grid), list(grid).index(best(grid))
@@ -68,7 +74,9 @@ def beside(found: Trials) -> tuple[float, float]:
 
 
 def falls(found: Trials) -> tuple[int, int, float]:
-    """(tasks on which one step above the best rate costs more than FALL, tasks with such a trial, the median loss)."""
+    """(tasks on which one step above the best rate costs more than FALL, tasks with such a trial,
+    the median loss).
+    """
     losses = []
     for grid in found.values():
         rates, at = list(grid), list(grid).index(best(grid))

@@ -1,9 +1,11 @@
-"""Tables (Markdown) from the lines of `sweep.py` and `timing.py`. Everything that was scored is in them.
+"""Tables (Markdown) from the lines of `sweep.py` and `timing.py`. Everything that was scored is in
+them.
 
-    python bench/quality/report.py --runs bench/quality/runs/*.jsonl --times bench/quality/times_h100.jsonl --out bench/quality
+    python bench/quality/report.py --runs bench/quality/runs/*.jsonl --times
+    bench/quality/times_h100.jsonl --out bench/quality
 
-writes TABLES.md. Intervals are Student's t, 95 %, over seeds; differences are paired by seed. With so many comparisons some
-exclude zero by chance.
+writes TABLES.md. Intervals are Student's t, 95 %, over seeds; differences are paired by seed. With
+so many comparisons some exclude zero by chance.
 """
 
 from __future__ import annotations
@@ -36,7 +38,9 @@ Lines = list[dict[str, Any]]
 
 @dataclass(frozen=True)
 class Row:
-    """A method's scored runs on one task. `trials`: rates tried; `edge`: the rate taken is the lowest or highest of them."""
+    """A method's scored runs on one task. `trials`: rates tried; `edge`: the rate taken is the
+    lowest or highest of them.
+    """
 
     task: str
     steps: int
@@ -54,7 +58,9 @@ class Row:
 
 
 def rows_of(lines: Lines) -> list[Row]:
-    """One row for every method that has scored runs on a task, in the order of the tasks and of the trained parameters."""
+    """One row for every method that has scored runs on a task, in the order of the tasks and of the
+    trained parameters.
+    """
     held: dict[tuple, Lines] = defaultdict(list)
     for line in lines:
         held[line["task"], line["steps"], line["method"]].append(line)
@@ -124,7 +130,9 @@ def task_table(rows: list[Row]) -> str:
 
 
 def family_table(rows: list[Row]) -> str:
-    """Differences to each reference, the mean over the family's tasks within every seed, for methods scored on two tasks or more."""
+    """Differences to each reference, the mean over the family's tasks within every seed, for
+    methods scored on two tasks or more.
+    """
     by_task: dict[str, dict[str, Row]] = defaultdict(dict)
     for row in rows:
         by_task[row.task][row.method] = row
@@ -152,9 +160,11 @@ def family_table(rows: list[Row]) -> str:
 
 
 def variants_table(rows: list[Row]) -> str:
-    """`LOFT pilot quiet r46` minus `LOFT pilot r46`, and so on: what one word more in a name changes, paired by seed.
+    """`LOFT pilot quiet r46` minus `LOFT pilot r46`, and so on: what one word more in a name
+    changes, paired by seed.
 
-    Ranks in names are passed over where the one with the word trains .75 to 1.1 of the other's parameters.
+    Ranks in names are passed over where the one with the word trains .75 to 1.1 of the other's
+    parameters.
     """
 
     def plain(name: str) -> list[str]:
@@ -173,7 +183,9 @@ def variants_table(rows: list[Row]) -> str:
 
 
 def forgetting_table(lines: Lines, task: str) -> str:
-    """The NLL on the task beside that on text outside it, after training, and the answers that were right; of tasks that trace them."""
+    """The NLL on the task beside that on text outside it, after training, and the answers that were
+    right; of tasks that trace them.
+    """
     traced = [line for line in lines if line["task"] == task and line["phase"] == "score" and line.get("trace")]
     if not traced:
         return ""
@@ -202,7 +214,9 @@ def unfinished(lines: Lines) -> list[str]:
 
 
 def trial_table(lines: Lines) -> str:
-    """Prototypes that were tried once, on the tuning split: lines of the phase `trial`, and tuning runs of a seed and method of theirs."""
+    """Prototypes that were tried once, on the tuning split: lines of the phase `trial`, and tuning
+    runs of a seed and method of theirs.
+    """
     mine = [line for line in lines if line["phase"] == "trial"]
     if not mine:
         return ""

@@ -1,10 +1,13 @@
-"""The runs: every method on the named tasks, tuned and then scored (`protocol.py`), one JSON line each.
+"""The runs: every method on the named tasks, tuned and then scored (`protocol.py`), one JSON line
+each.
 
-    python bench/quality/sweep.py --packed PACKED --tasks mrpc cola sst2 --out runs/understanding.jsonl --workers 10 --wave 3 --minutes 9
+    python bench/quality/sweep.py --packed PACKED --tasks mrpc cola sst2 --out
+    runs/understanding.jsonl --workers 10 --wave 3 --minutes 9
 
-Runs that `--out` holds are skipped, so a sweep goes on where it was stopped. Each worker process takes a *wave* of runs of one task and
-advances them in turn; the workers are spread over the machine's cards. After `--minutes` no wave is begun; those in progress have
-`--grace` seconds to end; what has finished is written.
+Runs that `--out` holds are skipped, so a sweep goes on where it was stopped. Each worker process
+takes a *wave* of runs of one task and advances them in turn; the workers are spread over the
+machine's cards. After `--minutes` no wave is begun; those in progress have `--grace` seconds to
+end; what has finished is written.
 """
 
 from __future__ import annotations
@@ -54,7 +57,9 @@ def machine(device: str) -> dict[str, Any]:
 
 
 def run_wave(specs: list[Spec], packed: Path, device: str) -> list[dict[str, Any]]:
-    """The lines of several runs, advanced one step each in turn; a run that raises has an `error` and no score."""
+    """The lines of several runs, advanced one step each in turn; a run that raises has an `error`
+    and no score.
+    """
     from train import Run
 
     lines: list[dict[str, Any]] = []

@@ -1,6 +1,8 @@
-"""The tasks: a pretrained model with a fresh head, packed data on the device, and a score that is better when higher.
+"""The tasks: a pretrained model with a fresh head, packed data on the device, and a score that is
+better when higher.
 
-Every model takes a batch as keywords and gives `.loss` and `.logits`, as `loft_rs.calibrate` and any trainer expect. No dropout.
+Every model takes a batch as keywords and gives `.loss` and `.logits`, as `loft_rs.calibrate` and
+any trainer expect. No dropout.
 """
 
 from __future__ import annotations
@@ -28,10 +30,12 @@ EVALUATED = 256  # rows a batch
 
 @dataclass(frozen=True)
 class Task:
-    """`steps` of `batch` rows train; `head` is trained beside every adapter. `tied`: as `LoftConfig.tied`.
+    """`steps` of `batch` rows train; `head` is trained beside every adapter. `tied`: as
+    `LoftConfig.tied`.
 
-    `answer`: the most tokens of an answer, which scored runs of the first `answer_seeds` seeds generate; `traces`: how often a scored run
-    measures, on its way, the tuning split beside the text outside the task.
+    `answer`: the most tokens of an answer, which scored runs of the first `answer_seeds` seeds
+    generate; `traces`: how often a scored run measures, on its way, the tuning split beside the
+    text outside the task.
     """
 
     name: str
@@ -75,7 +79,9 @@ TASKS = {
 
 
 class Classifier(nn.Module):
-    """An encoder or decoder, the mean over real tokens, and a linear head: what MiniLM was trained to be read by."""
+    """An encoder or decoder, the mean over real tokens, and a linear head: what MiniLM was trained
+    to be read by.
+    """
 
     def __init__(self, encoder: nn.Module, classes: int):
         super().__init__()
@@ -143,7 +149,9 @@ GEMMA = {"token_embd": "embed_tokens", "output_norm": "norm", "attn_q": "self_at
 
 
 def _gemma(folder: Path, task: Task) -> nn.Module:
-    """Dequantised to bf16. `model.npz`: a GGUF file's tensors as they lie there, `<type>|<name>`."""
+    """Dequantised to bf16. `model.npz`: a GGUF file's tensors as they lie there,
+    `<type>|<name>`.
+    """
     import gguf
     from transformers import Gemma3TextConfig, Gemma3TextModel
 
@@ -171,7 +179,9 @@ def _pretrained(packed: Path, task: Task, device: str) -> nn.Module:
 
 
 def base_model(packed: Path, task: Task, seed: int, device: str) -> nn.Module:
-    """The frozen pretrained model, its head fresh: normal with deviation .02, as transformers starts heads, and zero bias."""
+    """The frozen pretrained model, its head fresh: normal with deviation .02, as transformers
+    starts heads, and zero bias.
+    """
     model = copy.deepcopy(_pretrained(packed, task, device))
     if task.head:
         head = model.get_submodule(task.head)
@@ -184,7 +194,9 @@ def base_model(packed: Path, task: Task, seed: int, device: str) -> nn.Module:
 
 @functools.lru_cache(maxsize=24)
 def split(packed: Path, task: Task, name: str, device: str) -> dict[str, Tensor]:
-    """The model's keywords for every row of a split, on the device, and `group`, each row's number, where rows are grouped."""
+    """The model's keywords for every row of a split, on the device, and `group`, each row's number,
+    where rows are grouped.
+    """
     with np.load(packed / f"{task.name}.npz") as held:
         arrays = {key.removeprefix(f"{name}_"): held[key] for key in held.files if key.startswith(f"{name}_")}
     tensors = {}
@@ -214,7 +226,9 @@ def matthews(predicted: Tensor, labels: Tensor) -> float:
 
 @torch.no_grad()
 def evaluate(model: nn.Module, task: Task, data: dict[str, Tensor]) -> dict[str, Any]:
-    """`score` (higher is better: accuracy, Matthews' correlation, or minus the NLL a token) and `nll`; with groups `by_group`, theirs."""
+    """`score` (higher is better: accuracy, Matthews' correlation, or minus the NLL a token) and
+    `nll`; with groups `by_group`, theirs.
+    """
     model.eval()
     nll, count, guesses = 0.0, 0, []
     for batch in slices(data, task.evaluated):

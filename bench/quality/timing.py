@@ -1,4 +1,5 @@
-"""What a step costs, each method alone on the card: milliseconds from Python and as a CUDA graph, peak memory, and calibration.
+"""What a step costs, each method alone on the card: milliseconds from Python and as a CUDA graph,
+peak memory, and calibration.
 
 python bench/quality/timing.py --packed PACKED --task gtsrb --out times.jsonl
 """
@@ -23,7 +24,9 @@ STEPS = 40
 
 
 def steps_ms(run: Run, count: int) -> float:
-    """Median over `count` steps, each waited for: a queue that never runs dry would hide the launches."""
+    """Median over `count` steps, each waited for: a queue that never runs dry would hide the
+    launches.
+    """
     taken = []
     for _ in range(count):
         torch.cuda.synchronize()

@@ -1,8 +1,10 @@
 """One run: a model with a method's adapter, trained for a fixed number of steps, then scored.
 
-Head alone first (HEAD_STEPS, the same for every method), then head and adapter together: AdamW without decay, a linear warm-up over a
-tenth of the steps and linear decay, the head always at HEAD_RATE. Data, batch order, schedule and step count live on the device, so a
-step takes no argument and can be replayed as a CUDA graph; several runs of a process replay theirs on streams of their own.
+Head alone first (HEAD_STEPS, the same for every method), then head and adapter together: AdamW
+without decay, a linear warm-up over a tenth of the steps and linear decay, the head always at
+HEAD_RATE. Data, batch order, schedule and step count live on the device, so a step takes no
+argument and can be replayed as a CUDA graph; several runs of a process replay theirs on streams of
+their own.
 """
 
 from __future__ import annotations
@@ -218,7 +220,9 @@ class Run:
     not_captured: str | None = None
 
     def result(self) -> dict[str, Any]:
-        """What the run's line holds beside its spec. A run whose loss is not finite has no score."""
+        """What the run's line holds beside its spec. A run whose loss is not finite has no
+        score.
+        """
         if self.cuda:
             self.stream.synchronize()
         seconds, self.graph = time.perf_counter() - self.begun, None

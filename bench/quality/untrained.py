@@ -1,6 +1,8 @@
-"""What the runs of a task began from: the NLL of the model as it comes, on the splits named; one JSON line a task.
+"""What the runs of a task began from: the NLL of the model as it comes, on the splits named; one
+JSON line a task.
 
-python bench/quality/untrained.py --packed PACKED --tasks gsm8k --splits outside tune --out runs/mathematics.jsonl --device cpu
+python bench/quality/untrained.py --packed PACKED --tasks gsm8k --splits outside tune --out
+runs/mathematics.jsonl --device cpu
 """
 
 from __future__ import annotations

@@ -1,7 +1,9 @@
-"""loft_rs: low-rank orthogonal fine-tuning (LOFT, arXiv 2605.11872) with supports chosen from the task's gradients, in Rust.
+"""loft_rs: low-rank orthogonal fine-tuning (LOFT, arXiv 2605.11872) with supports chosen from the
+task's gradients, in Rust.
 
-`select_support` chooses supports from arrays; `LoftConfig` and `calibrate` train LOFT adapters through PEFT; `nn.LoftLinear` is the
-layer for plain PyTorch; `export_lora` writes the exact LoRA form. Everything is imported on first use.
+`select_support` chooses supports from arrays; `LoftConfig` and `calibrate` train LOFT adapters
+through PEFT; `nn.LoftLinear` is the layer for plain PyTorch; `export_lora` writes the exact LoRA
+form. Everything is imported on first use.
 """
 
 from __future__ import annotations

@@ -33,7 +33,9 @@ def check_names(argument: str, mapping: Mapping, reference: str, names: Mapping)
 
 
 def retired(**places: str) -> Callable[[F], F]:
-    """Let a function refuse arguments that it once took, by TypeError, naming where each is said now."""
+    """Let a function refuse arguments that it once took, by TypeError, naming where each is said
+    now.
+    """
 
     def wrap(function: F) -> F:
         @functools.wraps(function)

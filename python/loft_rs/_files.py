@@ -1,7 +1,7 @@
 """Files written whole or not at all, and safetensors read with NumPy alone.
 
-Output goes to a temporary name beside the target, on the same file system, and is moved into place only after all of it
-is written.
+Output goes to a temporary name beside the target, on the same file system, and is moved into place
+only after all of it is written.
 """
 
 from __future__ import annotations
@@ -28,7 +28,9 @@ _DTYPES = {
 
 
 def check_writable(path: str | os.PathLike, *, folder: bool = False) -> None:
-    """Refuse a target file (or folder) that could not be written, before the work whose result goes to it."""
+    """Refuse a target file (or folder) that could not be written, before the work whose result goes
+    to it.
+    """
     target = Path(path).resolve()
     if target.exists() and not (target.is_dir() if folder else target.is_file()):
         raise ValueError(f"cannot write {path}: it exists and is not a {'folder' if folder else 'file'}")
@@ -42,7 +44,9 @@ def _beside(path: Path) -> Path:
 
 @contextmanager
 def whole_file(path: str | os.PathLike) -> Iterator[Path]:
-    """Yield a temporary path; it becomes `path` if the block ends well and is removed if it raises."""
+    """Yield a temporary path; it becomes `path` if the block ends well and is removed if it
+    raises.
+    """
     check_writable(path)
     target = Path(path).resolve()
     part = _beside(target)
@@ -58,9 +62,11 @@ def whole_file(path: str | os.PathLike) -> Iterator[Path]:
 
 @contextmanager
 def whole_directory(path: str | os.PathLike) -> Iterator[Path]:
-    """Yield a temporary directory; it becomes `path` if the block ends well and is removed if it raises.
+    """Yield a temporary directory; it becomes `path` if the block ends well and is removed if it
+    raises.
 
-    If `path` is already a directory, the finished files are moved into it one by one; nothing else in it is touched.
+    If `path` is already a directory, the finished files are moved into it one by one; nothing else
+    in it is touched.
     """
     check_writable(path, folder=True)
     target = Path(path).resolve()
@@ -90,7 +96,9 @@ def _move_into(source: Path, target: Path) -> None:
 
 
 def read_safetensors(path: str | os.PathLike) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-    """A safetensors file's tensors, memory-mapped, and its metadata. bfloat16, which NumPy lacks, comes as float32."""
+    """A safetensors file's tensors, memory-mapped, and its metadata. bfloat16, which NumPy lacks,
+    comes as float32.
+    """
     from safetensors import SafetensorError, safe_open
 
     if Path(path).is_dir():

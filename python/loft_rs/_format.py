@@ -1,7 +1,9 @@
-"""What a saved adapter is: its files, their version, the tensors of an adapter, and the tolerances of a basis. NumPy alone.
+"""What a saved adapter is: its files, their version, the tensors of an adapter, and the tolerances
+of a basis. NumPy alone.
 
-`SLOTS` is the one list of an adapter's tensors. The containers of a layer, the names that PEFT is told, the move to a device, the
-checks of a checkpoint, undoing and `loft-rs inspect` all follow from it.
+`SLOTS` is the one list of an adapter's tensors. The containers of a layer, the names that PEFT is
+told, the move to a device, the checks of a checkpoint, undoing and `loft-rs inspect` all follow
+from it.
 """
 
 from __future__ import annotations
@@ -25,9 +27,11 @@ UNKNOWN_ENERGY = -1.0  # in `loft_energy`; files of earlier versions hold NaN th
 
 
 class Slot(NamedTuple):
-    """One tensor of an adapter, `loft_<name>.<adapter>` in a state dict and `loft_<name>` in a file.
+    """One tensor of an adapter, `loft_<name>.<adapter>` in a state dict and `loft_<name>` in a
+    file.
 
-    trained: a parameter, otherwise a persistent buffer. when: which adapters have it: "always", or those of a trait.
+    trained: a parameter, otherwise a persistent buffer. when: which adapters have it: "always", or
+    those of a trait.
     """
 
     name: str
@@ -51,7 +55,9 @@ SLOTS = (
 
 
 def slots_of(traits: Collection[str]) -> list[Slot]:
-    """The slots of an adapter with these traits, each one of "scaled", "supported", "movable" and "refreshed"."""
+    """The slots of an adapter with these traits, each one of "scaled", "supported", "movable" and
+    "refreshed".
+    """
     return [slot for slot in SLOTS if slot.when == "always" or slot.when in traits]
 
 
@@ -67,7 +73,9 @@ RETIRED_FIELDS = {
 
 
 def of_this_version(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A saved `adapter_config.json` with the fields of this version, every one of version 1 mapped."""
+    """A saved `adapter_config.json` with the fields of this version, every one of version 1
+    mapped.
+    """
     fields = dict(config)
     old = {name: fields.pop(name) for name in RETIRED_FIELDS if name in fields}
     support, transform = fields.get("support"), fields.get("transform")
@@ -87,7 +95,9 @@ def of_this_version(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 class Described(NamedTuple):
-    """What a saved config says of its adapter. method: the support's name, or the path of a file. options: those of its object, by name."""
+    """What a saved config says of its adapter. method: the support's name, or the path of a file.
+    options: those of its object, by name.
+    """
 
     method: str
     options: dict[str, Any]

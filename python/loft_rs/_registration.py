@@ -1,7 +1,9 @@
-"""Makes PEFT know LOFT: adds the enum member and calls PEFT's own `register_peft_method`, once, whenever peft is imported.
+"""Makes PEFT know LOFT: adds the enum member and calls PEFT's own `register_peft_method`, once,
+whenever peft is imported.
 
-`import loft_rs` must stay light, so it never imports peft. If peft is already there, LOFT is registered at once; otherwise a
-`sys.meta_path` finder lets the ordinary machinery import peft, registers LOFT right after peft's own code has run, and goes.
+`import loft_rs` must stay light, so it never imports peft. If peft is already there, LOFT is
+registered at once; otherwise a `sys.meta_path` finder lets the ordinary machinery import peft,
+registers LOFT right after peft's own code has run, and goes.
 """
 
 from __future__ import annotations
@@ -17,7 +19,9 @@ __all__ = ["register", "register_when_imported"]
 
 
 def register() -> None:
-    """Register LOFT with the imported peft; does nothing where LOFT is already there, also one that PEFT itself ships."""
+    """Register LOFT with the imported peft; does nothing where LOFT is already there, also one that
+    PEFT itself ships.
+    """
     from peft.utils import PeftType, register_peft_method
 
     tuner = importlib.import_module(f"{__package__}.tuner")
@@ -39,7 +43,9 @@ def register() -> None:
 
 
 class _AfterPeft(importlib.abc.MetaPathFinder):
-    """Finds `peft` through the other finders and wraps its loader. Stays until peft has run: many only ask whether it is there."""
+    """Finds `peft` through the other finders and wraps its loader. Stays until peft has run: many
+    only ask whether it is there.
+    """
 
     def __init__(self):
         self._asking = threading.local()

@@ -1,7 +1,8 @@
 """How the layers' own autograd functions and torch's other ways to run a model get along.
 
-The fast functions have closed-form first derivatives and keep little for them. Higher derivatives, `torch.func`, tracing and export
-need a graph of plain operations instead: `plain` says when one is built, `higher_derivatives` asks for it.
+The fast functions have closed-form first derivatives and keep little for them. Higher derivatives,
+`torch.func`, tracing and export need a graph of plain operations instead: `plain` says when one is
+built, `higher_derivatives` asks for it.
 """
 
 from __future__ import annotations
@@ -37,10 +38,12 @@ _HIGHER: contextvars.ContextVar[bool] = contextvars.ContextVar("loft_rs_higher_d
 
 @contextmanager
 def higher_derivatives() -> Iterator[None]:
-    """Forward passes inside compute by plain operations, which can be differentiated any number of times.
+    """Forward passes inside compute by plain operations, which can be differentiated any number of
+    times.
 
-    For Hessian-vector products, `create_graph=True` and gradient penalties. Such a pass keeps its inputs and is slower. `torch.func`
-    transforms, `torch.jit.trace` and `torch.export` take this way by themselves.
+    For Hessian-vector products, `create_graph=True` and gradient penalties. Such a pass keeps its
+    inputs and is slower. `torch.func` transforms, `torch.jit.trace` and `torch.export` take this
+    way by themselves.
 
     >>> import torch, loft_rs
     >>> layer = loft_rs.nn.LoftLinear(torch.nn.Linear(8, 4), torch.eye(8)[:, :2])
@@ -70,8 +73,8 @@ def plain() -> bool:
 def inlined_only(hook: Callable) -> Callable:
     """A hook that a graph may take in with the call it belongs to, and that is no graph of its own.
 
-    torch compiles the hooks of the outermost module as graphs apart from its forward: what they hand down would wait on a module
-    between two graphs, where a second thread finds it.
+    torch compiles the hooks of the outermost module as graphs apart from its forward: what they
+    hand down would wait on a module between two graphs, where a second thread finds it.
     """
     frames = torch._C._dynamo.eval_frame
     if hasattr(frames, "set_code_exec_strategy"):
@@ -86,12 +89,16 @@ def inlined_only(hook: Callable) -> Callable:
 
 @inlined_only
 def compiles_next() -> bool:
-    """Whether this code, which runs as it is, was called where torch compiles each function that it meets."""
+    """Whether this code, which runs as it is, was called where torch compiles each function that it
+    meets.
+    """
     return callable(torch._C._dynamo.eval_frame.get_eval_frame_callback())
 
 
 def first_order(backward: Callable) -> Callable:
-    """A backward pass outside autograd that refuses to be differentiated itself, when it runs and not when its result is used."""
+    """A backward pass outside autograd that refuses to be differentiated itself, when it runs and
+    not when its result is used.
+    """
 
     @functools.wraps(backward)
     def checked(ctx: Any, *grads: Any) -> Any:
@@ -108,7 +115,9 @@ def first_order(backward: Callable) -> Callable:
 
 
 def no_autocast(device_type: str) -> AbstractContextManager[torch.dtype | None]:
-    """Autocast switched off, at no cost where it is off already; enters with the dtype that it casts to outside, None for none."""
+    """Autocast switched off, at no cost where it is off already; enters with the dtype that it
+    casts to outside, None for none.
+    """
     # In a compiled graph always, since its backward pass is traced where autocast may be on again.
     if not torch.is_autocast_enabled(device_type) and (plain() or not torch.compiler.is_compiling()):
         return _OFF
@@ -126,12 +135,16 @@ def _switched_off(device_type: str) -> Iterator[torch.dtype | None]:
 
 
 def in_backward() -> bool:
-    """Whether autograd is running a backward pass in this thread, as when checkpointing computes again."""
+    """Whether autograd is running a backward pass in this thread, as when checkpointing computes
+    again.
+    """
     return torch._C._current_graph_task_id() != -1
 
 
 def small_product(a: Tensor, b: Tensor) -> Tensor:
-    """a^T b (r x r), accumulated over the tokens and kept in float32: a half-precision result would round the gradient."""
+    """a^T b (r x r), accumulated over the tokens and kept in float32: a half-precision result would
+    round the gradient.
+    """
     if a.dtype in HALF and a.is_cuda:
         return torch.mm(a.mT, b, out_dtype=torch.float32)
     return a.mT @ b

@@ -1,7 +1,9 @@
-"""Transforms in NumPy: the grammar of their names, how many numbers each trains, and D = T - I of one theta.
+"""Transforms in NumPy: the grammar of their names, how many numbers each trains, and D = T - I of
+one theta.
 
-`transform/transforms.py` has the same definitions in torch, with their gradients; a test compares the two. What reads adapters
-without torch (`inspection.py`) and what counts parameters (`support/budget.py`) takes them from `TABLE`.
+`transform/transforms.py` has the same definitions in torch, with their gradients; a test compares
+the two. What reads adapters without torch (`inspection.py`) and what counts parameters
+(`support/budget.py`) takes them from `TABLE`.
 """
 
 from __future__ import annotations
@@ -15,7 +17,9 @@ __all__ = ["TABLE", "Definition", "TransformName", "delta"]
 
 
 class TransformName(NamedTuple):
-    """A transform's name taken apart, `base[:terms][+magnitudes][+halves]`, as in "cayley_neumann:5" and "cayley+halves"."""
+    """A transform's name taken apart, `base[:terms][+magnitudes][+halves]`, as in
+    "cayley_neumann:5" and "cayley+halves".
+    """
 
     base: str
     terms: int | None = None
@@ -24,7 +28,9 @@ class TransformName(NamedTuple):
 
     @classmethod
     def of(cls, name: str) -> TransformName:
-        """ValueError for a name that is not so built. Whether its base is known is not looked at."""
+        """ValueError for a name that is not so built. Whether its base is known is not looked
+        at.
+        """
         base, *more = str(name).split("+")
         base, colon, terms = base.partition(":")
         known = {"magnitudes", "halves"}
@@ -40,10 +46,11 @@ class TransformName(NamedTuple):
 
 
 class Definition(NamedTuple):
-    """One base. count: trained numbers at rank r. delta: D of the skew A, or of theta (r x r) itself where the base has no A.
+    """One base. count: trained numbers at rank r. delta: D of the skew A, or of theta (r x r)
+    itself where the base has no A.
 
-    skew: whether theta is the strict lower triangle of a skew A. halves: whether `+halves` goes with it. shared: whether a `Budget`
-    may share its ranks.
+    skew: whether theta is the strict lower triangle of a skew A. halves: whether `+halves` goes
+    with it. shared: whether a `Budget` may share its ranks.
     """
 
     count: Callable[[Any], Any]
@@ -81,7 +88,9 @@ TABLE: dict[str, Definition] = {
 
 
 def delta(name: TransformName, theta: np.ndarray, rank: int) -> np.ndarray:
-    """D = T - I (r x r) of one theta, float64. ValueError: what is wrong with the name or the shape."""
+    """D = T - I (r x r) of one theta, float64. ValueError: what is wrong with the name or the
+    shape.
+    """
     base = TABLE.get(name.base)
     if base is None:
         raise ValueError(f"a transform {name.base!r}, which is not one of {', '.join(TABLE)}")

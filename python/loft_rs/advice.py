@@ -2,8 +2,8 @@
 
     lr = c / r      c = .16 pilot, also in halves      .064 principal, gradsvd      .026 skewgrad      `exp`: twice that
 
-Thirteen tasks, Adam with `cayley`. At c the mean loss against the rate that was tuned for a task is `COSTS`, in the score of a task.
-The callbacks call `warn_of_low_rate` where a training begins.
+Thirteen tasks, Adam with `cayley`. At c the mean loss against the rate that was tuned for a task is
+`COSTS`, in the score of a task. The callbacks call `warn_of_low_rate` where a training begins.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 
 __all__ = ["rate_of", "suggest_lr", "warn_of_low_rate"]
 
-# lr * r of the best single rate over 13 tasks, and what it costs on average against the rate tuned for each.
+# lr * r of the best single rate over 13 tasks, and what it costs on average against the rate tuned
+# for each.
 RATES = {"pilot": 0.16, "principal": 0.064, "gradsvd": 0.064, "skewgrad": 0.026}
 COSTS = {"pilot": 0.010, "principal": 0.016, "gradsvd": 0.010, "skewgrad": 0.010}
 _TRANSFORMS = {"cayley": 1.0, "exp": 2.0}
@@ -24,16 +25,18 @@ _LOW = 3.0  # times below the suggestion: worth a warning
 
 
 def suggest_lr(config: LoftConfig) -> float:
-    """A learning rate for Adam to start from: c / r, c by the support (see `advice.py`). Then try one three times larger.
+    """A learning rate for Adam to start from: c / r, c by the support (see `advice.py`). Then try
+    one three times larger.
 
-    Provisional: c is from runs of ranks 34 to 86 on small models, and 1/r was in their grids, not measured for itself. What c costs
-    against the rate that was tuned for each of 13 tasks, in the mean of their scores (2 seeds, the tuning split):
+    Provisional: c is from runs of ranks 34 to 86 on small models, and 1/r was in their grids, not
+    measured for itself. What c costs against the rate that was tuned for each of 13 tasks, in the
+    mean of their scores (2 seeds, the tuning split):
 
         pilot .010     pilot in halves .013     principal .016     gradsvd .010     skewgrad .010
 
-    config: a `LoftConfig` with an integer r. Returns the rate.
-    ValueError where no run says anything: other supports (random, coordinate, activation, files), OFT, BOFT, HRA, the transforms `free`
-    and `cayley_neumann`, a `Budget`.
+    config: a `LoftConfig` with an integer r. Returns the rate. ValueError where no run says
+    anything: other supports (random, coordinate, activation, files), OFT, BOFT, HRA, the transforms
+    `free` and `cayley_neumann`, a `Budget`.
 
     >>> from loft_rs import LoftConfig, suggest_lr
     >>> suggest_lr(LoftConfig(r=64))
@@ -55,7 +58,9 @@ def suggest_lr(config: LoftConfig) -> float:
 
 
 def rate_of(optimizer: Any, parameter: Any) -> float | None:
-    """The rate that an Adam gives a parameter once its warm-up is over; None for another kind of optimiser, of which no run speaks."""
+    """The rate that an Adam gives a parameter once its warm-up is over; None for another kind of
+    optimiser, of which no run speaks.
+    """
     inner = getattr(optimizer, "optimizer", optimizer)  # accelerate wraps it
     if "adam" not in type(inner).__name__.lower():
         return None
@@ -66,7 +71,9 @@ def rate_of(optimizer: Any, parameter: Any) -> float | None:
 
 
 def warn_of_low_rate(config: LoftConfig, rate: float | None) -> None:
-    """Warn where training starts at a third of the suggested rate or less, as at a Trainer's default of 5e-5."""
+    """Warn where training starts at a third of the suggested rate or less, as at a Trainer's
+    default of 5e-5.
+    """
     try:
         suggested = suggest_lr(config)
     except ValueError:

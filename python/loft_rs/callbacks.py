@@ -1,4 +1,6 @@
-"""Calibration, refresh and narrowing where the user never holds the model, as in `SFTTrainer(peft_config=LoftConfig(...))`."""
+"""Calibration, refresh and narrowing where the user never holds the model, as in
+`SFTTrainer(peft_config=LoftConfig(...))`.
+"""
 
 from __future__ import annotations
 
@@ -37,20 +39,25 @@ def _check_options(max_batches: Any, memory: Any, head_steps: Any = None) -> Non
 
 
 def _look_at_the_rate(state: Any, optimizer: Any, config: LoftConfig, theta: Tensor) -> None:
-    """Warn where a training begins at a rate far below the suggested one; theta: any that the optimiser has."""
+    """Warn where a training begins at a rate far below the suggested one; theta: any that the
+    optimiser has.
+    """
     if state.global_step == 0 and optimizer is not None:
         warn_of_low_rate(config, rate_of(optimizer, theta))
 
 
 class LoftCalibrationCallback(TrainerCallback):
-    """Calibrates the active LOFT adapter at the start of training (`loft_rs.calibrate`), on the Trainer's own batches.
+    """Calibrates the active LOFT adapter at the start of training (`loft_rs.calibrate`), on the
+    Trainer's own batches.
 
-    Left alone are the supports of a resumed run and of a trained adapter, and those from data that are set already (`calibrate`,
-    `set_support`). Every process takes its share of the Trainer's dataloader. Under `r=Budget(...)` the trained parameters are replaced:
-    the Trainer's optimiser goes on with the new ones. `report`: of the calibration, once it was done.
+    Left alone are the supports of a resumed run and of a trained adapter, and those from data that
+    are set already (`calibrate`, `set_support`). Every process takes its share of the Trainer's
+    dataloader. Under `r=Budget(...)` the trained parameters are replaced: the Trainer's optimiser
+    goes on with the new ones. `report`: of the calibration, once it was done.
 
-    max_batches, adapter_name, head_steps, memory, offload, progress: as of `loft_rs.calibrate`. ValueError for a bad one, when the
-    callback is made; at the start of training under DistributedDataParallel with a `Budget`, since DDP would hold the old parameters.
+    max_batches, adapter_name, head_steps, memory, offload, progress: as of `loft_rs.calibrate`.
+    ValueError for a bad one, when the callback is made; at the start of training under
+    DistributedDataParallel with a `Budget`, since DDP would hold the old parameters.
 
     >>> from loft_rs import LoftCalibrationCallback
     >>> callback = LoftCalibrationCallback(max_batches=8, memory="1GiB")
@@ -106,13 +113,17 @@ class LoftCalibrationCallback(TrainerCallback):
 
 
 class LoftRefreshCallback(TrainerCallback):
-    """Experimental: refreshes the active LOFT adapter's support (`loft_rs.refresh`) after every `every`-th optimiser step but the last.
+    """Experimental: refreshes the active LOFT adapter's support (`loft_rs.refresh`) after every
+    `every`-th optimiser step but the last.
 
-    batches: how many of the Trainer's batches each refresh sees, a pilot in turn. They are drawn anew from the Trainer's dataset, by its
-    seed and the step alone, so that its own order stays what it is and a resumed run sees the same. dataloader, train_step: in place
-    of the Trainer's data. adapter_name, memory, offload, progress: as of `loft_rs.refresh`. The Trainer's optimiser is carried over.
-    `reports`: (step, report) of every refresh. ValueError for a bad argument, when the callback is made, and at the start of training
-    for a kind of adapter that cannot be refreshed, or supports from a file.
+    batches: how many of the Trainer's batches each refresh sees, a pilot in turn. They are drawn
+    anew from the Trainer's dataset, by its seed and the step alone, so that its own order stays
+    what it is and a resumed run sees the same. dataloader, train_step: in place of the Trainer's
+    data. adapter_name, memory, offload, progress: as of `loft_rs.refresh`. The Trainer's optimiser
+    is carried over.
+    `reports`: (step, report) of every refresh. ValueError for a bad argument, when the callback is
+    made, and at the start of training for a kind of adapter that cannot be refreshed, or supports
+    from a file.
     """
 
     def __init__(
@@ -161,17 +172,19 @@ class LoftRefreshCallback(TrainerCallback):
 
 
 class LoftNarrowCallback(TrainerCallback):
-    """Experimental: narrows the active LOFT adapter to `rank` (`loft_rs.narrow`), once, after optimiser step `step`.
+    """Experimental: narrows the active LOFT adapter to `rank` (`loft_rs.narrow`), once, after
+    optimiser step `step`.
 
-    The Trainer's optimiser is carried over. A run that resumes from a checkpoint builds the adapter as it was at first: give the Trainer
-    this callback when it is made (`callbacks=[...]`), and a narrowed checkpoint makes the adapter narrow as it is loaded, one from
-    before leaves it wide; so too with `load_best_model_at_end`. (Not with the Trainer's `model_init`, whose models it never sees before
-    they are loaded: build the model yourself.) adapter_name: as of `loft_rs.narrow`.
+    The Trainer's optimiser is carried over. A run that resumes from a checkpoint builds the adapter
+    as it was at first: give the Trainer this callback when it is made (`callbacks=[...]`), and a
+    narrowed checkpoint makes the adapter narrow as it is loaded, one from before leaves it wide; so
+    too with `load_best_model_at_end`. (Not with the Trainer's `model_init`, whose models it never
+    sees before they are loaded: build the model yourself.) adapter_name: as of `loft_rs.narrow`.
     `report`: of the narrowing, once it was done here.
 
-    ValueError for a `rank` or a `step` that is none; at the start of training for a kind of adapter or a `rank` that cannot be, a `step`
-    that training does not reach or that has passed without a narrowing, and under DistributedDataParallel, which would hold the old
-    parameters.
+    ValueError for a `rank` or a `step` that is none; at the start of training for a kind of adapter
+    or a `rank` that cannot be, a `step` that training does not reach or that has passed without a
+    narrowing, and under DistributedDataParallel, which would hold the old parameters.
     """
 
     def __init__(self, rank: int, step: int, *, adapter_name: str | None = None):
@@ -184,7 +197,9 @@ class LoftNarrowCallback(TrainerCallback):
         self._built: dict[Linear, Tensor] = {}  # with the theta that an optimiser given to the Trainer has
 
     def _layers(self, model: nn.Module) -> tuple[str, dict[str, Linear]]:
-        """(adapter, its layers that hold a support of their own), ready for a checkpoint of the rank they have, or of `rank`."""
+        """(adapter, its layers that hold a support of their own), ready for a checkpoint of the
+        rank they have, or of `rank`.
+        """
         adapter, layers = adapted_layers(model, self.adapter_name)
         layers = owners(layers, adapter)
         for layer in layers.values():
@@ -234,7 +249,9 @@ class LoftNarrowCallback(TrainerCallback):
 
 
 def _draw(loader: Any, size: int, count: int, draw: random.Random) -> list:
-    """`count` batches of a loader's dataset at random, of an iterable one the first; not through the loader, which is in use."""
+    """`count` batches of a loader's dataset at random, of an iterable one the first; not through
+    the loader, which is in use.
+    """
     dataset = loader.dataset
     if hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__"):
         rows = [dataset[i] for i in draw.sample(range(len(dataset)), min(size * count, len(dataset)))]

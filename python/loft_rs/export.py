@@ -31,7 +31,8 @@ __all__ = ["check_target", "export_lora", "lora_factors"]
 def lora_factors(model: nn.Module, adapter_name: str | None = None) -> dict[str, tuple[Tensor, Tensor]]:
     """Module name -> (A (r x n), B (m x r)), W0 + B A being the rotated weight.
 
-    float32 (float64 for a float64 base), on the layer's device. ValueError where the adapter has no support yet.
+    float32 (float64 for a float64 base), on the layer's device. ValueError where the adapter has no
+    support yet.
     """
     adapter, layers = adapted_layers(model, adapter_name)
     require_supports(layers, adapter, "lora_factors")
@@ -49,15 +50,16 @@ def export_lora(
 ) -> dict[str, float]:
     """Write a LOFT adapter as a PEFT LoRA adapter folder: exact, no SVD, loadable without loft_rs.
 
-    One rank for all layers (smaller ones are padded with zeros, since servers ignore `rank_pattern`), `lora_alpha == r`, scale 1.
-    Of an adapter that `loft_rs.refresh` has refreshed, a layer's LoRA has the rank of all that it turns: r more for each refresh, at most.
-    path: the folder to write, whole or not at all; in an existing one the two files are replaced. dtype: of the stored factors.
-    approximate_rank: for an adapter of full rank (OFT, BOFT), the best LoRA of this rank, by a truncated SVD of its change of each weight;
-    a warning names the largest error.
+    One rank for all layers (smaller ones are padded with zeros, since servers ignore
+    `rank_pattern`), `lora_alpha == r`, scale 1. Of an adapter that `loft_rs.refresh` has refreshed,
+    a layer's LoRA has the rank of all that it turns: r more for each refresh, at most. path: the
+    folder to write, whole or not at all; in an existing one the two files are replaced. dtype: of
+    the stored factors. approximate_rank: for an adapter of full rank (OFT, BOFT), the best LoRA of
+    this rank, by a truncated SVD of its change of each weight; a warning names the largest error.
     Returns module name -> ||(W - W0) - B A||_F / ||W - W0||_F, 0.0 where the LoRA is exact.
-    ValueError where the adapter has no support yet, where `path` holds a LOFT adapter, and where the adapter has `modules_to_save` or
-    `trainable_token_indices`, which a LoRA server cannot load, unless `drop_modules_to_save`; for a full-rank adapter without
-    `approximate_rank`.
+    ValueError where the adapter has no support yet, where `path` holds a LOFT adapter, and where
+    the adapter has `modules_to_save` or `trainable_token_indices`, which a LoRA server cannot load,
+    unless `drop_modules_to_save`; for a full-rank adapter without `approximate_rank`.
     """
     from peft import LoraConfig
 
@@ -152,7 +154,9 @@ def _stored(factors: dict[str, tuple[Tensor, Tensor]], rank: int, dtype: torch.d
 
 @torch.no_grad()
 def _nearest_lora(layer: Linear, adapter: str, rank: int) -> tuple[Tensor, Tensor, float]:
-    """(A (k x n), B (m x k), relative error) of the best LoRA of rank k = min(rank, n, m), by the exact SVD."""
+    """(A (k x n), B (m x k), relative error) of the best LoRA of rank k = min(rank, n, m), by the
+    exact SVD.
+    """
     original = merging.original_weight(layer, "the LoRA form")
     turned = merging.rotated_weight(layer, [layer.adapters[adapter]], original)
     change = turned - original.to(turned.dtype)
@@ -163,14 +167,18 @@ def _nearest_lora(layer: Linear, adapter: str, rank: int) -> tuple[Tensor, Tenso
 
 
 def check_target(path: str | os.PathLike) -> None:
-    """ValueError where the folder to write holds a LOFT adapter, whose files the LoRA's would replace."""
+    """ValueError where the folder to write holds a LOFT adapter, whose files the LoRA's would
+    replace.
+    """
     folder = Path(path)
     if (folder / CONFIG_FILE).is_file() and read_peft_config(folder).get("peft_type") == "LOFT":
         raise ValueError(f"{path} holds a LOFT adapter, which the LoRA would overwrite; give another folder")
 
 
 def _target_modules(model: nn.Module, layers: dict[str, Linear]) -> list[str]:
-    """Last name components where they single out the adapted layers, as servers expect; else the full names."""
+    """Last name components where they single out the adapted layers, as servers expect; else the
+    full names.
+    """
     suffixes = {name.rpartition(".")[2] for name in layers}
     root = getattr(getattr(model, "base_model", None), "model", model)
     adapted = [f"{name}." for name in layers]

@@ -1,10 +1,12 @@
-"""The numerical core in Rust for NumPy arrays and torch tensors: what supports and transforms are made of.
+"""The numerical core in Rust for NumPy arrays and torch tensors: what supports and transforms are
+made of.
 
-Every function takes 2-D NumPy arrays or torch tensors (float32, float64, float16, bfloat16; any strides; CPU or GPU)
-and returns NumPy arrays: float64 for float64 input, float32 otherwise. CPU input is read where it lies. Bad input is
-refused before any work: TypeError for what is not a matrix, `NonFiniteError` (a ValueError) for NaN and Inf, ValueError
-for the rest, each naming the argument. Results have the same bits for any `threads`; the default is torch's thread
-count where torch is loaded, else the cores, and LOFT_RS_NUM_THREADS overrides that default.
+Every function takes 2-D NumPy arrays or torch tensors (float32, float64, float16, bfloat16; any
+strides; CPU or GPU) and returns NumPy arrays: float64 for float64 input, float32 otherwise. CPU
+input is read where it lies. Bad input is refused before any work: TypeError for what is not a
+matrix, `NonFiniteError` (a ValueError) for NaN and Inf, ValueError for the rest, each naming the
+argument. Results have the same bits for any `threads`; the default is torch's thread count where
+torch is loaded, else the cores, and LOFT_RS_NUM_THREADS overrides that default.
 """
 
 from __future__ import annotations
@@ -66,7 +68,8 @@ class TruncatedSVD(NamedTuple):
 
 
 def as_matrix(array: Any, argument: str) -> Matrix:
-    """`array` as the core reads it, without a copy on the CPU; bfloat16 becomes (its bits as uint16, "bfloat16").
+    """`array` as the core reads it, without a copy on the CPU; bfloat16 becomes (its bits as
+    uint16, "bfloat16").
 
     TypeError or ValueError, naming `argument`, for anything but a dense real floating-point matrix.
     """
@@ -75,7 +78,8 @@ def as_matrix(array: Any, argument: str) -> Matrix:
         return _from_torch(torch, array, argument)
     if not isinstance(array, np.ndarray):
         raise TypeError(f"{argument} must be {_WANTED}, got {type(array).__name__}")
-    # A masked array or a matrix subclass would answer differently from the memory that the core reads.
+    # A masked array or a matrix subclass would answer differently from the memory that the core
+    # reads.
     if isinstance(array, np.ma.MaskedArray):
         raise TypeError(f"{argument} must be {_WANTED}, got a masked array")
     _two_dimensional(array, argument)
@@ -101,7 +105,9 @@ def _from_torch(torch: Any, tensor: Any, argument: str) -> Matrix:
 
 
 def row_blocks(matrix: Any, scale: float = 1.0):
-    """Rows over `scale` in float64, a block at a time; bfloat16 comes as (uint16 array, "bfloat16")."""
+    """Rows over `scale` in float64, a block at a time; bfloat16 comes as
+    (uint16 array, "bfloat16").
+    """
     bits = isinstance(matrix, tuple)
     array = matrix[0] if bits else matrix
     step = max(1, _ROWS_AT_ONCE // array.shape[1])
@@ -119,32 +125,40 @@ def _two_dimensional(array: Any, argument: str) -> None:
 def randomized_svd(
     a: Any, rank: int, *, tol: float | None = None, seed: int = 0, threads: int | None = None
 ) -> TruncatedSVD:
-    """The `rank` leading singular triplets of `a` (m, n): randomised block Krylov, or dense for `rank` near min(m, n).
+    """The `rank` leading singular triplets of `a` (m, n): randomised block Krylov, or dense for
+    `rank` near min(m, n).
 
-    `tol` asks for at most that fraction of the captured energy to be missing, as judged by the residuals. The default
-    takes the depth that decaying spectra need and goes a little deeper while that estimate stays above 1e-2: about 1e-4
-    is then missing on singular values that fall like i^-0.5, less on faster decay, at most 1e-3 on MiniLM's weights.
+    `tol` asks for at most that fraction of the captured energy to be missing, as judged by the
+    residuals. The default takes the depth that decaying spectra need and goes a little deeper while
+    that estimate stays above 1e-2: about 1e-4 is then missing on singular values that fall like
+    i^-0.5, less on faster decay, at most 1e-3 on MiniLM's weights.
     """
     u, s, vt, info = _core.randomized_svd(as_matrix(a, "a"), rank, tol=tol, seed=seed, threads=threads)
     return TruncatedSVD(u, s, vt, **info)
 
 
 def skew_project(weight: Any, grad: Any, *, side: str = "input", threads: int | None = None) -> NDArray[np.floating]:
-    """(W^T G - G^T W) / 2 (n, n) for `side="input"`, (G W^T - W G^T) / 2 (m, m) for "output"; W and G are (m, n)."""
+    """(W^T G - G^T W) / 2 (n, n) for `side="input"`, (G W^T - W G^T) / 2 (m, m) for "output"; W and
+    G are (m, n).
+    """
     return _core.skew_project(as_matrix(weight, "weight"), as_matrix(grad, "grad"), side=side, threads=threads)
 
 
 def skew_planes(s: Any, rank: int) -> tuple[NDArray[np.floating], NDArray[np.float64]]:
-    """(V, sigma): the top-`rank` invariant subspace V (k, r) of a skew `s` (k, k), each column's plane strength (r,).
+    """(V, sigma): the top-`rank` invariant subspace V (k, r) of a skew `s` (k, k), each column's
+    plane strength (r,).
 
-    Columns come in plane pairs with v_1^T s v_2 = sigma, each strength twice, descending; the last column of an odd
-    `rank` lies in the next plane and has strength 0, since half a plane captures nothing.
+    Columns come in plane pairs with v_1^T s v_2 = sigma, each strength twice, descending; the last
+    column of an odd `rank` lies in the next plane and has strength 0, since half a plane captures
+    nothing.
     """
     return _core.skew_planes(as_matrix(s, "s"), rank)
 
 
 def orthonormalize(a: Any, *, threads: int | None = None) -> NDArray[np.floating]:
-    """Q of `a` = Q R (n, r), r <= n, with diag(R) >= 0; completed deterministically where `a` is rank deficient."""
+    """Q of `a` = Q R (n, r), r <= n, with diag(R) >= 0; completed deterministically where `a` is
+    rank deficient.
+    """
     return _core.orthonormalize(as_matrix(a, "a"), threads=threads)
 
 
@@ -154,7 +168,8 @@ def cayley(a: Any) -> NDArray[np.floating]:
 
 
 def householder_wy(u: Any) -> tuple[NDArray[np.floating], NDArray[np.floating]]:
-    """(Y, T) with H_0 H_1 ... H_{k-1} = I - Y T Y^T for the reflections along the columns of `u` (n, k).
+    """(Y, T) with H_0 H_1 ... H_{k-1} = I - Y T Y^T for the reflections along the columns of `u`
+    (n, k).
 
     Y (n, k) has unit columns and T (k, k) = (I/2 + striu(Y^T Y))^{-1} is upper triangular.
     """

@@ -26,11 +26,13 @@ class LoftLinear(AdaptedLinear):
     """A frozen `nn.Linear` rotated inside a fixed support, for plain PyTorch.
 
     base_layer: the linear layer (m x n); its parameters are frozen here.
-    support: a `loft_rs.Support`, or an array or tensor (n, r) on the input side, (m, r) on the output side, which is re-orthonormalised.
-    transform: `cayley`, `exp` or `free`, the first two also with `+magnitudes` or `+halves`. side: `input` (W0 R) or `output` (R W0); a
-    `Support` knows its own.
+    support: a `loft_rs.Support`, or an array or tensor (n, r) on the input side, (m, r) on the
+    output side, which is re-orthonormalised.
+    transform: `cayley`, `exp` or `free`, the first two also with `+magnitudes` or `+halves`. side:
+    `input` (W0 R) or `output` (R W0); a `Support` knows its own.
 
-    The output equals the base layer's exactly until the transform is trained. TypeError or ValueError name a bad argument.
+    The output equals the base layer's exactly until the transform is trained. TypeError or
+    ValueError name a bad argument.
     """
 
     ADAPTER = "default"

@@ -58,7 +58,8 @@ def test_calibrated_supports_capture_what_dense_gradients_would(side, support):
             lost.append((head - captured) / tail)
         reported = report.supports[name]
         assert abs(reported.energy - captured / total) <= 1e-4 + 5 * reported.energy_stderr
-    # Gu (2015): p columns more than the rank lose at most r / (p - 1) of the tail in expectation; on both sides of S, twice that.
+    # Gu (2015): p columns more than the rank lose at most r / (p - 1) of the tail in expectation;
+    # on both sides of S, twice that.
     sides = 2 if support == "skewgrad" else 1
     assert len(lost) >= 2 and np.mean(lost) <= sides * rank / (OVERSAMPLING - 1)
 
@@ -77,7 +78,8 @@ def test_input_pca_order_decorrelates_the_coordinates_in_descending_order(suppor
         z = (inputs if side == "input" else outputs)[name] @ p.double()
         moment = z.mT @ z
         diagonal = moment.diagonal()
-        # Of skewgrad the moment outside of span(Q) is Nystroem's: an error of the square of what of P lies there.
+        # Of skewgrad the moment outside of span(Q) is Nystroem's: an error of the square of what of
+        # P lies there.
         least = 0.02 if support == "skewgrad" else 1e-4
         assert (moment - torch.diag(diagonal)).abs().max() <= least * diagonal[0]
         assert (diagonal[1:] <= diagonal[:-1] + least * diagonal[0]).all()
@@ -231,7 +233,8 @@ def test_autocast_gives_the_supports_of_float32(support, side):
         assert overlap(wanted, report) >= 1 - 1e-5
     if support == "activation" and side == "input":  # the first layer reads X itself, which nothing may round
         np.testing.assert_array_equal(report.supports["a"].basis, wanted.supports["a"].basis)
-    # bf16 carries 2^-9: directions of equal strength may turn into each other, the captured energy may not change more than that.
+    # bf16 carries 2^-9: directions of equal strength may turn into each other, the captured energy
+    # may not change more than that.
     base = Perceptron().double()
     inputs = {}
     for name in ("a", "b"):

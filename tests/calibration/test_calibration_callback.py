@@ -1,4 +1,6 @@
-"""LoftCalibrationCallback: a budget shared out at the start of a Trainer's run, whose optimiser goes on with the new parameters."""
+"""LoftCalibrationCallback: a budget shared out at the start of a Trainer's run, whose optimiser
+goes on with the new parameters.
+"""
 
 from __future__ import annotations
 
@@ -93,7 +95,8 @@ def test_every_calibrated_transform_is_trained_by_the_scheduled_optimiser(given,
     assert all(theta.any() for theta in found.values())
     assert all(theta is not built[n] for n, theta in found.items() if ranks[n] > 2)
     holds_exactly(run.optimizer, model)
-    # The scheduler's rates, and steps of Adam as long as they are: none at first, then up and down again.
+    # The scheduler's rates, and steps of Adam as long as they are: none at first, then up and down
+    # again.
     shape = [0.0, 0.5, 1.0, 0.75, 0.5, 0.25]
     peaks = [RATE, 2 * RATE] if given else [RATE, RATE]
     for rates, moves, factor in zip(watch.rates, watch.moves, shape, strict=True):

@@ -118,7 +118,9 @@ def test_a_group_that_nothing_reaches_is_no_error(train_step):
     ],
 )
 def test_the_memory_known_beforehand_is_what_it_takes(support, side, dtype, checkpointing):
-    """The sketches to the byte, what the taps keep to the byte, the peak from above and not by much."""
+    """The sketches to the byte, what the taps keep to the byte, the peak from above and not by
+    much.
+    """
     sizes = {"hidden_size": 128, "intermediate_size": 320, "num_attention_heads": 4, "num_key_value_heads": 2}
     batch = token_batches(1, size=8, length=32)[0]
 

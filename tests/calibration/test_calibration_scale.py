@@ -23,7 +23,7 @@ from loft_rs.tuner.adapters import adapted_layers
 SUPPORTS = ["skewgrad", "gradsvd", "activation", "principal"]
 
 
-# -- any model -------------------------------------------------------------------------------------------------------------
+# -- any model -----------------------------------------------------------------------------------
 
 
 def captured(report, weights, gradients, side="input"):
@@ -39,8 +39,9 @@ def captured(report, weights, gradients, side="input"):
     return found
 
 
-# float16 keeps 11 bits of a number, bfloat16 8: a gradient that went through two blocks of it is off by a few parts of 2^-11 or 2^-8, and
-# a captured energy, stationary at the optimum, by the square of that over the gap of the spectrum.
+# float16 keeps 11 bits of a number, bfloat16 8: a gradient that went through two blocks of it is
+# off by a few parts of 2^-11 or 2^-8, and a captured energy, stationary at the optimum, by the
+# square of that over the gap of the spectrum.
 @pytest.mark.parametrize(("dtype", "least"), [(torch.float32, 0.999), (torch.float16, 0.998), (torch.bfloat16, 0.97)])
 @pytest.mark.parametrize("checkpointing", [None, False, True])
 def test_half_precision_and_checkpointing_against_dense_float64(dtype, least, checkpointing):
@@ -163,7 +164,7 @@ def test_conv1d_of_gpt2_against_dense_float64(side):
     assert len(found) == (6 if side == "input" else 4) and min(found.values()) >= 0.9999
 
 
-# -- any base --------------------------------------------------------------------------------------------------------------
+# -- any base ------------------------------------------------------------------------------------
 
 
 class Stack(nn.Module):
@@ -303,7 +304,7 @@ def test_skewgrad_never_touches_the_weight():
     assert_same(calibrate(model, [{"x": x}]), wanted)
 
 
-# -- faults ----------------------------------------------------------------------------------------------------------------
+# -- faults --------------------------------------------------------------------------------------
 
 
 class NanBackward(torch.autograd.Function):
@@ -429,7 +430,7 @@ def test_wrapped_models_are_refused_with_what_to_do(tmp_path):
         calibrate(model, token_batches(1))
 
 
-# -- several processes -----------------------------------------------------------------------------------------------------
+# -- several processes ---------------------------------------------------------------------------
 
 DEGREES = {"support": "skewgrad", "r": 8}
 
@@ -439,7 +440,9 @@ def wide():
 
 
 def calibrate_on_rank(rank, size, folder):
-    """One of `size` processes, each with its share of four batches: plain, sharded by FSDP2, wrapped in DDP afterwards, and failing."""
+    """One of `size` processes, each with its share of four batches: plain, sharded by FSDP2,
+    wrapped in DDP afterwards, and failing.
+    """
     torch.set_num_threads(1)
     torch.distributed.init_process_group(
         "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=size, timeout=timedelta(seconds=120)

@@ -1,4 +1,6 @@
-"""SplitHalf, a single pass and budgets: against float64 truth, against each other, saved and refused."""
+"""SplitHalf, a single pass and budgets: against float64 truth, against each other, saved and
+refused.
+"""
 
 from __future__ import annotations
 
@@ -26,11 +28,13 @@ def unchanged(model, before):
     return now.keys() == before.keys() and all(torch.equal(now[k].nan_to_num(), before[k].nan_to_num()) for k in before)
 
 
-# -- evidence ----------------------------------------------------------------------------------------------------------------
+# -- evidence ------------------------------------------------------------------------------------
 
 
 def noisy_sketches(batches, *, noise, n=60, r=6, k=30, seed=0, draws=0):
-    """(sketches of two halves of `batches` matrices, signal plus independent noise, the signal's planes)."""
+    """(sketches of two halves of `batches` matrices, signal plus independent noise, the signal's
+    planes).
+    """
     draw = np.random.default_rng(seed + draws)
     u, v = basis_of(n, r, seed), basis_of(n, r, seed + 1)
     signal = u @ np.diag(np.linspace(3, 2, r)) @ v.T
@@ -79,7 +83,8 @@ def test_the_agreement_and_the_reproducible_part_are_those_of_other_data(batches
     assert told_ == pytest.approx(true, abs=0.06) and told_ <= limit + 0.03
     told_, true = np.mean(fractions, 0)
     assert told_ == pytest.approx(true, abs=0.12)
-    # With as many batches as most of them ask for, the supports agree as asked: with others, and so with the truth.
+    # With as many batches as most of them ask for, the supports agree as asked: with others, and so
+    # with the truth.
     count = int(np.median(needed))
     reached = [
         overlap(left_vectors(h.sum(0), 6), u) for h, _, u in (noisy_sketches(count, noise=4, seed=s) for s in range(6))
@@ -89,7 +94,9 @@ def test_the_agreement_and_the_reproducible_part_are_those_of_other_data(batches
 
 @pytest.mark.parametrize(("noise", "batches"), [(2, 4), (4, 8), (8, 8)])
 def test_what_a_half_reproduces_is_unbiased_whatever_its_basis_was_fitted_to(noise, batches):
-    """E <P_h^T Y_0, P_h^T Y_1> = E <P_h^T Y_h, P_h^T Y> with Y the truth, in units of E ||P_h^T Y_h||^2: within 4 standard errors of it."""
+    """E <P_h^T Y_0, P_h^T Y_1> = E <P_h^T Y_h, P_h^T Y> with Y the truth, in units of E ||P_h^T
+    Y_h||^2: within 4 standard errors of it.
+    """
     gaps, owns = [], []
     for seed in range(60):
         halves, counts, _ = noisy_sketches(batches, noise=noise, seed=2, draws=seed)
@@ -171,7 +178,7 @@ def test_two_forwards_before_one_backward_are_one_batch():
     assert {e.batches for e in calibrate(model, train_step=step).evidence.values()} == {2}
 
 
-# -- one pass, two passes ----------------------------------------------------------------------------------------------------
+# -- one pass, two passes ------------------------------------------------------------------------
 
 
 @given(q=st.integers(1, 8), extra=st.integers(0, 6), seed=st.integers(0, 2**31))
@@ -219,7 +226,8 @@ def test_one_pass_is_one_pass_and_captures_what_two_would(support, side):
         assert abs(s.energy - captured / float(squares.sum())) <= 1e-3 + 5 * s.energy_stderr
         z = (inputs if side == "input" else outputs)[name] @ p
         moment = z.mT @ z
-        # The sketch of a gradsvd moment has as many columns as that of G, fewer here than the layer has inputs.
+        # The sketch of a gradsvd moment has as many columns as that of G, fewer here than the layer
+        # has inputs.
         assert (moment - torch.diag(moment.diagonal())).abs().max() <= (
             0.1 if support == "gradsvd" else 1e-3
         ) * moment.diagonal().max()
@@ -259,7 +267,7 @@ def test_half_precision_calibrates_in_one_pass():
     assert all(0 < s.energy <= 1 and np.isfinite(s.values).all() for s in report.supports.values())
 
 
-# -- budget ------------------------------------------------------------------------------------------------------------------
+# -- budget --------------------------------------------------------------------------------------
 
 
 def trained(model):

@@ -1,4 +1,6 @@
-"""pilot.py: supports from what a short low-rank training changes, against dense float64; what is left as it was, and what is refused."""
+"""pilot.py: supports from what a short low-rank training changes, against dense float64; what is
+left as it was, and what is refused.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +35,7 @@ def assert_untouched(model, before):
     assert all(p.grad is None for p in model.parameters())
 
 
-# -- the support of a change -----------------------------------------------------------------------------------------------
+# -- the support of a change ---------------------------------------------------------------------
 
 
 @changes
@@ -98,7 +100,7 @@ def test_a_change_adds_its_product_and_has_its_gradients(side, dtype):
         torch.testing.assert_close(factor.grad.double(), reference.grad, **tight)
 
 
-# -- the task --------------------------------------------------------------------------------------------------------------
+# -- the task ------------------------------------------------------------------------------------
 
 
 class Regression(nn.Module):
@@ -142,7 +144,9 @@ def test_the_support_is_where_the_task_changes_the_weight(side):
 
 
 def reference(base, batches, steps, seed, r, side="input", ties=()):
-    """Bases in float64 of the plain run: autograd's own products, torch's Adam, a dense SVD of what changed. ties: ends of names."""
+    """Bases in float64 of the plain run: autograd's own products, torch's Adam, a dense SVD of what
+    changed. ties: ends of names.
+    """
     layers = {n: m for n, m in base.named_modules() if isinstance(m, nn.Linear) and n != "lm_head"}
     first = {end: tie[0] for tie in ties for end in tie}
     owner = {n: n.rpartition(".")[0] + "." + first.get(n.rpartition(".")[2], n.rpartition(".")[2]) for n in layers}
@@ -192,7 +196,8 @@ def test_a_pilot_is_the_plain_training_of_low_rank_changes(dtype, side, tied):
     wanted = reference(make_llama(torch.float64), batches, steps, 4, 6, side, TIES if tied else ())
     model = build(make_llama(dtype), side=side, tied=tied, seed=4, support=Pilot(steps=steps))
     report = calibrate(model, batches)
-    # P is stored in float32. Where a gradient is as small as float32's rounding, Adam's first steps are of its sign.
+    # P is stored in float32. Where a gradient is as small as float32's rounding, Adam's first steps
+    # are of its sign.
     assert_spans(report, wanted, 1 - 1e-6 if dtype == torch.float64 else 0.99)
     assert report.pilot == Pilot(steps=5) and report.batches == 3 and report.passes == 1 and not report.evidence
     assert str(report).startswith("pilot of 5 steps, input_pca order: ")
@@ -231,7 +236,7 @@ def test_the_order_is_another_basis_of_the_same_span():
         assert (np.diff(support.values) <= 0).all() and support.values[-1] > 0
 
 
-# -- models ----------------------------------------------------------------------------------------------------------------
+# -- models --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
@@ -357,7 +362,7 @@ def test_a_refresh_is_a_new_pilot_at_the_current_weight(side):
     assert_spans(report, reference(current, batches, 3, 0, 6, side), 1 - 1e-6)
 
 
-# -- faults ----------------------------------------------------------------------------------------------------------------
+# -- faults --------------------------------------------------------------------------------------
 
 
 class Poisoned(Perceptron):
@@ -495,7 +500,7 @@ def test_the_memory_known_beforehand_is_what_it_takes(side, dtype, checkpointing
         calibrate(made(), [batch], memory=wanted.total - 1)
 
 
-# -- processes -------------------------------------------------------------------------------------------------------------
+# -- processes -----------------------------------------------------------------------------------
 
 
 def calibrate_on_rank(rank, size, folder):

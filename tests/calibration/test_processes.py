@@ -1,4 +1,6 @@
-"""calibrate over several processes: one support from all the batches, and no rank left waiting when another fails."""
+"""calibrate over several processes: one support from all the batches, and no rank left waiting when
+another fails.
+"""
 
 from __future__ import annotations
 
@@ -56,7 +58,9 @@ def error_of(call):
 
 
 def calibrate_on_rank(rank, folder):
-    """One of two processes: calibrations over a share of the batches, and failures that only rank 1 meets."""
+    """One of two processes: calibrations over a share of the batches, and failures that only rank 1
+    meets.
+    """
     torch.set_num_threads(1)
     torch.distributed.init_process_group(
         "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2, timeout=timedelta(seconds=120)

@@ -1,4 +1,6 @@
-"""`save_sketches` and `supports_from_sketches`: what they add up to, what they leave alone, what is refused."""
+"""`save_sketches` and `supports_from_sketches`: what they add up to, what they leave alone, what is
+refused.
+"""
 
 from __future__ import annotations
 

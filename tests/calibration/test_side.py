@@ -1,4 +1,6 @@
-"""sides.py and what depends on it: the side of each module by its captured energy, by hand, and as it is saved and loaded."""
+"""sides.py and what depends on it: the side of each module by its captured energy, by hand, and as
+it is saved and loaded.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,7 @@ from loft_rs.layer import LayerAdapter
 from loft_rs.layer.merging import factor_of
 from loft_rs.tuner.adapters import adapted_layers
 
-# -- before the decision ---------------------------------------------------------------------------------------------------
+# -- before the decision --------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -51,7 +53,7 @@ def test_a_model_saved_before_the_decision_is_still_open(tmp_path):
     assert len(report.sides) == len(sides(model)) and set(sides(model).values()) == set(SIDES)
 
 
-# -- the decision ----------------------------------------------------------------------------------------------------------
+# -- the decision --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("options", [{}, {"support": "gradsvd"}, {"r": 3}, {"transform": "exp", "order": "natural"}])
@@ -218,7 +220,7 @@ def test_a_decision_is_kept():
     assert not torch.equal(adapted_layers(model)[1]["a"].adapters["default"].support, held)
 
 
-# -- what a decided adapter is ---------------------------------------------------------------------------------------------
+# -- what a decided adapter is -------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -375,7 +377,7 @@ def test_a_state_from_before_the_decision_opens_the_sides_again():
     assert {name: s.side for name, s in wanted.supports.items()} == sides(model)
 
 
-# -- sides and supports by hand --------------------------------------------------------------------------------------------
+# -- sides and supports by hand ------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("support", ["principal", "random", "coordinate", "skewgrad", "activation"])
@@ -448,7 +450,7 @@ def test_supports_bring_their_sides(tmp_path):
     assert set(sides(model).values()) == {"input"} and len(model.peft_config["default"].side_pattern) == len(arrays)
 
 
-# -- several processes -----------------------------------------------------------------------------------------------------
+# -- several processes ---------------------------------------------------------------------------
 
 
 def full(*_):

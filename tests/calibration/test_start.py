@@ -1,4 +1,6 @@
-"""Kept pilots: the start is the nearest rotation to the pilot's change, and what a model that starts there can do."""
+"""Kept pilots: the start is the nearest rotation to the pilot's change, and what a model that
+starts there can do.
+"""
 
 from dataclasses import replace
 

@@ -11,7 +11,7 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
 
-from loft_rs import LoftConfig, suggest_lr  # noqa: E402
+from loft_rs import LoftConfig, Pilot, suggest_lr  # noqa: E402
 from loft_rs.cli import main  # noqa: E402
 from loft_rs.demo import data, methods, page, report, run  # noqa: E402
 from loft_rs.demo.check import Probe  # noqa: E402
@@ -205,7 +205,7 @@ def finished(tiny_model, tmp_path_factory):
         support="skewgrad",
         rank=8,
         steps=6,
-        compare=("pilot", "random"),
+        compare=("halves", "random"),
     )
     return folder, run.run(options)
 
@@ -216,7 +216,7 @@ def test_the_table_has_every_method_with_sound_figures(finished):
         "zero-shot",
         "LOFT skewgrad r=8",
         "PEFT LoRA r=8",
-        "LOFT pilot r=8",
+        "LOFT halves r=8",
         "LOFT random r=8",
     ]
     for row in rows[1:]:
@@ -224,7 +224,7 @@ def test_the_table_has_every_method_with_sound_figures(finished):
         loft = row.method.startswith("LOFT")
         assert (row.orthogonality_error is not None) == (row.lora_export_difference is not None) == loft
         if loft:
-            assert row.trained == 12 * 28
+            assert row.trained == 12 * (16 if "halves" in row.method else 28)
             assert row.orthogonality_error < 2e-6 and row.lora_export_difference < 1e-5
     assert rows[1].calibration_seconds > 0
 
@@ -233,7 +233,7 @@ def test_everything_lies_in_the_one_folder(finished):
     folder, rows = finished
     assert sorted(each.name for each in folder.iterdir()) == ["out", "pairs.csv"]
     names = {each.name for each in (folder / "out").iterdir()}
-    loft = {"skewgrad", "pilot", "random"}
+    loft = {"skewgrad", "halves", "random"}
     assert names == loft | {f"{name}-as-lora" for name in loft} | {"lora", "results.json", "report.html", "table.md"}
     results = json.loads((folder / "out" / "results.json").read_text())
     assert len(results["rows"]) == len(rows) and results["steps"] == 6
@@ -253,8 +253,20 @@ def test_what_is_printed_is_narrow_and_says_what_to_do_next(finished):
 def test_the_rates_are_the_suggested_ones(finished):
     _, rows = finished
     rates = {row.method: row.learning_rate for row in rows}
-    for support in ("skewgrad", "pilot"):
-        assert rates[f"LOFT {support} r=8"] == suggest_lr(LoftConfig(r=8, support=support))
+    for name, support in (("skewgrad", "skewgrad"), ("halves", Pilot(halves=True))):
+        assert rates[f"LOFT {name} r=8"] == suggest_lr(LoftConfig(r=8, support=support))
+
+
+def test_the_verdict_counts_the_pilots_steps():
+    rows = [
+        report.Row("zero-shot", 0.3, 0.4),
+        report.Row("LOFT halves r=8", 0.5, 0.6, trained=10),
+        report.Row("PEFT LoRA r=8", 0.4, 0.5, trained=40),
+    ]
+    text = report.verdict(rows, 100, 32)
+    assert "0.300 -> 0.500, +0.200" in text and "LOFT trained 25 % of LoRA's numbers" in text and "0.050" in text
+    assert "pilot's 32 steps of low-rank training come on top" in text
+    assert "pilot" not in report.verdict(rows, 100, 0)
 
 
 def test_the_page_is_one_file_with_its_picture(finished):

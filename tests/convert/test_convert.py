@@ -1,4 +1,6 @@
-"""convert/: PEFT's OFT, BOFT, HRA and PSOFT checkpoints as LOFT adapters with the same output, and back again."""
+"""convert/: PEFT's OFT, BOFT, HRA and PSOFT checkpoints as LOFT adapters with the same output, and
+back again.
+"""
 
 from __future__ import annotations
 
@@ -267,7 +269,9 @@ def test_psoft_finds_the_base_that_its_config_names(tmp_path, target):
 
 
 def test_sizes_that_differ_are_named_in_full(tmp_path):
-    """Names that end alike must not be taken for each other, and the block size 20 is one that PEFT adjusts by width."""
+    """Names that end alike must not be taken for each other, and the block size 20 is one that PEFT
+    adjusts by width.
+    """
 
     class Nested(nn.Module):
         def __init__(self):
@@ -298,11 +302,13 @@ def test_blocks_of_size_one_are_left_out(tmp_path):
     assert apart(output(loaded(tmp_path / "loft", Net(widths))), output(model)) <= 2e-6
 
 
-# -- what other versions of PEFT wrote ---------------------------------------------------------------------------------
+# -- what other versions of PEFT wrote -----------------------------------------------------------
 
 
 def of_peft_015(blocks, scale, base, x):
-    """The forward of peft 0.14 to 0.15.2: W0 rotated by Cayley blocks on the input side, each output scaled before the bias."""
+    """The forward of peft 0.14 to 0.15.2: W0 rotated by Cayley blocks on the input side, each
+    output scaled before the bias.
+    """
     eye = torch.eye(blocks.shape[-1])
     skew = 0.5 * (blocks - blocks.mT)
     turned = torch.linalg.solve(eye + skew, eye.expand_as(skew) - skew, left=False)

@@ -1,4 +1,6 @@
-"""The Triton kernels: on a GPU where there is one, and anywhere in Triton's interpreter, against float64."""
+"""The Triton kernels: on a GPU where there is one, and anywhere in Triton's interpreter, against
+float64.
+"""
 
 import os
 import subprocess
@@ -40,7 +42,9 @@ for rows, n, b, permuted in ((5, 32, 16, False), (70, 64, 16, True), (130, 64, 3
 
 
 def turn_errors(rows: int, n: int, b: int, permuted: bool, dtype: torch.dtype, device: str) -> list[float]:
-    """Errors of `rotate_blocks`, and of both results of `rotate_blocks_backward`, relative to the norms, against float64."""
+    """Errors of `rotate_blocks`, and of both results of `rotate_blocks_backward`, relative to the
+    norms, against float64.
+    """
     generator = torch.Generator().manual_seed(rows)
     x, g = (torch.randn(rows, n, generator=generator).to(device, dtype) for _ in range(2))
     d = (0.3 * torch.randn(n // b, b, b, generator=generator)).to(device, dtype)

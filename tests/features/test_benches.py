@@ -1,4 +1,6 @@
-"""The benches that a test can afford at toy size: that they run, on what the library is now, and write what they say."""
+"""The benches that a test can afford at toy size: that they run, on what the library is now, and
+write what they say.
+"""
 
 from __future__ import annotations
 

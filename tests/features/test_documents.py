@@ -1,4 +1,6 @@
-"""The documents: every block of Python runs, every link leads somewhere, every quoted message is in the source."""
+"""The documents: every block of Python runs, every link leads somewhere, every quoted message is in
+the source.
+"""
 
 import ast
 import json

@@ -1,4 +1,6 @@
-"""On a CUDA device: the function, its gradients and its start against float64 on the CPU. Skipped without one."""
+"""On a CUDA device: the function, its gradients and its start against float64 on the CPU. Skipped
+without one.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,8 @@ from loft_rs.tuner.adapters import adapted_layers, owners
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
-# Norm-wise: float32 arithmetic over 256 terms; bf16 carries 2^-9 in each of z, E, dY Q and the output.
+# Norm-wise: float32 arithmetic over 256 terms; bf16 carries 2^-9 in each of z, E, dY Q and the
+# output.
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 
 TRANSFORMS = ["cayley", "exp", "free", "cayley+halves", "exp+halves"]
@@ -30,11 +33,13 @@ CHECKPOINTING = pytest.mark.parametrize("reentrant", [None, False, True], ids=["
 
 
 def rounding_bound(dtype, roundings: int, longest: int) -> float:
-    """A norm-wise bound on the relative error after `roundings` products in a row, each of at most `longest` terms.
+    """A norm-wise bound on the relative error after `roundings` products in a row, each of at most
+    `longest` terms.
 
-    A product adds half an eps of `dtype` for storing its result, and eps sqrt(longest) of float32, in which it is accumulated: sums of
-    independent roundings grow with the root of their number (Higham and Mary 2019), and so do those of one product after the other.
-    Factor 2: what the steps between them multiply an error by.
+    A product adds half an eps of `dtype` for storing its result, and eps sqrt(longest) of float32,
+    in which it is accumulated: sums of independent roundings grow with the root of their number
+    (Higham and Mary 2019), and so do those of one product after the other. Factor 2: what the steps
+    between them multiply an error by.
     """
     stored, accumulated = torch.finfo(dtype).eps / 2, torch.finfo(torch.float32).eps * longest**0.5
     return 2 * roundings**0.5 * (stored + accumulated)
@@ -73,7 +78,9 @@ def test_output_and_gradients_against_float64_on_the_cpu(dtype, side, placement,
 
 
 class Block(torch.nn.Module):
-    """Two adapted layers of one root with an activation between them, run under checkpointing or not."""
+    """Two adapted layers of one root with an activation between them, run under checkpointing or
+    not.
+    """
 
     def __init__(self, dtype, placement, side, transform):
         super().__init__()
@@ -106,7 +113,9 @@ class Block(torch.nn.Module):
         return twin
 
     def gradients(self, x, weight):
-        """Of the input and of each theta, after two steps' worth of backward: the second adds to what the first gave."""
+        """Of the input and of each theta, after two steps' worth of backward: the second adds to
+        what the first gave.
+        """
         for scale in (1.0, 0.5):
             self(x).backward(scale * weight)
         return [x.grad, *(layer.loft_theta["default"].grad for layer in self.layers)]
@@ -128,7 +137,8 @@ def test_gradients_of_a_block_against_float64_on_the_cpu(dtype, side, placement,
     x, weight = torch.randn(96, 128).to(dtype), torch.randn(96, 128).to(dtype)
     wanted = block.gradients(x.double().requires_grad_(), weight.double())
     got = twin.gradients(x.cuda().requires_grad_(), weight.cuda())
-    # Forward, a layer: z, z E, Y; the activation; backward: dY Q, (dY Q) E, dX or dE, each twice; the accumulation of two gradients.
+    # Forward, a layer: z, z E, Y; the activation; backward: dY Q, (dY Q) E, dX or dE, each twice;
+    # the accumulation of two gradients.
     bound = rounding_bound(dtype, 2 * (3 + 3) + 2 + 1, 192)
     for a, b in zip(wanted, got, strict=True):
         assert torch.linalg.norm(b.double().cpu() - a) <= bound * torch.linalg.norm(a)
@@ -153,7 +163,8 @@ def test_gradients_of_a_peft_model_against_float64_on_the_cpu(dtype, side, reent
     for each, device in ((reference, "cpu"), (model, "cuda")):
         each(**{key: value.to(device) for key, value in batch.items()}).loss.backward()
         gradients.append(torch.cat([layer.loft_theta["default"].grad.double().cpu() for layer in _loft_layers(each)]))
-    # A gradient passes two blocks forward and back: about 6 products a linear of the 4 in a row, and 12 other operations, a block.
+    # A gradient passes two blocks forward and back: about 6 products a linear of the 4 in a row,
+    # and 12 other operations, a block.
     bound = rounding_bound(dtype, 2 * (6 * 4 + 12), 80)
     assert torch.linalg.norm(gradients[1] - gradients[0]) <= bound * torch.linalg.norm(gradients[0])
 

@@ -1,4 +1,6 @@
-"""`Pilot(halves=True)`: partners against dense float64, the order inside each half, what is trained, saved and refused."""
+"""`Pilot(halves=True)`: partners against dense float64, the order inside each half, what is
+trained, saved and refused.
+"""
 
 from __future__ import annotations
 
@@ -41,14 +43,16 @@ def calibrated(base=None, **options):
 
 
 def dense_partners(weight, images):
-    """(W^T W + ||W||_F^2 / (100 n) I)^{-1} W^T U, from the singular values of W, and the most that could be."""
+    """(W^T W + ||W||_F^2 / (100 n) I)^{-1} W^T U, from the singular values of W, and the most that
+    could be.
+    """
     u, s, vt = torch.linalg.svd(weight.double(), full_matrices=False)
     c = s.square().sum() / 100 / weight.shape[1]
     gains = torch.where(s > 0, s / (s.square() + c), 0.0)
     return vt.mT @ (gains.unsqueeze(1) * (u.mT @ images.double())), float(gains.max() * images.double().norm())
 
 
-# -- partners --------------------------------------------------------------------------------------------------------------
+# -- partners ------------------------------------------------------------------------------------
 
 
 @given(
@@ -64,7 +68,8 @@ def test_partners_are_the_damped_preimages(m, n, k, scale, rank, seed):
     left, right = (torch.randn(*shape, generator=draw) for shape in ((m, rank), (rank, n)))
     weight, images = scale * (left @ right).double(), torch.randn(m, k, generator=draw).double()
     found, (wanted, most) = partners(weight, images), dense_partners(weight, images)
-    # The Gram matrix's condition is at most 1 + 100 n; where U is nearly orthogonal to W little is left of what is rounded.
+    # The Gram matrix's condition is at most 1 + 100 n; where U is nearly orthogonal to W little is
+    # left of what is rounded.
     torch.testing.assert_close(found, wanted, rtol=0, atol=1e-11 * max(most, 1e-300))
 
 
@@ -122,7 +127,7 @@ def test_a_rank_one_change_and_a_zero_weight_still_give_an_orthonormal_support()
         assert np.isfinite(basis).all() and np.linalg.norm(basis.T @ basis - np.eye(6), 2) <= 1e-5
 
 
-# -- models ----------------------------------------------------------------------------------------------------------------
+# -- models --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("options", [{}, {"side_pattern": OUTPUT}, {"tied": True}, {"r": 7}, {"transform": "exp"}])
@@ -302,7 +307,7 @@ def test_layers_one_wide_and_layers_that_no_batch_reaches():
     assert layers["a"].adapters["default"].theta.grad.any()
 
 
-# -- refused ---------------------------------------------------------------------------------------------------------------
+# -- refused -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,6 @@
-"""The pages' numbers: every block is what its rows say, no table of numbers stands outside of one, and what the blocks compute is right."""
+"""The pages' numbers: every block is what its rows say, no table of numbers stands outside of one,
+and what the blocks compute is right.
+"""
 
 from __future__ import annotations
 
@@ -145,7 +147,8 @@ def test_the_bench_page_names_every_script():
         assert f"{path.name}`" in text, path.name
 
 
-# lr * r of the best single rate and its mean loss over the tasks, worked out by hand from the same runs before `rates.py`
+# lr * r of the best single rate and its mean loss over the tasks, worked out by hand from the same
+# runs before `rates.py`
 @pytest.mark.parametrize(
     ("name", "tasks", "rate", "loss"),
     [

@@ -1,4 +1,6 @@
-"""Training under DDP and FSDP2: two gloo processes give the gradients of one process with all the data."""
+"""Training under DDP and FSDP2: two gloo processes give the gradients of one process with all the
+data.
+"""
 
 import os
 import subprocess

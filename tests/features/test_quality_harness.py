@@ -1,4 +1,6 @@
-"""The quality bench's pure parts: which runs are due, the tuned rate, intervals, ranks at a budget, and the report's tables."""
+"""The quality bench's pure parts: which runs are due, the tuned rate, intervals, ranks at a budget,
+and the report's tables.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""The recovered methods (OFT, BOFT, HRA, PSOFT): factors against float64 references, and as adapters like any other."""
+"""The recovered methods (OFT, BOFT, HRA, PSOFT): factors against float64 references, and as
+adapters like any other.
+"""
 
 from __future__ import annotations
 
@@ -232,7 +234,9 @@ def test_trains_saves_loads_and_merges(name, tmp_path):
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_gradients_are_those_of_the_merged_weight(name):
-    """In float64, through the whole model: theta's gradient by finite differences of the merged network."""
+    """In float64, through the whole model: theta's gradient by finite differences of the merged
+    network.
+    """
     model = build(name, Net().double(), init_weights=False)
     x = X.double()
     model(x).square().sum().backward()
@@ -267,7 +271,9 @@ def test_half_precision_bases_keep_their_parameters_in_float32(name, dtype):
 
 
 class Quantised(nn.Linear):
-    """8-bit weights with a scale for each row, as a quantised layer of any package: no dense weight to read."""
+    """8-bit weights with a scale for each row, as a quantised layer of any package: no dense weight
+    to read.
+    """
 
     def __init__(self, linear: nn.Linear):
         super().__init__(linear.in_features, linear.out_features, bias=linear.bias is not None)
@@ -317,7 +323,9 @@ def test_what_follows_may_change_the_output_in_place(name):
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_autocast_leaves_the_rotation_in_float32(name):
-    """Under autocast a float32 base layer multiplies in bf16, and the small matrices are computed as without it."""
+    """Under autocast a float32 base layer multiplies in bf16, and the small matrices are computed
+    as without it.
+    """
     model = build(name, init_weights=False)
     layer = model.base_model.model.up
     whole = factor_of(layer.adapters["default"]).apply(X)

@@ -1,4 +1,6 @@
-"""Tied layers: one support and one transform for what reads one input, through every part of the package."""
+"""Tied layers: one support and one transform for what reads one input, through every part of the
+package.
+"""
 
 import peft
 import pytest

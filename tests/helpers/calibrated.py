@@ -21,7 +21,9 @@ def with_options(support, **options):
 
 
 def dense_gradients(batches):
-    """(weights, gradients, inputs) of every linear layer in float64, over all batches, through ordinary weight gradients."""
+    """(weights, gradients, inputs) of every linear layer in float64, over all batches, through
+    ordinary weight gradients.
+    """
     model = make_llama().double()
     layers = {n: m for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and n != "lm_head"}
     inputs, outputs = {n: [] for n in layers}, {n: [] for n in layers}
@@ -58,7 +60,9 @@ def overlap(one, other):
 
 
 class Perceptron(torch.nn.Module):
-    """Two layers around a ReLU that may work in place, a mean loss, and a layer that is never run."""
+    """Two layers around a ReLU that may work in place, a mean loss, and a layer that is never
+    run.
+    """
 
     def __init__(self, inplace=False, loss_factor=1.0, dropout=0.0):
         super().__init__()

@@ -1,4 +1,6 @@
-"""What the tests of convert/ share: a small model, PEFT adapters of every method and setting, and how they are compared."""
+"""What the tests of convert/ share: a small model, PEFT adapters of every method and setting, and
+how they are compared.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,9 @@ X = torch.randn(24, 64, generator=torch.Generator().manual_seed(3))
 
 
 class TorchBlockDiagonal:
-    """What BOFT's CUDA extension does. Where it cannot be built, PEFT silently runs one butterfly factor."""
+    """What BOFT's CUDA extension does. Where it cannot be built, PEFT silently runs one butterfly
+    factor.
+    """
 
     @staticmethod
     def forward(blocks):

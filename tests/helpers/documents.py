@@ -26,7 +26,9 @@ _OUTPUT = 'title="output"'
 
 @dataclass(frozen=True)
 class Block:
-    """One fenced block of Python. line: of its first line of code, from 1. reason: why it is not run; None where it is."""
+    """One fenced block of Python. line: of its first line of code, from 1. reason: why it is not
+    run; None where it is.
+    """
 
     line: int
     code: str
@@ -64,7 +66,9 @@ def blocks(page: Path) -> list[Block]:
 
 
 def run(page: Path, namespace: dict[str, Any]) -> None:
-    """Run the page's blocks one after the other, and compare what they print with what the page shows."""
+    """Run the page's blocks one after the other, and compare what they print with what the page
+    shows.
+    """
     for block in blocks(page):
         # Empty lines before it: a traceback names the line of the page.
         code = compile("\n" * (block.line - 1) + block.code, str(page), "exec", dont_inherit=True)
@@ -87,5 +91,7 @@ def _masked(text: str) -> str:
 
 
 def _pattern(shown: str) -> str:
-    """What a page shows as a pattern for `_masked` text; a line of three dots stands for any lines."""
+    """What a page shows as a pattern for `_masked` text; a line of three dots stands for any
+    lines.
+    """
     return re.escape(_masked(shown)).replace(re.escape("...\n"), "(?:.*\n)*")

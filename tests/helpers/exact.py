@@ -1,6 +1,8 @@
-"""The float64 twin of an adapted model: every weight is recomputed from the raw tensors, in every pass, with nothing kept.
+"""The float64 twin of an adapted model: every weight is recomputed from the raw tensors, in every
+pass, with nothing kept.
 
-`Block` and `Net` are the small models that the tests of a pass share: layers of one input, a layer that may be skipped, checkpointing.
+`Block` and `Net` are the small models that the tests of a pass share: layers of one input, a layer
+that may be skipped, checkpointing.
 """
 
 from __future__ import annotations
@@ -21,7 +23,9 @@ WIDTH = 16
 
 
 class Block(nn.Module):
-    """q, k, v read one input; `wide` and `back` may be skipped, as an expert is that gets no token."""
+    """q, k, v read one input; `wide` and `back` may be skipped, as an expert is that gets no
+    token.
+    """
 
     def __init__(self):
         super().__init__()
@@ -94,7 +98,9 @@ def net(model: nn.Module) -> Net:
 
 
 class ExactLinear(nn.Module):
-    """What a layer computes, from the definitions, in float64; differentiable in the layer's own parameters."""
+    """What a layer computes, from the definitions, in float64; differentiable in the layer's own
+    parameters.
+    """
 
     def __init__(self, layer: AdaptedLinear):
         super().__init__()
@@ -137,7 +143,9 @@ def rotated(weight: Tensor, adapter) -> Tensor:
 
 
 def exact_twin(model: nn.Module) -> nn.Module:
-    """The float64 twin of an adapted model or module; it reads the model's tensors as they are when it is called."""
+    """The float64 twin of an adapted model or module; it reads the model's tensors as they are when
+    it is called.
+    """
     layers = {id(layer): layer for layer in layers_of(model)}
     twin = copy.deepcopy(model, {key: ExactLinear(layer) for key, layer in layers.items()})
     for module in twin.modules():

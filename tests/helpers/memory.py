@@ -49,7 +49,9 @@ class LiveBytes(TorchDispatchMode):
 
 
 def frozen_peak(model, batch):
-    """Live bytes at most in a forward and backward pass of the model, its adapters off and its input with a gradient."""
+    """Live bytes at most in a forward and backward pass of the model, its adapters off and its
+    input with a gradient.
+    """
     embed = model.get_input_embeddings()
     handle = embed.register_forward_hook(lambda module, args, y: y.requires_grad_())
     with LiveBytes(model) as live, model.disable_adapter():

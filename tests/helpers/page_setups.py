@@ -1,4 +1,6 @@
-"""What pages of the documents find before their first block: small models and data, named in `<!-- setup: NAME -->`."""
+"""What pages of the documents find before their first block: small models and data, named in
+`<!-- setup: NAME -->`.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,9 @@ def matrices() -> dict[str, Any]:
 
 
 def causal_lm() -> dict[str, Any]:
-    """A Llama of two layers in the folder `base`, with rows and batches for it, and a Trainer's arguments."""
+    """A Llama of two layers in the folder `base`, with rows and batches for it, and a Trainer's
+    arguments.
+    """
     make_llama().save_pretrained("base")
 
     def load_base() -> Any:
@@ -67,7 +71,9 @@ def peft_oft() -> dict[str, Any]:
 
 
 def small_smollm() -> dict[str, Any]:
-    """A Llama of two layers that reads bytes, in a folder with the name of the model that the README loads."""
+    """A Llama of two layers that reads bytes, in a folder with the name of the model that the
+    README loads.
+    """
     bytes_alone = Tokenizer(models.BPE())
     bytes_alone.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bytes_alone.decoder = decoders.ByteLevel()

@@ -34,8 +34,8 @@ def linear(n, m, r, side="input", dtype=torch.float32, transform="free"):
 
 
 def learnt_change(n, heights, rank, side="input", seed=0, transform="free"):
-    """(the change of layers, tied if there are several, as if it had been learnt, and B A in float64, dense); the pilot's rank is `rank`,
-    the adapter's too, or the largest that fits."""
+    """(the change of layers, tied if there are several, as if it had been learnt, and B A in
+    float64, dense); the pilot's rank is `rank`, the adapter's too, or the largest that fits."""
     torch.manual_seed(seed)
     layers = [linear(n, m, min(rank, n, *heights), side, transform=transform) for m in heights]
     if len(layers) > 1:

@@ -1,4 +1,6 @@
-"""Float64 references, straight from the definitions, and the small models and batches the tests share."""
+"""Float64 references, straight from the definitions, and the small models and batches the tests
+share.
+"""
 
 from __future__ import annotations
 
@@ -109,7 +111,9 @@ def unchanged(model, before):
 
 
 def own_hooks(model):
-    """Asserts that the only forward hooks are the two of each module where passes begin; `module._loft_hooks` names them."""
+    """Asserts that the only forward hooks are the two of each module where passes begin;
+    `module._loft_hooks` names them.
+    """
     for module in model.modules():
         before, after = vars(module).get("_loft_hooks", (None, None))
         assert list(module._forward_pre_hooks) == ([] if before is None else [before])
@@ -118,7 +122,9 @@ def own_hooks(model):
 
 
 def untouched(model, before):
-    """Asserts that a state holds what it held, and that calibration has left no tap and no hook of its own."""
+    """Asserts that a state holds what it held, and that calibration has left no tap and no hook of
+    its own.
+    """
     from loft_rs.tuner.adapters import adapted_layers
 
     unchanged(model, before)

@@ -32,7 +32,9 @@ def saved(model):
 
 
 class OneSided(nn.Module):
-    """Two layers whose G is given: W0^T G of `a` is symmetric, so that only its output can be turned, and G W0^T of `b`, only its input."""
+    """Two layers whose G is given: W0^T G of `a` is symmetric, so that only its output can be
+    turned, and G W0^T of `b`, only its input.
+    """
 
     def __init__(self, a=(12, 8), b=(8, 12)):
         super().__init__()

@@ -1,4 +1,6 @@
-"""torch.compile: what a compiled model computes is what the eager one does, whatever becomes of its tensors, at one solve a step."""
+"""torch.compile: what a compiled model computes is what the eager one does, whatever becomes of its
+tensors, at one solve a step.
+"""
 
 import copy
 
@@ -92,7 +94,8 @@ def test_a_step_is_one_solve(placement, checkpointing, monkeypatch):
     run = assert_alike(model, x)
     optimiser = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.1)
     solves, delta = [], Cayley.delta
-    # What the operator calls when it runs; the compiler never looks into it, and a look at theta would break the graph.
+    # What the operator calls when it runs; the compiler never looks into it, and a look at theta
+    # would break the graph.
     monkeypatch.setattr(
         Cayley, "delta", lambda self, theta, r, **given: solves.append(len(theta)) or delta(self, theta, r, **given)
     )

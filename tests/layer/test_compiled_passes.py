@@ -1,7 +1,8 @@
-"""A compiled pass computes what the eager one does, at one solve, with the numbers that the tensors hold when it begins.
+"""A compiled pass computes what the eager one does, at one solve, with the numbers that the tensors
+hold when it begins.
 
-Compiled by `aot_eager`, which traces as every backend does and runs the operations as they are; one test goes through inductor.
-`LOFT_RS_LONG=1` compiles every kind in every way.
+Compiled by `aot_eager`, which traces as every backend does and runs the operations as they are; one
+test goes through inductor. `LOFT_RS_LONG=1` compiles every kind in every way.
 """
 
 import copy
@@ -20,7 +21,8 @@ from torch._dynamo.utils import counters
 from loft_rs.layer.forward_pass import current
 
 CASES = ["cayley", "output", "tied", "oft", "hra", "magnitudes"]
-# As in test_forward_pass.py: float32 arithmetic over a few products of at most 48 terms, and 2^-9 for each of some ten roundings.
+# As in test_forward_pass.py: float32 arithmetic over a few products of at most 48 terms, and 2^-9
+# for each of some ten roundings.
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 3e-2}
 
 
@@ -37,7 +39,9 @@ def inputs(rows: int = 5, seed: int = 1) -> torch.Tensor:
 
 
 def small(kind: str = "cayley", blocks: int = 1, targets: tuple[str, ...] = ("q", "k"), base: nn.Module | None = None):
-    """A PEFT model whose layers take the placements in turn: of q and k, which read one input, each has its own."""
+    """A PEFT model whose layers take the placements in turn: of q and k, which read one input, each
+    has its own.
+    """
     torch.manual_seed(0)
     base = Net() if base is None else base
     base.blocks = nn.ModuleList(Block() for _ in range(blocks))
@@ -59,7 +63,7 @@ def graphs() -> int:
     return counters["stats"]["unique_graphs"]
 
 
-# -- what is compiled --------------------------------------------------------------------------------------------------------------
+# -- what is compiled ----------------------------------------------------------------------------
 
 
 def the_peft_model(model):
@@ -175,7 +179,9 @@ def test_a_compiled_block_with_and_without_a_root_around_it():
 
 @pytest.mark.parametrize("compiles", [lambda model: model, lambda model: model.base_model.model], ids=["peft", "base"])
 def test_a_compiled_model_solves_once(compiles):
-    """The base model's own hooks are outside its graph, but not those of the module inside it that holds all the layers."""
+    """The base model's own hooks are outside its graph, but not those of the module inside it that
+    holds all the layers.
+    """
     config = KINDS["cayley"](target_modules=["q_proj", "down_proj"], init_weights=False)
     model, solves = peft.get_peft_model(make_llama(num_hidden_layers=2), config), []
     ids = torch.arange(6)[None]
@@ -283,7 +289,7 @@ def test_a_copy_of_a_compiled_model_has_numbers_of_its_own():
         assert_exact(each, x, TOLERANCE[torch.float32], exact_twin(each))
 
 
-# -- a pass that breaks off, and passes at once --------------------------------------------------------------------------------------
+# -- a pass that breaks off, and passes at once --------------------------------------------------
 
 BROKEN: list[type[BaseException]] = []
 
@@ -383,7 +389,7 @@ def _serve(model, way):
         raise errors[0]
 
 
-# -- whole programs ------------------------------------------------------------------------------------------------------------------
+# -- whole programs ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", ["cayley", "hra"])

@@ -1,4 +1,6 @@
-"""A pass computes with the numbers that the parameters hold when it begins, whoever wrote them and however, and hands nothing on."""
+"""A pass computes with the numbers that the parameters hold when it begins, whoever wrote them and
+however, and hands nothing on.
+"""
 
 import copy
 import gc
@@ -18,8 +20,8 @@ from loft_rs import LoftConfig
 from loft_rs.layer import values
 from loft_rs.layer.forward_pass import current
 
-# float32 arithmetic over a few products of at most 48 terms; bf16 carries 2^-9 in each of some ten roundings in a row. A support is
-# orthonormal to float32's rounding whatever the base is.
+# float32 arithmetic over a few products of at most 48 terms; bf16 carries 2^-9 in each of some ten
+# roundings in a row. A support is orthonormal to float32's rounding whatever the base is.
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 3e-2, torch.float64: 1e-6}
 PLACEMENTS = ("add", "rotate")
 
@@ -47,7 +49,7 @@ def solves(monkeypatch) -> list[int]:
     return seen
 
 
-# -- every way to change a number ------------------------------------------------------------------------------------------------
+# -- every way to change a number ----------------------------------------------------------------
 
 
 def _fused_step(model):
@@ -241,7 +243,7 @@ def test_generation_starts_with_the_base_as_it_is(native):
     assert not torch.allclose(before, after)
 
 
-# -- passes ----------------------------------------------------------------------------------------------------------------------
+# -- passes --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("checkpointing", [None, False, True])
@@ -252,7 +254,8 @@ def test_a_pass_is_one_solve_and_a_backward_pass_at_most_one_more(checkpointing,
     seen = solves(monkeypatch)
     for _ in range(2):
         results(model, x)
-    # A checkpoint that does not reenter solves for its own forward pass as the rest does, and once when it computes again.
+    # A checkpoint that does not reenter solves for its own forward pass as the rest does, and once
+    # when it computes again.
     assert seen == [12] * (2 if checkpointing is None else 4)
     assert not net(model)._loft_root.recomputed
 
@@ -419,7 +422,7 @@ def test_a_model_in_a_models_pass_takes_its_own_numbers():
     assert got.shape == x.shape
 
 
-# -- copies, replicas, threads -----------------------------------------------------------------------------------------------------
+# -- copies, replicas, threads -------------------------------------------------------------------
 
 
 def _pickled(model):
@@ -471,7 +474,9 @@ def test_a_copy_of_a_block_does_not_copy_the_model():
 
 @pytest.fixture
 def replicas(monkeypatch):
-    """torch's own code of `nn.DataParallel`'s replicas, with only the broadcast replaced by clones on the CPU."""
+    """torch's own code of `nn.DataParallel`'s replicas, with only the broadcast replaced by clones
+    on the CPU.
+    """
     import importlib
 
     replicate = importlib.import_module("torch.nn.parallel.replicate")

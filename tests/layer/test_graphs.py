@@ -1,4 +1,5 @@
-"""Graphs of plain operations: what is traced or exported runs without loft_rs, and what is differentiated again is right.
+"""Graphs of plain operations: what is traced or exported runs without loft_rs, and what is
+differentiated again is right.
 
 The references are the eager model, and central differences of its first derivatives in float64.
 """
@@ -17,7 +18,8 @@ from torch.func import functional_call, grad, hessian, jvp, vmap
 import loft_rs
 from loft_rs.layer.forward_pass import current
 
-# Tracing warns of every size that becomes a number of Python; those here are of parameters, which no input changes.
+# Tracing warns of every size that becomes a number of Python; those here are of parameters, which
+# no input changes.
 pytestmark = pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
 
 PLACEMENTS = ("add", "rotate")
@@ -32,8 +34,8 @@ WAYS = ("trace", "export", "strict export")
 TRACED = ["cayley", "exp", "output", "magnitudes", "oft", "boft", "hra", "psoft", "tied"]
 # Both sides are float32 arithmetic on a few products of at most 48 terms.
 ROUNDING = 4e-6
-# Central differences with step h are off by h^2 of a third derivative and by 2^-53 / h: about 1e-10 at 1e-5, times what the layers
-# in a row make of it.
+# Central differences with step h are off by h^2 of a third derivative and by 2^-53 / h: about 1e-10
+# at 1e-5, times what the layers in a row make of it.
 STEP, DIFFERENCES = 1e-5, 1e-6
 
 
@@ -59,7 +61,7 @@ def inputs(rows: int = 5, dtype: torch.dtype = torch.float64) -> torch.Tensor:
     return torch.randn(rows, 16, generator=torch.Generator().manual_seed(rows), dtype=torch.float64).to(dtype)
 
 
-# -- traced and exported -----------------------------------------------------------------------------------------------------------
+# -- traced and exported -------------------------------------------------------------------------
 
 RELOADED = """
 import sys
@@ -94,7 +96,9 @@ def saved(model: nn.Module, way: str, file: Path) -> None:
 
 @pytest.fixture(scope="module")
 def reloaded(tmp_path_factory) -> dict[tuple[str, str], object]:
-    """By kind and way what another process computes of a saved graph without loft_rs, or the exception that saving raised."""
+    """By kind and way what another process computes of a saved graph without loft_rs, or the
+    exception that saving raised.
+    """
     folder, found, names = tmp_path_factory.mktemp("graphs"), {}, {}
     for kind in TRACED:
         model = small(kind)
@@ -147,7 +151,7 @@ def test_a_whole_model_is_traced_with_its_gradients(placement):
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
 
 
-# -- torch.func ------------------------------------------------------------------------------------------------------------------
+# -- torch.func ----------------------------------------------------------------------------------
 
 
 class Problem:
@@ -211,7 +215,7 @@ def test_func_gives_the_hessian(kind):
         assert error(found[i], wanted) <= DIFFERENCES
 
 
-# -- second derivatives ----------------------------------------------------------------------------------------------------------
+# -- second derivatives --------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind, placement", CASES)

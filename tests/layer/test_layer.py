@@ -1,4 +1,6 @@
-"""factor.py, layer/, nn.py: the function, its gradients against float64 autograd, what is saved, merge, LoRA form."""
+"""factor.py, layer/, nn.py: the function, its gradients against float64 autograd, what is saved,
+merge, LoRA form.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,9 @@ from loft_rs.transform.transforms import get_transform
 
 
 def rotation(layer: LoftLinear, theta: torch.Tensor) -> torch.Tensor:
-    """R from the definition, in float64, differentiable in theta, with P orthonormalised by its Gram root."""
+    """R from the definition, in float64, differentiable in theta, with P orthonormalised by its
+    Gram root.
+    """
     p = layer.loft_support["default"].double()
     c = gram_root(layer.loft_support["default"])
     p = p if c is None else p @ c.double()
@@ -87,13 +91,16 @@ def test_half_precision_gradients_against_float64(side, placement):
     (y * weight).sum().backward()
     grad = layer.loft_theta["default"].grad
     assert grad.dtype == torch.float32 and layer.loft_support["default"].dtype == torch.bfloat16
-    # bf16 carries 2^-9 relative rounding in each of z, E, dY Q and the output; a norm-wise 2 % leaves room for their sum.
+    # bf16 carries 2^-9 relative rounding in each of z, E, dY Q and the output; a norm-wise 2 %
+    # leaves room for their sum.
     assert torch.linalg.norm(y.double() - expected) <= 1e-2 * torch.linalg.norm(expected)
     assert torch.linalg.norm(grad.double() - wanted) <= 2e-2 * torch.linalg.norm(wanted)
 
 
 def test_a_small_rotation_survives_bfloat16():
-    """Laid down before the base product accumulates on it, a small term keeps its signal; added to a rounded Y, most is lost."""
+    """Laid down before the base product accumulates on it, a small term keeps its signal; added to
+    a rounded Y, most is lost.
+    """
     kept = {}
     for placement in PLACEMENTS:
         layer = make_layer(256, 256, 16, dtype=torch.bfloat16, bias=False, norm=3e-4, placement=placement)
@@ -181,8 +188,8 @@ def test_the_gram_root_makes_a_half_precision_support_orthogonal_again(dtype, n,
     ):  # the last two were rounded all the same
         c = gram_root(p)
         e = d if c is None else c.double() @ d @ c.double()
-        # C is float32, or float64 with P: relative rounding eps of each entry, against an exactly orthogonal T. Without C,
-        # R^T R - I = P (E^T (P^T P - I) E) P^T, and ||E|| <= 2.
+        # C is float32, or float64 with P: relative rounding eps of each entry, against an exactly
+        # orthogonal T. Without C, R^T R - I = P (E^T (P^T P - I) E) P^T, and ||E|| <= 2.
         limit = (
             4 * ORTHONORMAL * 1.001 if c is None else 8 * torch.finfo(c.dtype).eps * r**0.5 + 1e-13
         )  # T's own, in float64

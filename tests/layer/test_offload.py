@@ -1,4 +1,6 @@
-"""Parameters that are elsewhere when a pass begins: offloaded by accelerate to the CPU's memory or a disk, or on the meta device."""
+"""Parameters that are elsewhere when a pass begins: offloaded by accelerate to the CPU's memory or
+a disk, or on the meta device.
+"""
 
 import peft
 import pytest
@@ -12,8 +14,8 @@ from torch import nn
 import loft_rs
 from loft_rs import LoftConfig
 
-# Rounded differently, as an offloaded base layer makes its product in a call of its own: the few float32 roundings of
-# test_forward_pass.py on both sides; in bfloat16 2^-9 in each of some ten.
+# Rounded differently, as an offloaded base layer makes its product in a call of its own: the few
+# float32 roundings of test_forward_pass.py on both sides; in bfloat16 2^-9 in each of some ten.
 TOLERANCE = {torch.float32: 4e-6, torch.bfloat16: 2e-2}
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 CONFIGS = {kind: KINDS[kind] for kind in ("cayley", "output", "oft", "boft", "hra")}

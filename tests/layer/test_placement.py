@@ -1,4 +1,6 @@
-"""Layers that read one input run as one node: same results, same gradients, fewer products, and nothing breaks when the pattern does."""
+"""Layers that read one input run as one node: same results, same gradients, fewer products, and
+nothing breaks when the pattern does.
+"""
 
 import copy
 

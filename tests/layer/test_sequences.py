@@ -1,7 +1,8 @@
-"""Whatever is done to a model and in whatever order: after each of it, the model computes what its tensors say.
+"""Whatever is done to a model and in whatever order: after each of it, the model computes what its
+tensors say.
 
-A hypothesis state machine over the model of exact.py with two adapters; the float64 twin is made anew after every rule.
-`LOFT_RS_LONG=1` runs 400 sequences.
+A hypothesis state machine over the model of exact.py with two adapters; the float64 twin is made
+anew after every rule. `LOFT_RS_LONG=1` runs 400 sequences.
 """
 
 import copy
@@ -17,8 +18,8 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition,
 import loft_rs
 from loft_rs.layer.forward_pass import current
 
-# float32 arithmetic over a few products of at most 48 terms, up to two adapters in a row, and a merged weight rounded once more.
-# What a rule changes moves the output by 1e-3 and more.
+# float32 arithmetic over a few products of at most 48 terms, up to two adapters in a row, and a
+# merged weight rounded once more. What a rule changes moves the output by 1e-3 and more.
 TOLERANCE = 1e-5
 SEEDS = st.integers(0, 1000)
 NAMES = st.sampled_from([["default"], ["old"], ["default", "old"]])
@@ -61,7 +62,7 @@ class Model(RuleBasedStateMachine):
         for adapter in self.adapters("default") if unmerged(self) else []:
             adapter.theta.data.mul_(times)
 
-    # -- passes ----------------------------------------------------------------------------------------------------------
+    # -- passes -----------------------------------------------------------------------------------
 
     @precondition(unmerged)
     @rule(skip=st.booleans(), checkpointing=st.sampled_from([None, False, True]), seed=SEEDS)
@@ -112,7 +113,7 @@ class Model(RuleBasedStateMachine):
         self.model.train(training)
         self.check(quiet_first=True)
 
-    # -- numbers ---------------------------------------------------------------------------------------------------------
+    # -- numbers ----------------------------------------------------------------------------------
 
     @precondition(unmerged)
     @rule(seed=SEEDS, name=st.sampled_from(["default", "old"]))
@@ -181,7 +182,7 @@ class Model(RuleBasedStateMachine):
         self.optimiser = None if assign else self.optimiser
         self.check(quiet_first=True)
 
-    # -- adapters --------------------------------------------------------------------------------------------------------
+    # -- adapters ---------------------------------------------------------------------------------
 
     @precondition(unmerged)
     @rule(names=NAMES)

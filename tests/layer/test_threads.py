@@ -1,7 +1,8 @@
-"""One model served by several threads: each gets the answers and the gradients that it would get alone.
+"""One model served by several threads: each gets the answers and the gradients that it would get
+alone.
 
-Switches are made frequent by tiny sleeps inside the package, which change no result of code that is safe. `LOFT_RS_LONG=1` runs
-10^4 passes instead of a few hundred.
+Switches are made frequent by tiny sleeps inside the package, which change no result of code that is
+safe. `LOFT_RS_LONG=1` runs 10^4 passes instead of a few hundred.
 """
 
 import contextvars
@@ -24,8 +25,9 @@ PACKAGE = str(Path(loft_rs.__file__).parent)
 THREADS, ROUNDS = 8, 2
 KINDS = ["cayley", "output", "tied", "boft", "hra"]
 PASSES = 32 if os.environ.get("LOFT_RS_LONG") else 1  # of each thread in a round
-# Two results of float32 arithmetic, each of which may be as far from the exact one as test_forward_pass.py says. A reentrant
-# checkpoint adds up the gradients of all threads in any order: eight terms, or 256, whose partial sums are rounded as often.
+# Two results of float32 arithmetic, each of which may be as far from the exact one as
+# test_forward_pass.py says. A reentrant checkpoint adds up the gradients of all threads in any
+# order: eight terms, or 256, whose partial sums are rounded as often.
 TOLERANCE = 4e-6
 
 
@@ -53,7 +55,9 @@ def slowed(seed: int):
 
 
 def at_once(works: list) -> list:
-    """The results of `works`, each called in a thread of its own, all started together; or their first exception."""
+    """The results of `works`, each called in a thread of its own, all started together; or their
+    first exception.
+    """
     results, errors, gate = [None] * len(works), [], threading.Barrier(len(works))
 
     def run(i: int) -> None:
@@ -93,7 +97,9 @@ def with_gradients(module: nn.Module, x: torch.Tensor) -> list[torch.Tensor]:
 
 
 def accumulated(module: nn.Module, x: torch.Tensor) -> list[torch.Tensor]:
-    """The output alone, the gradients on the parameters: a reentrant checkpoint refuses `autograd.grad`."""
+    """The output alone, the gradients on the parameters: a reentrant checkpoint refuses
+    `autograd.grad`.
+    """
     y = module(x.clone().requires_grad_())
     y.square().sum().backward()
     return [y.detach()]
@@ -120,7 +126,9 @@ def write_over(model: nn.Module) -> None:
 
 
 def served(model: nn.Module, calls: list) -> None:
-    """In every round `calls`, each of a function, a module and an input, one after the other and then all at once."""
+    """In every round `calls`, each of a function, a module and an input, one after the other and
+    then all at once.
+    """
     for _ in range(ROUNDS):
         write_over(model)
         wanted = [function(module, x) for function, module, x in calls]
@@ -188,7 +196,9 @@ def test_some_threads_evaluate_while_others_compute_gradients(kind, placement):
 
 @pytest.mark.parametrize("grads", [False, True])
 def test_a_pass_that_runs_a_part_in_another_thread_and_its_context(grads):
-    """As `asyncio.to_thread` does: the part belongs to the pass that started it, or to none, and is right."""
+    """As `asyncio.to_thread` does: the part belongs to the pass that started it, or to none, and is
+    right.
+    """
     model, xs, function = build(placement="add"), inputs(), with_gradients if grads else quiet
     wanted = [function(model, x) for x in xs]
     second = net(model).blocks[1]

@@ -1,4 +1,6 @@
-"""narrow: training goes on at a lower rank in the planes turned the most, the same function, in every part of the package."""
+"""narrow: training goes on at a lower rank in the planes turned the most, the same function, in
+every part of the package.
+"""
 
 from __future__ import annotations
 
@@ -74,7 +76,7 @@ def one(n, m, r, *, seed=0, scale=0.3, dtype=torch.float64, **options):
     return model, layer
 
 
-# -- the function ----------------------------------------------------------------------------------------------------------
+# -- the function --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("side", "tied"), [("input", False), ("input", True), ("output", False)])
@@ -152,7 +154,7 @@ def test_what_is_narrowed_stays_orthogonal(n, m, r, ranks, transform, side, scal
             layer.adapters["default"].theta.copy_(scale * torch.randn(parameters(rank)))
 
 
-# -- the planes ------------------------------------------------------------------------------------------------------------
+# -- the planes ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("transform", ["cayley", "exp", "free"])
@@ -208,7 +210,7 @@ def test_layers_of_that_rank_or_less_are_left_alone():
     train(model, optimiser)
 
 
-# -- the optimiser ---------------------------------------------------------------------------------------------------------
+# -- the optimiser -------------------------------------------------------------------------------
 
 
 OPTIMISERS = {
@@ -312,7 +314,7 @@ def test_the_gradient_is_that_of_the_composed_weight():
         torch.testing.assert_close(layer.adapters["default"].theta.grad, theta.grad, atol=1e-11, rtol=1e-10)
 
 
-# -- failures --------------------------------------------------------------------------------------------------------------
+# -- failures ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -392,7 +394,7 @@ def test_what_cannot_be_narrowed_is_said():
     narrow(build(r=8), np.int64(4))
 
 
-# -- saving, merging, exporting --------------------------------------------------------------------------------------------
+# -- saving, merging, exporting ------------------------------------------------------------------
 
 
 def narrowed(base=None, **options):
@@ -451,7 +453,7 @@ def test_merge_unmerge_and_lora(tmp_path, side):
     assert apart(logits(model.merge_and_unload()), wanted) <= 1e-5
 
 
-# -- other ways to run -----------------------------------------------------------------------------------------------------
+# -- other ways to run ---------------------------------------------------------------------------
 
 
 def test_other_adapters_stay():
@@ -491,11 +493,13 @@ def test_a_model_that_was_compiled_before_sees_it(trained):
     torch.compiler.reset()
 
 
-# -- several processes -----------------------------------------------------------------------------------------------------
+# -- several processes ---------------------------------------------------------------------------
 
 
 def narrow_on_rank(rank, folder):
-    """One of two processes: a call that only rank 1 fails, one that both finish, and those of a sharded model."""
+    """One of two processes: a call that only rank 1 fails, one that both finish, and those of a
+    sharded model.
+    """
     torch.set_num_threads(1)
     torch.distributed.init_process_group(
         "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2, timeout=timedelta(seconds=120)

@@ -1,4 +1,6 @@
-"""refreshing.py, LoftRefreshCallback: a new support in mid-training, the same function, in every part of the package."""
+"""refreshing.py, LoftRefreshCallback: a new support in mid-training, the same function, in every
+part of the package.
+"""
 
 from __future__ import annotations
 
@@ -65,7 +67,7 @@ def test_a_refresh_with_a_wrong_option_changes_nothing(wrong):
     assert same(snapshot(model, optimiser), before)
 
 
-# -- the function ----------------------------------------------------------------------------------------------------------
+# -- the function --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -155,7 +157,7 @@ def test_directions_that_are_not_turned_are_dropped():
     assert delta.rank == 0
 
 
-# -- the support -----------------------------------------------------------------------------------------------------------
+# -- the support ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("side", ["input", "output"])
@@ -201,7 +203,7 @@ def test_a_principal_support_is_that_of_the_current_weight_and_a_random_one_is_n
         seen.append(own(layer).support.clone())
 
 
-# -- the optimiser ---------------------------------------------------------------------------------------------------------
+# -- the optimiser -------------------------------------------------------------------------------
 
 
 @given(n=st.integers(4, 9), r=st.integers(2, 4), r2=st.integers(2, 4), seed=st.integers(0, 2**31), free=st.booleans())
@@ -254,7 +256,7 @@ def test_moments_are_transported():
     assert any(rprop.state[p]["prev"].any() for p in rprop.state)  # an optimiser that was not given is left as it is
 
 
-# -- failures --------------------------------------------------------------------------------------------------------------
+# -- failures ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("how", ["raise", "interrupt", "nan", "no gradient", "late"])
@@ -331,7 +333,7 @@ def test_what_cannot_be_refreshed_is_said():
         refresh(model, token_batches(1), adapter_name="default")
 
 
-# -- other ways to run -----------------------------------------------------------------------------------------------------
+# -- other ways to run ---------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("tied", [True, [["q_proj", "k_proj", "v_proj"]]])
@@ -357,7 +359,8 @@ def test_every_way_has_the_gradient_of_the_composed_weight(side, placement):
     batch = token_batches(1, seed=5)[0]
     name, layer = next((n, each) for n, each in layers.items() if n.endswith("0.self_attn.o_proj"))
     theta = own(layer).theta
-    # The reference: G of the merged weight, through W = W0 R_f R(theta) or R(theta) R_f W0 from the definitions.
+    # The reference: G of the merged weight, through W = W0 R_f R(theta) or R(theta) R_f W0 from the
+    # definitions.
     twin = copy.deepcopy(model).merge_and_unload()
     merged = twin.get_submodule(name).weight.requires_grad_(True)
     twin(**batch).loss.backward()
@@ -446,7 +449,7 @@ def test_a_model_that_was_compiled_before_sees_the_refresh():
     torch.compiler.reset()
 
 
-# -- the callback ----------------------------------------------------------------------------------------------------------
+# -- the callback --------------------------------------------------------------------------------
 
 
 def test_the_callback_refreshes_and_resumes_to_the_same_weights(tmp_path):
@@ -489,11 +492,13 @@ def test_the_callback_refuses_what_cannot_be_refreshed_before_the_first_step(tmp
         assert run.state.global_step == 0 and not callback.reports
 
 
-# -- several processes -----------------------------------------------------------------------------------------------------
+# -- several processes ---------------------------------------------------------------------------
 
 
 def refresh_on_rank(rank, folder):
-    """One of two processes: a refresh over a share of the batches, and one that only rank 1 fails."""
+    """One of two processes: a refresh over a share of the batches, and one that only rank 1
+    fails.
+    """
     torch.set_num_threads(1)
     torch.distributed.init_process_group(
         "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2, timeout=timedelta(seconds=120)

@@ -35,7 +35,8 @@ def test_a_pass_reads_a_shared_input_as_rarely_as_it_can(monkeypatch, checkpoint
             model.enable_input_require_grads()
         return len(tall_products(monkeypatch, lambda: calibrate(model, [batch])))
 
-    # Two blocks of 7 linears, four products each: q, k and v, and gate and up, have X Omega together. The moments are in one of X^T.
+    # Two blocks of 7 linears, four products each: q, k and v, and gate and up, have X Omega
+    # together. The moments are in one of X^T.
     assert count(passes=1) == 2 * (7 * 4 - 3)
     assert count(passes=2) == 2 * (7 * 4 - 3) + 2 * 7 * 4
 

@@ -1,4 +1,6 @@
-"""`Budget`: ranks against brute force, and supports against exact spectra and against the same ranks given one by one."""
+"""`Budget`: ranks against brute force, and supports against exact spectra and against the same
+ranks given one by one.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +38,9 @@ spectra_of_a_layer = st.one_of(
 
 @st.composite
 def cases(draw):
-    """Spectra of up to four layers and a Budget, which now and then is one parameter short of its floors."""
+    """Spectra of up to four layers and a Budget, which now and then is one parameter short of its
+    floors.
+    """
     drawn = draw(st.integers(1, 4).flatmap(lambda count: st.lists(spectra_of_a_layer, min_size=count, max_size=count)))
     spectra = {f"l{i}": each for i, each in enumerate(drawn)}
     if all(len(each) < 2 for each in spectra.values()):
@@ -59,7 +63,9 @@ def cases(draw):
 
 
 def every_choice(spectra, budget):
-    """(energy, parameters, ranks) of every choice of even ranks between floors and caps, over the budget or not."""
+    """(energy, parameters, ranks) of every choice of even ranks between floors and caps, over the
+    budget or not.
+    """
     ranges = []
     for name, values in spectra.items():
         floor = budget.floor[name] if isinstance(budget.floor, dict) else budget.floor
@@ -246,7 +252,9 @@ def matrices(shape, seed, decay, scale=1.0):
 
 @pytest.fixture(scope="module")
 def model():
-    """Five layers of unlike spectra, one of which outweighs the rest; gradients and weights by name."""
+    """Five layers of unlike spectra, one of which outweighs the rest; gradients and weights by
+    name.
+    """
     shapes = [(200, 120), (96, 160), (130, 130), (64, 48), (300, 90)]
     pairs = {f"l{i}": matrices(shape, i, 0.2 + 0.25 * i, 5.0 if i == 0 else 1.0) for i, shape in enumerate(shapes)}
     return tuple({name: pair[part] for name, pair in pairs.items()} for part in (0, 1))

@@ -1,4 +1,6 @@
-"""Certificates against float64 truth: `energy` with its standard error, `values`, `residuals` and `gap` over many kinds of matrix."""
+"""Certificates against float64 truth: `energy` with its standard error, `values`, `residuals` and
+`gap` over many kinds of matrix.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +35,9 @@ def matrix(chance, shape, spectrum):
 
 
 def cases():
-    """(name, matrix, rank), more than 200 of them; an entry of the spectrum more than `rank` is looked at for the gap."""
+    """(name, matrix, rank), more than 200 of them; an entry of the spectrum more than `rank` is
+    looked at for the gap.
+    """
     chance = np.random.default_rng(0)
     for shape, spectrum, scale in itertools.product(SHAPES, SPECTRA, SCALES):
         a = matrix(chance, shape, spectrum) * scale

@@ -1,4 +1,6 @@
-"""`select_support`, `Support` and their file: invariants by hypothesis, every refusal by its message."""
+"""`select_support`, `Support` and their file: invariants by hypothesis, every refusal by its
+message.
+"""
 
 from __future__ import annotations
 

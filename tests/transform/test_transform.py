@@ -1,4 +1,6 @@
-"""transform.py, batch.py: orthogonality, the identity at the start, closed-form gradients against float64 autograd, batched values."""
+"""transform.py, batch.py: orthogonality, the identity at the start, closed-form gradients against
+float64 autograd, batched values.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +38,8 @@ def value(name: str, theta: torch.Tensor, root: torch.Tensor | None = None) -> t
 
 @given(st.integers(2, 96), st.floats(1e-4, 100), st.sampled_from(SKEW), st.integers(0, 2**31))
 def test_orthogonality(r, norm, name, seed):
-    # The fp64 solve is exact beside its one rounding to fp32, in which each entry of D changes by at most eps/2 of itself: so
+    # The fp64 solve is exact beside its one rounding to fp32, in which each entry of D changes by
+    # at most eps/2 of itself: so
     # ||T^T T - I||_2 <= 2 ||dD||_F <= eps ||D||_F <= 2 eps sqrt(r).
     delta, _ = get_transform(name).delta(theta_of_norm(r, norm, seed)[None], r)
     t = torch.eye(r, dtype=torch.float64) + delta[0].double()
@@ -67,7 +70,8 @@ def test_orthogonality_against_the_published_figures(name, r, norm):
     delta, _ = get_transform(name).delta(theta_of_norm(r, norm, 0)[None], r)
     t = torch.eye(r, dtype=torch.float64) + delta[0].double()
     error = float(torch.linalg.matrix_norm(t.mT @ t - torch.eye(r, dtype=torch.float64), 2))
-    # fp32 solves reach 5e-7, 3e-6, 1.5e-5 at these norms (r = 64); the fp64 solve rounded once must be below all of them.
+    # fp32 solves reach 5e-7, 3e-6, 1.5e-5 at these norms (r = 64); the fp64 solve rounded once must
+    # be below all of them.
     assert error <= 2e-7
 
 
@@ -140,7 +144,8 @@ def test_one_solve_and_one_node_serve_all_members(name, folded):
     roots = None if roots is None else roots + roots.mT
     weights = torch.randn(4, 5, 5, generator=generator, dtype=torch.float64)
     solution = solve(transform, torch.stack([theta.detach() for theta in thetas]), roots)
-    # The second is in the solve and not attached, as one that does not train; the last is attached and not used.
+    # The second is in the solve and not attached, as one that does not train; the last is attached
+    # and not used.
     deltas = attach(solution, [0, 2, 3], [thetas[i] for i in (0, 2, 3)])
     assert len({delta.grad_fn for delta in deltas}) == 1
     ((deltas[0] * weights[0]).sum() + (deltas[1] * weights[2]).sum()).backward()

@@ -1,6 +1,8 @@
-"""Adapters in tests/golden, saved by the code before a pass had values of its own, still load, compute, save and merge as they did.
+"""Adapters in tests/golden, saved by the code before a pass had values of its own, still load,
+compute, save and merge as they did.
 
-base.safetensors: the base model and an input `x`; in each folder an adapter as `save_pretrained` wrote it, and its output `y`.
+base.safetensors: the base model and an input `x`; in each folder an adapter as `save_pretrained`
+wrote it, and its output `y`.
 """
 
 import json
@@ -21,10 +23,11 @@ from loft_rs.inspection import inspect_adapter
 GOLDEN = Path(__file__).parent / "golden"
 NAMES = sorted(folder.name for folder in GOLDEN.iterdir() if folder.is_dir())
 FULL_RANK = ["boft", "oft"]
-# Two results of float32 arithmetic, a few products of 16 terms each. In bfloat16 each of some ten roundings in a row moves the
-# output by up to 2^-9 of its size.
+# Two results of float32 arithmetic, a few products of 16 terms each. In bfloat16 each of some ten
+# roundings in a row moves the output by up to 2^-9 of its size.
 TOLERANCE = {torch.float32: 4e-6, torch.bfloat16: 2e-2}
-# Their configs are of version 1. What version 2 says otherwise, as (support, transform); its other fields are the same.
+# Their configs are of version 1. What version 2 says otherwise, as (support, transform); its other
+# fields are the same.
 BLOCKS = {"name": "blocks", "factors": 1, "share": False, "output_scale": False}
 MOVED = {
     "boft": (BLOCKS | {"factors": 2, "output_scale": True}, "cayley"),

@@ -1,4 +1,6 @@
-"""Configs of format version 1, whose options of the support and of the transform were fields of their own, say what they said."""
+"""Configs of format version 1, whose options of the support and of the transform were fields of
+their own, say what they said.
+"""
 
 from __future__ import annotations
 
@@ -120,7 +122,7 @@ def assert_kept(config: LoftConfig, old: dict, folder: str | Path) -> None:
     assert (Path(folder) / "twice" / CONFIG).read_bytes() == (Path(folder) / "saved" / CONFIG).read_bytes()
 
 
-# -- every option ----------------------------------------------------------------------------------------------------------
+# -- every option --------------------------------------------------------------------------------
 
 # (the fields that were set, the options' object, what `transform` is now)
 CASES = {
@@ -259,7 +261,7 @@ def test_what_version_1_refused_is_refused(fields, message, tmp_path):
         peft.PeftConfig.from_pretrained(str(tmp_path))
 
 
-# -- adapters --------------------------------------------------------------------------------------------------------------
+# -- adapters ------------------------------------------------------------------------------------
 
 # Those that tests/golden has none of: (as it is made now, the fields that version 1 wrote).
 ADAPTERS = {
@@ -308,7 +310,7 @@ def test_an_adapter_with_a_config_of_version_1_is_what_it_was(case, tmp_path):
     assert (tmp_path / "peft of 1" / CONFIG).read_bytes() == (tmp_path / "peft of 2" / CONFIG).read_bytes()
 
 
-# -- the constructor -------------------------------------------------------------------------------------------------------
+# -- the constructor -----------------------------------------------------------------------------
 
 PLACES = {
     "halves": r"say support=loft_rs\.Pilot\(halves=True\)",

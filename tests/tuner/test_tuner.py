@@ -1,4 +1,6 @@
-"""tuner/: LOFT as a PEFT method - building, saving, several adapters, merging, resuming, refusing what does not fit."""
+"""tuner/: LOFT as a PEFT method - building, saving, several adapters, merging, resuming, refusing
+what does not fit.
+"""
 
 from __future__ import annotations
 

@@ -36,8 +36,9 @@ _LOG = logging.getLogger("loft_rs.calibration")
 
 @dataclass
 class Chosen:
-    """What a calibration found. By place: evidence, and `energies`, ||P^T S P||_F^2, of modules whose side was open. unreached: the
-    layers that no batch reached. batches: of all processes; None: a train_step's. starts: of kept pilots."""
+    """What a calibration found. By place: evidence, and `energies`, ||P^T S P||_F^2, of modules
+    whose side was open. unreached: the layers that no batch reached. batches: of all processes;
+    None: a train_step's. starts: of kept pilots."""
 
     supports: dict[str, Support] = field(default_factory=dict)
     evidence: dict[ModuleSide, SplitHalf] = field(default_factory=dict)
@@ -117,7 +118,9 @@ def plans_of(job: Job, run: Passes) -> dict[ModuleSide, Plan]:
 
 
 def groups_of(job: Job, run: Passes, plans: Mapping[ModuleSide, Plan]) -> tuple[list[list[ModuleSide]], Footprint]:
-    """The places that are sketched together, so that none takes more than the limit, and what the largest group takes."""
+    """The places that are sketched together, so that none takes more than the limit, and what the
+    largest group takes.
+    """
     changes = {} if job.pilot is None else changes_for(job.homes, job.adapter, job.pilot, None)
     survey = MemorySurvey(plans, job.model, job.homes, job.adapter, job.offload, changes)
     run.show(survey)
@@ -137,7 +140,9 @@ def run_groups(
     finished: Callable[[dict[ModuleSide, Sketch], int], None],
     trained: Mapping[ModuleSide, Support],
 ) -> None:
-    """Sketch one group after the other. finished: given the sketches of each that saw something, and the passes they took."""
+    """Sketch one group after the other. finished: given the sketches of each that saw something,
+    and the passes they took.
+    """
     device = torch.device("cpu") if job.offload else None
     for number, group in enumerate(groups, 1):
         sketches = {
@@ -180,7 +185,9 @@ def shared_ranks(sketches: Mapping[ModuleSide, Sketch], job: Job, budget: Budget
 
 
 def unreached_supports(layers: Mapping[str, Linear], config: LoftConfig, adapter: str) -> dict[str, Support]:
-    """Supports for layers that no calibration batch reached: the one a layer has, or a random one, so that training can go on."""
+    """Supports for layers that no calibration batch reached: the one a layer has, or a random one,
+    so that training can go on.
+    """
     supports = {}
     for name, layer in layers.items():
         side = layer.adapters[adapter].side

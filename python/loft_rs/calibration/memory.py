@@ -1,13 +1,17 @@
-"""The memory that calibration takes above the frozen training step: known before it starts, and kept under a limit by groups of layers.
+"""The memory that calibration takes above the frozen training step: known before it starts, and
+kept under a limit by groups of layers.
 
     sketches      the sums of a pass and the basis Q, in float32 (float64 for a float64 base), and Omega, one for all layers of a width;
-                  of a pilot the factors of all layers' changes, with their gradients and Adam's state
+                  of a pilot the factors of all layers' changes, with their gradients and Adam's
+                  state
     activations   what a tap keeps from its layer's forward to its backward: X, once for all layers that read it (output side Y0; for
-                  gradsvd X, in pass 2 the N x k product; a pilot both); of blocks that are checkpointed only one block's
+                  gradsvd X, in pass 2 the N x k product; a pilot both); of blocks that are
+                  checkpointed only one block's
     workspace     the products of one layer at a time; of a pilot in halves what partners take, if that is more
 
-Sizes, not estimates: sketches on the meta device are asked for the first two, with the shapes that one forward pass over the largest
-batch shows. It is a bound: what the model itself keeps for its backward, X among it perhaps, is not taken off.
+Sizes, not estimates: sketches on the meta device are asked for the first two, with the shapes that
+one forward pass over the largest batch shows. It is a bound: what the model itself keeps for its
+backward, X among it perhaps, is not taken off.
 """
 
 from __future__ import annotations
@@ -37,9 +41,11 @@ _UNITS = {"": 1, "b": 1} | {f"{p}{i}b": (1024 if i else 1000) ** n for n, p in e
 
 @dataclass(frozen=True)
 class Footprint:
-    """Bytes on the model's device above the frozen training step, at the pass and group of layers that take most.
+    """Bytes on the model's device above the frozen training step, at the pass and group of layers
+    that take most.
 
-    `activations` and `workspace` are None with a `train_step`, of whose batches nothing is known beforehand. Every pass runs once a group.
+    `activations` and `workspace` are None with a `train_step`, of whose batches nothing is known
+    beforehand. Every pass runs once a group.
     """
 
     sketches: int
@@ -62,7 +68,9 @@ def _shown(size: int) -> str:
 
 
 def byte_count(memory: int | str | None) -> int | None:
-    """Bytes of an integer or of a string such as "512MiB" or "2 GB". ValueError for anything else, or nothing."""
+    """Bytes of an integer or of a string such as "512MiB" or "2 GB". ValueError for anything else,
+    or nothing.
+    """
     if memory is None:
         return None
     found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([a-z]*)", memory.strip().lower()) if isinstance(memory, str) else None
@@ -87,7 +95,9 @@ def checkpointed_blocks(model: nn.Module) -> list[Any]:
 
 
 class MemorySurvey:
-    """What each layer will hold in each pass. `tap` is put into the layers for one forward pass, which shows their shapes."""
+    """What each layer will hold in each pass. `tap` is put into the layers for one forward pass,
+    which shows their shapes.
+    """
 
     def __init__(
         self,
@@ -156,8 +166,8 @@ class MemorySurvey:
         return Footprint(held, activations, max(self.workspace[name] for name in names))
 
     def groups(self, limit: int | None) -> tuple[list[list[ModuleSide]], Footprint]:
-        """The layers in as few groups of neighbours as the limit allows, and what the largest takes. ValueError where one, or the pilot of
-        all, is too much."""
+        """The layers in as few groups of neighbours as the limit allows, and what the largest
+        takes. ValueError where one, or the pilot of all, is too much."""
         bound = math.inf if limit is None else limit
         whole = limit is None or self.pilot
         groups: list[list[ModuleSide]] = [list(self.layers)] if whole else []

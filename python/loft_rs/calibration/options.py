@@ -35,9 +35,10 @@ TRIAL = 2
 class Job:
     """One calibration, checked.
 
-    adapted: the adapter's layers by name; layers: those that hold a support of their own. places: the sides at which each is sketched,
-    of both in `undecided`. batches: None where a train_step takes their place. head: what is warmed up first. trial: ranks that a budget
-    is shared out from. single: one pass, from a wider sketch.
+    adapted: the adapter's layers by name; layers: those that hold a support of their own. places:
+    the sides at which each is sketched, of both in `undecided`. batches: None where a train_step
+    takes their place. head: what is warmed up first. trial: ranks that a budget is shared out from.
+    single: one pass, from a wider sketch.
     """
 
     model: nn.Module
@@ -193,7 +194,9 @@ def checked_batches(
 
 
 def _of_plain_values(batch: Any) -> bool:
-    """Whether there is nothing but text, numbers and None in it, of which no model computes a loss."""
+    """Whether there is nothing but text, numbers and None in it, of which no model computes a
+    loss.
+    """
     if isinstance(batch, Mapping):
         return all(map(_of_plain_values, batch.values()))
     if isinstance(batch, (list, tuple)):

@@ -1,5 +1,5 @@
-"""The runs that calibration makes of a model over its batches: passes that feed sketches, and the short trainings of a fresh head and of
-a pilot.
+"""The runs that calibration makes of a model over its batches: passes that feed sketches, and the
+short trainings of a fresh head and of a pilot.
 """
 
 from __future__ import annotations
@@ -29,13 +29,14 @@ __all__ = ["HEAD_LEARNING_RATE", "LOSS_SCALE", "Passes", "require_finite"]
 HEAD_LEARNING_RATE = 1e-3
 # Batches that a kept pilot's scale is looked for on.
 SEARCHED = 4
-# Mean losses have gradients that float16 rounds to zero. A power of two changes nothing in the other formats.
+# Mean losses have gradients that float16 rounds to zero. A power of two changes nothing in the
+# other formats.
 LOSS_SCALE = 1024.0
 
 
 def _untapped(adapter: str, reach: bool = False) -> Callable[..., Tensor]:
-    """The tap of a layer that has nothing to show: its adapter is at the identity. reach: its input gets a gradient, so that the loss
-    has a backward pass whichever layers are tapped."""
+    """The tap of a layer that has nothing to show: its adapter is at the identity. reach: its input
+    gets a gradient, so that the loss has a backward pass whichever layers are tapped."""
 
     def run(layer: Linear, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if reach and torch.is_grad_enabled() and not x.requires_grad:
@@ -46,7 +47,9 @@ def _untapped(adapter: str, reach: bool = False) -> Callable[..., Tensor]:
 
 
 class Passes:
-    """Runs forward (and backward) over the calibration batches of this process, and adds up what all of them saw."""
+    """Runs forward (and backward) over the calibration batches of this process, and adds up what
+    all of them saw.
+    """
 
     def __init__(self, job: Job):
         self.model, self.adapter, self.batches, self.train_step = job.model, job.adapter, job.batches, job.train_step
@@ -64,7 +67,9 @@ class Passes:
         )
 
     def show(self, survey: MemorySurvey) -> None:
-        """One forward pass without gradient over the largest batch, where there is one to be had."""
+        """One forward pass without gradient over the largest batch, where there is one to be
+        had.
+        """
         with self.processes.stage():
             if self.batches is None:
                 return
@@ -74,7 +79,9 @@ class Passes:
             self._forward(max(self.batches, key=_size), backward=False)
 
     def one_pass(self, sketches: Mapping[ModuleSide, Sketch], *, backward: bool, label: str, last: bool) -> None:
-        """Add one pass to these sketches. last: they are those of the last group, so that a batch no layer has seen is an error."""
+        """Add one pass to these sketches. last: they are those of the last group, so that a batch
+        no layer has seen is an error.
+        """
         tapped = by_module(sketches)
         for name, tied in self.layers.items():
             for part, layer in enumerate(tied):
@@ -149,7 +156,9 @@ class Passes:
         self._train(head, steps, HEAD_LEARNING_RATE, "head warm-up")
 
     def pilot(self, changes: Mapping[ModuleSide, LowRankChange], pilot: Pilot, seed: int) -> dict[ModuleSide, Support]:
-        """Train these changes, of all the layers, and give rank 0's supports of those that a gradient reached."""
+        """Train these changes, of all the layers, and give rank 0's supports of those that a
+        gradient reached.
+        """
         for place, change in changes.items():
             for part, layer in enumerate(self.layers[place.module]):
                 layer.tap = PilotTap(change, self.adapter, part)
@@ -167,9 +176,11 @@ class Passes:
     def best_scale(
         self, scales: Sequence[float], taps: Callable[[float], Mapping[Any, Callable[..., Tensor]]]
     ) -> float:
-        """The scale of kept pilots at which a few batches have the lowest loss; the first with a train_step, whose loss nobody sees.
+        """The scale of kept pilots at which a few batches have the lowest loss; the first with a
+        train_step, whose loss nobody sees.
 
-        scales: tried one after the other, until the loss rises. taps: what each layer runs at a scale.
+        scales: tried one after the other, until the loss rises. taps: what each layer runs at a
+            scale.
         """
         if self.batches is None:
             return scales[0]
@@ -195,7 +206,8 @@ class Passes:
         label: str,
         check: Callable[[str], None] = lambda where: None,
     ) -> None:
-        """A few Adam steps on these alone, in float32 or wider, on the gradient's mean over the processes.
+        """A few Adam steps on these alone, in float32 or wider, on the gradient's mean over the
+        processes.
 
         check: looks at what the batch of a process gave them, which is named.
         """
@@ -224,7 +236,9 @@ class Passes:
 
 
 def require_finite(sketches: Mapping[Any, Sketch], where: str) -> None:
-    """NonFiniteError where a batch has brought NaN: it fills whole rows of a sum, so that one column tells, read at once for all layers."""
+    """NonFiniteError where a batch has brought NaN: it fills whole rows of a sum, so that one
+    column tells, read at once for all layers.
+    """
     columns: dict[torch.device, list[Tensor]] = {}
     for sketch in sketches.values():
         for value in sketch.pending.values():

@@ -1,23 +1,26 @@
 """Pilots: supports from what a short run of low-rank training changes.
 
-For a few Adam steps every layer computes y + (x A^T) B^T beside what it has, and so becomes W = W0 + B A (of a refreshed adapter
-W_cur + B A). On the input side A (k x n) starts at zero and B (m x k) at random, N(0, 1/k): the reverse of LoRA's start, so that the row
-space of B A is all learnt. Then
+For a few Adam steps every layer computes y + (x A^T) B^T beside what it has, and so becomes
+W = W0 + B A (of a refreshed adapter W_cur + B A). On the input side A (k x n) starts at zero and B
+(m x k) at random, N(0, 1/k): the reverse of LoRA's start, so that the row space of B A is all
+learnt. Then
 
     P = the top r right singular vectors of B A        (output side: A drawn, B learnt, and the left ones)
 
-of layers that are tied of their changes B A stacked. With A^T = Q R (n x k) and B = U L, U orthonormal, B A = U (L R^T) Q^T: P = Q V with
-V the right singular vectors of the k x k matrix L R^T, in float64. Nothing of the pilot is left in the model, but
-that a kept one is where its transform starts (`start.py`).
+of layers that are tied of their changes B A stacked. With A^T = Q R (n x k) and B = U L, U
+orthonormal, B A = U (L R^T) Q^T: P = Q V with V the right singular vectors of the k x k matrix L
+R^T, in float64. Nothing of the pilot is left in the model, but that a kept one is where its
+transform starts (`start.py`).
 
-To first order a rotation adds W0 P A P^T: it reads span(P), and what it writes is W0's image of that same span. With
-`Pilot(halves=True)` a half of P is there to be written to,
+To first order a rotation adds W0 P A P^T: it reads span(P), and what it writes is W0's image of
+that same span. With `Pilot(halves=True)` a half of P is there to be written to,
 
     P = [V, Y],  V = v_1, ..., v_h,  Y orthonormal, spans what (W0^T W0 + c I)^{-1} W0^T u_i has outside V,  c = ||W0||_F^2 / (100 n)
 
-with h = r - r//2 and i <= r//2, of B A = sum s_i u_i v_i^T: W0 takes these partners nearly to u_i (c leaves out what W0 hardly reaches),
-so that B A's strongest terms are nearly W0 Y M V^T for some M, which is what a transform in halves makes, less a transposed term. On the
-output side of (B A)^T and W0^T.
+with h = r - r//2 and i <= r//2, of B A = sum s_i u_i v_i^T: W0 takes these partners nearly to u_i
+(c leaves out what W0 hardly reaches), so that B A's strongest terms are nearly W0 Y M V^T for some
+M, which is what a transform in halves makes, less a transposed term. On the output side of (B A)^T
+and W0^T.
 """
 
 from __future__ import annotations
@@ -50,9 +53,10 @@ _BY_WEIGHTS = "halves needs dense weights, to find partners by"
 class _AddChange(torch.autograd.Function):
     """y + (x D) U^T, in y's dtype, of y (N x m), x (N x n) and skinny D (n x k) and U (m x k).
 
-    The products, and so the gradients of D and U, are `products.product`'s: float32 or wider, since the factors are float32, a first step's
-    entries are as small as the rate, and float16 could overflow; bfloat16 on a GPU, where float32 would cost as much as the base does, is
-    multiplied as it is and summed in float32. The sum is rounded to y's dtype once.
+    The products, and so the gradients of D and U, are `products.product`'s: float32 or wider, since
+    the factors are float32, a first step's entries are as small as the rate, and float16 could
+    overflow; bfloat16 on a GPU, where float32 would cost as much as the base does, is multiplied as
+    it is and summed in float32. The sum is rounded to y's dtype once.
     """
 
     @staticmethod
@@ -81,7 +85,8 @@ def _as(tensor: Tensor, half: bool) -> Tensor:
 class LowRankChange:
     """W - W0 of one layer, and of those tied to it, as a pilot trains it.
 
-    Of each of them `learnt` (n x k), which starts at zero, and `drawn` (m x k): A^T and B; on the output side B and A^T.
+    Of each of them `learnt` (n x k), which starts at zero, and `drawn` (m x k): A^T and B; on the
+    output side B and A^T.
     """
 
     tap_input = True
@@ -118,7 +123,9 @@ class LowRankChange:
         return _AddChange.apply(*rows, down, up).view(y.shape)
 
     def support(self, seed: int) -> Support | None:
-        """P (n x r) and what it, in halves V, captures of ||B A||_F^2; None where nothing was learnt."""
+        """P (n x r) and what it, in halves V, captures of ||B A||_F^2; None where nothing was
+        learnt.
+        """
         learnt, drawn = ([t.detach().double().cpu().numpy() for t in each] for each in (self.learnt, self.drawn))
         q, r = np.linalg.qr(np.hstack(learnt))
         ends = np.cumsum([a.shape[1] for a in learnt])
@@ -150,7 +157,9 @@ class LowRankChange:
         )
 
     def weight(self) -> Tensor:
-        """W0, of tied layers stacked (m x n), on the output side its transpose; float64, on its own device (MPS: on the CPU)."""
+        """W0, of tied layers stacked (m x n), on the output side its transpose; float64, on its own
+        device (MPS: on the CPU).
+        """
         weights = [dense_or_raise(layer, "a pilot in halves, or that is kept,").detach() for layer in self.layers]
         weight = torch.cat(weights) if self.side == "input" else weights[0].mT
         return weight.cpu().double() if weight.device.type == "mps" else weight.double()
@@ -172,7 +181,7 @@ class LowRankChange:
         lengths = np.linalg.norm(y, axis=0)
         return orthonormalize(np.hstack([v, y / np.where(lengths > 0, lengths, 1.0)]))
 
-    # -- what `memory.MemorySurvey` asks of it -----------------------------------------------------------------------------------
+    # -- what `memory.MemorySurvey` asks of it ----------------------------------------------------
 
     def on_forward(self, x: Tensor, y0: Tensor | None) -> list[Tensor]:
         """What the forward keeps for the backward: X, and its product."""
@@ -183,14 +192,17 @@ class LowRankChange:
         return []
 
     def held(self) -> int:
-        """Bytes of the factors, of their gradients, of Adam's two moments, and of what Adam makes and drops."""
+        """Bytes of the factors, of their gradients, of Adam's two moments, and of what Adam makes
+        and drops.
+        """
         return 5 * sum(factor.nbytes for factor in self.factors)
 
     def workspace(self, rows: int, dtype: torch.dtype, device: str, offload: bool) -> int:
         tall = max(len(factor) for factor in self.factors)
         k, size = max(a.shape[1] for a in self.learnt), self.learnt[0].dtype.itemsize
         own, other = len(self.learnt[0]), sum(len(drawn) for drawn in self.drawn)
-        # For partners W0 in float64 beside the stack of tied ones, and the Gram matrix with its factor.
+        # For partners W0 in float64 beside the stack of tied ones, and the Gram matrix with its
+        # factor.
         solve = 16 * (own * other + min(own, other) ** 2) if self.read < self.rank else 0
         # The change, its input or gradient in float32, and the sum in the layer's dtype.
         return max(solve, rows * tall * (2 * size + dtype.itemsize) + 2 * rows * k * size)
@@ -198,7 +210,8 @@ class LowRankChange:
 
 @torch.no_grad()
 def partners(weight: Tensor, images: Tensor) -> Tensor:
-    """Y = (W^T W + c I)^{-1} W^T U (n x k), nearly W^+ U, of W (m x n) and U (m x k), float64 on W's device.
+    """Y = (W^T W + c I)^{-1} W^T U (n x k), nearly W^+ U, of W (m x n) and U (m x k), float64 on
+    W's device.
 
     c = ||W||_F^2 / (100 n), so that Y's directions do not depend on W's scale. Of W = 0 it is zero.
     """
@@ -218,7 +231,9 @@ def _read(layer: AdaptedLinear, adapter: str) -> int:
 
 
 class PilotTap:
-    """What a layer runs in place of its adapted forward during a pilot. part: which of the tied layers it is."""
+    """What a layer runs in place of its adapted forward during a pilot. part: which of the tied
+    layers it is.
+    """
 
     def __init__(self, change: LowRankChange, adapter: str, part: int):
         self.change, self.adapter, self.part = change, adapter, part
@@ -230,9 +245,11 @@ class PilotTap:
 def changes_for(
     layers: Mapping[Any, AdaptedLinear], adapter: str, pilot: Pilot, seed: int | None
 ) -> dict[Any, LowRankChange]:
-    """The changes that a pilot starts from: the same on every process and device. seed: None for their shapes alone.
+    """The changes that a pilot starts from: the same on every process and device. seed: None for
+    their shapes alone.
 
-    ValueError where the pilot's rank is below the adapter's, in halves the first one's. TypeError where partners need dense weights.
+    ValueError where the pilot's rank is below the adapter's, in halves the first one's. TypeError
+    where partners need dense weights.
     """
     most = max(_read(layer, adapter) for layer in layers.values())
     halved = [name for name, layer in layers.items() if _read(layer, adapter) < layer.adapters[adapter].rank]
@@ -260,7 +277,9 @@ def changes_for(
 
 
 def some_gradient(changes: Mapping[Any, LowRankChange], where: str) -> bool:
-    """Whether a step gave any layer a gradient. NonFiniteError where one is NaN or Inf; the sums that tell are read at once."""
+    """Whether a step gave any layer a gradient. NonFiniteError where one is NaN or Inf; the sums
+    that tell are read at once.
+    """
     sums: dict[torch.device, list[Tensor]] = {}
     for change in changes.values():
         for factor in change.factors:

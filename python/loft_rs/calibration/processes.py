@@ -1,4 +1,6 @@
-"""What the processes of one `torch.distributed` run do together; in a process that runs alone each of these does nothing."""
+"""What the processes of one `torch.distributed` run do together; in a process that runs alone each
+of these does nothing.
+"""
 
 from __future__ import annotations
 
@@ -28,9 +30,11 @@ class Processes:
 
     @contextmanager
     def stage(self) -> Iterator[None]:
-        """Work that one process may fail in: at its end all raise where one has, so that none waits for ever.
+        """Work that one process may fail in: at its end all raise where one has, so that none waits
+        for ever.
 
-        RuntimeError names the first process that failed; that one raises its own error. The work itself may not communicate.
+        RuntimeError names the first process that failed; that one raises its own error. The work
+        itself may not communicate.
         """
         error = None
         try:

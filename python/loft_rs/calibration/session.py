@@ -25,8 +25,8 @@ def _train(module: nn.Module, *_: Any) -> None:
 
 
 def _evaluating(block: Any) -> tuple[Callable[..., None], Callable[..., Any]]:
-    """(forward pre-hook, checkpoint function) with which a block is checkpointed, as transformers does in training mode alone, and yet
-    runs in evaluation mode."""
+    """(forward pre-hook, checkpoint function) with which a block is checkpointed, as transformers
+    does in training mode alone, and yet runs in evaluation mode."""
     checkpoint = block._gradient_checkpointing_func
     running: list[bool] = []
 
@@ -50,13 +50,14 @@ def _evaluating(block: Any) -> tuple[Callable[..., None], Callable[..., Any]]:
 
 @contextmanager
 def calibrating(model: nn.Module, layers: Mapping[str, Linear], head: list[nn.Parameter]):
-    """Dropout off whatever a train_step says, no cache, no parameter with a gradient; at the end all is put back, after an error the head
-    too."""
+    """Dropout off whatever a train_step says, no cache, no parameter with a gradient; at the end
+    all is put back, after an error the head too."""
     training = [(module, module.training) for module in model.modules()]
     gradients = [(p, p.grad) for p in model.parameters()]
     weights = [p.detach().clone() for p in head]
     blocks = checkpointed_blocks(model)
-    # A quantised layer may take another way in evaluation mode, without a backward pass (bitsandbytes on a CPU).
+    # A quantised layer may take another way in evaluation mode, without a backward pass
+    # (bitsandbytes on a CPU).
     bases = {module for layer in layers.values() for module in layer.base_layer.modules()}
     hooks = [
         module.register_forward_pre_hook(_train if module in bases else _evaluate)

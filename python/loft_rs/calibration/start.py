@@ -1,14 +1,18 @@
-"""Kept pilots: the transform that training starts from, nearest to what the pilot has changed (`Pilot(keep=True)`).
+"""Kept pilots: the transform that training starts from, nearest to what the pilot has changed
+(`Pilot(keep=True)`).
 
-With Delta = B A the pilot's change of W0 (of an adapter on the output side W0^T and Delta^T, whose rotation is T^T), theta makes
+With Delta = B A the pilot's change of W0 (of an adapter on the output side W0^T and Delta^T, whose
+rotation is T^T), theta makes
 ||W(theta) - W0 - Delta||_F small:
 
     any P            T is the polar factor of (W0 P)^T (W0 + Delta) P with determinant 1: W0 P T is nearest to (W0 + Delta) P
     halves [V, Y]    to first order W = W0 + s (M B V^T - N B^T Y^T),  M = W0 Y,  N = W0 V,  s = -2 for cayley and 1 for exp, is nearest
-                     where (M^T M) B + B (N^T N) = (M^T Delta V - (N^T Delta Y)^T) / s, a Sylvester equation of two symmetric matrices
+                     where (M^T M) B + B (N^T N) = (M^T Delta V - (N^T Delta Y)^T) / s, a Sylvester
+                     equation of two symmetric matrices
 
-The pilot has gone a part of the way, and the start makes a part of its change, so a longer step the same way is better: theta is
-multiplied by the scale of `SCALES` at which the loss of a few batches is lowest (`Passes.best_scale`).
+The pilot has gone a part of the way, and the start makes a part of its change, so a longer step the
+same way is better: theta is multiplied by the scale of `SCALES` at which the loss of a few batches
+is lowest (`Passes.best_scale`).
 """
 
 from __future__ import annotations
@@ -39,7 +43,9 @@ _UNSEEN = 1e-6
 
 
 class Start(NamedTuple):
-    """theta (float64, as the transform shapes it) at scale 1; W0 P and Delta P (m x r) and ||Delta||_F^2, of the side's own form."""
+    """theta (float64, as the transform shapes it) at scale 1; W0 P and Delta P (m x r) and
+    ||Delta||_F^2, of the side's own form.
+    """
 
     theta: Tensor
     images: Tensor
@@ -53,7 +59,9 @@ class Start(NamedTuple):
         return d.mT if output else d
 
     def made(self, delta: Tensor) -> float:
-        """1 - ||W(theta) - W0 - Delta||_F^2 / ||Delta||_F^2 at this D, the part of the pilot's change that is made."""
+        """1 - ||W(theta) - W0 - Delta||_F^2 / ||Delta||_F^2 at this D, the part of the pilot's
+        change that is made.
+        """
         step = self.images @ delta
         return float((2 * (step * self.changes).sum() - step.square().sum()) / self.size)
 
@@ -85,7 +93,9 @@ def _between(images: Tensor, changes: Tensor, first: int, slope: float) -> Tenso
 
 
 def _rotation(images: Tensor, changes: Tensor, cayley: bool) -> Tensor:
-    """theta (r(r - 1)/2,) of the polar factor, with determinant 1. Directions that W0 does not see are left alone."""
+    """theta (r(r - 1)/2,) of the polar factor, with determinant 1. Directions that W0 does not see
+    are left alone.
+    """
     gram = images.mT @ images
     gram.diagonal().add_(_UNSEEN * gram.diagonal().max())
     u, _, vt = torch.linalg.svd(gram + images.mT @ changes)
@@ -101,7 +111,9 @@ def _rotation(images: Tensor, changes: Tensor, cayley: bool) -> Tensor:
 
 
 class StartTap:
-    """What a layer runs while the scale is looked for: W(theta) x in place of its adapted forward. factors: of W(theta) - W0."""
+    """What a layer runs while the scale is looked for: W(theta) x in place of its adapted forward.
+    factors: of W(theta) - W0.
+    """
 
     def __init__(self, change: LowRankChange, adapter: str, factors: tuple[Tensor, Tensor]):
         self.change, self.adapter, self.factors = change, adapter, factors
@@ -112,7 +124,9 @@ class StartTap:
 
 
 def taps_of(change: LowRankChange, adapter: str, basis: Tensor, start: Start, delta: Tensor) -> dict[Any, StartTap]:
-    """The tap of each of the tied layers: P is what the pilot's change calls learnt, the layer's part of W0 P D what it calls drawn."""
+    """The tap of each of the tied layers: P is what the pilot's change calls learnt, the layer's
+    part of W0 P D what it calls drawn.
+    """
     held = change.learnt[0]
     parts = (start.images @ delta).split([len(drawn) for drawn in change.drawn])
     factors = [(basis.to(held), part.to(held).contiguous()) for part in parts]
@@ -121,7 +135,8 @@ def taps_of(change: LowRankChange, adapter: str, basis: Tensor, start: Start, de
 
 @dataclass(frozen=True)
 class Starts:
-    """What training starts from. scale: of all layers. thetas: module name -> theta. made: module name -> the part of the pilot's
+    """What training starts from. scale: of all layers. thetas: module name -> theta. made: module
+    name -> the part of the pilot's
     ||B A||_F^2 that the start makes."""
 
     scale: float

@@ -1,4 +1,6 @@
-"""The commands demo, select and inspect; and how a command shows progress and refuses to write over a result."""
+"""The commands demo, select and inspect; and how a command shows progress and refuses to write over
+a result.
+"""
 
 from __future__ import annotations
 
@@ -13,15 +15,18 @@ __all__ = ["demo", "inspect", "refuse_existing", "select", "show_progress"]
 
 
 def refuse_existing(path: Path, flag: str, force: bool) -> None:
-    """ValueError where a result is there already, unless it may be written over. An empty folder is none."""
+    """ValueError where a result is there already, unless it may be written over. An empty folder is
+    none.
+    """
     there = any(path.iterdir()) if path.is_dir() else path.exists()
     if there and not force:
         raise ValueError(f"{flag}: {path} exists already; add --force to write over it, or give another")
 
 
 def demo(options: argparse.Namespace) -> None:
-    # Beside one other busy process on two cores, OpenMP threads that spin at barriers made a step 20 times slower, and
-    # ones that sleep 2 times; on an idle machine the two are equal. PyTorch reads this when it is loaded.
+    # Beside one other busy process on two cores, OpenMP threads that spin at barriers made a step
+    # 20 times slower, and ones that sleep 2 times; on an idle machine the two are equal. PyTorch
+    # reads this when it is loaded.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     from dataclasses import fields
 
@@ -72,7 +77,9 @@ def show_progress(name: str, done: int, total: int) -> None:
 
 
 def _layers(path: Path, argument: str) -> dict:
-    """The 2-D tensors of a file by module name: `q_proj.weight` is the layer `q_proj`. Of gradients, what is left out is said."""
+    """The 2-D tensors of a file by module name: `q_proj.weight` is the layer `q_proj`. Of
+    gradients, what is left out is said.
+    """
     from .._files import read_safetensors
     from ..support.files import holds_supports
 

@@ -1,6 +1,7 @@
 """The subcommands of `loft-rs`: their arguments, and an example of each.
 
-The arguments of a command are added only where it is the one that was called: `loft-rs --help` then needs nothing that is slow to import.
+The arguments of a command are added only where it is the one that was called: `loft-rs --help` then
+needs nothing that is slow to import.
 """
 
 from __future__ import annotations
@@ -16,7 +17,9 @@ __all__ = ["COMMANDS", "parser"]
 
 
 class Command(NamedTuple):
-    """run: what it does; may give an exit status. extra: what it needs installed. words: Python's arguments in messages -> the shell's."""
+    """run: what it does; may give an exit status. extra: what it needs installed. words: Python's
+    arguments in messages -> the shell's.
+    """
 
     run: Callable[[argparse.Namespace], int | None]
     arguments: Callable[[argparse.ArgumentParser], None]
@@ -82,9 +85,9 @@ def _demo(demo: argparse.ArgumentParser) -> None:
 
     demo.add_argument(
         "--support",
-        choices=(*CALIBRATED_SUPPORTS, *DATA_FREE_SUPPORTS),
+        choices=("halves", *CALIBRATED_SUPPORTS, *DATA_FREE_SUPPORTS),
         default=argparse.SUPPRESS,
-        help="of the LOFT row (default: principal)",
+        help="of the LOFT row (default: halves, a pilot in halves)",
     )
     demo.add_argument("--rank", type=int, default=argparse.SUPPRESS, help="rank of the LOFT supports (default: 64)")
     demo.add_argument(

@@ -1,7 +1,9 @@
-"""PEFT's OFT, BOFT, HRA and PSOFT checkpoints as LOFT adapters that compute the same function, and back.
+"""PEFT's OFT, BOFT, HRA and PSOFT checkpoints as LOFT adapters that compute the same function, and
+back.
 
-Every method is W = W0 R (BOFT: diag(s) W0 R). With Cayley(A) = (I - A)(I + A)^{-1}, theta the strict lower triangle of A row by row, and
-Q the skew matrix whose strict upper triangle v PEFT stores:
+Every method is W = W0 R (BOFT: diag(s) W0 R). With Cayley(A) = (I - A)(I + A)^{-1}, theta the
+strict lower triangle of A row by row, and Q the skew matrix whose strict upper triangle v PEFT
+stores:
 
     OFT     x -> x O in every block, R = O^T.  O = Cayley(Q):              A = -Q, theta_ij =  v_ji
                                                O = I + 2Q + 2Q^2 + ...:    A =  Q, theta_ij = -v_ji
@@ -10,8 +12,9 @@ Q the skew matrix whose strict upper triangle v PEFT stores:
     HRA     R = H_0 H_1 ... of the columns of U:  theta = U as it is
     PSOFT   T = diag(b) Cayley(-Q) diag(a), series or not:  A = -Q, theta_ij = v_ji, then a - 1, then b - 1
 
-PEFT's series of t terms is (I - A) sum_{k <= K} (-A)^k with K = t - 2. PSOFT's checkpoint holds no P: PEFT takes the SVD of W0 again at
-every load, and so does the conversion, once. On the way back P must span PEFT's basis, P = P' V, and the generator becomes V A V^T.
+PEFT's series of t terms is (I - A) sum_{k <= K} (-A)^k with K = t - 2. PSOFT's checkpoint holds no
+P: PEFT takes the SVD of W0 again at every load, and so does the conversion, once. On the way back P
+must span PEFT's basis, P = P' V, and the generator becomes V A V^T.
 """
 
 from __future__ import annotations
@@ -42,18 +45,21 @@ def convert_adapter(
     *,
     progress: Progress | None = None,
 ) -> str:
-    """Write a PEFT OFT, BOFT, HRA or PSOFT adapter as a LOFT adapter with the same function; or such a LOFT adapter as the method's own.
+    """Write a PEFT OFT, BOFT, HRA or PSOFT adapter as a LOFT adapter with the same function; or
+    such a LOFT adapter as the method's own.
 
-    src: folder with `adapter_config.json` and `adapter_model.safetensors`. dst: the folder to write, whole or not at all; in an existing
-    one the two files are replaced. base_model: the model the adapter was trained on, without adapters, or its folder; None: the folder
-    that the config names. Only PSOFT needs it (its checkpoint holds no basis; on the device of `base_model`, where PEFT would compute
-    it), and a LOFT adapter on its way to PSOFT or, without an output scale, to BOFT. progress: called with (module, done, total) for
-    every SVD.
+    src: folder with `adapter_config.json` and `adapter_model.safetensors`. dst: the folder to
+    write, whole or not at all; in an existing one the two files are replaced. base_model: the model
+    the adapter was trained on, without adapters, or its folder; None: the folder that the config
+    names. Only PSOFT needs it (its checkpoint holds no basis; on the device of `base_model`, where
+    PEFT would compute it), and a LOFT adapter on its way to PSOFT or, without an output scale, to
+    BOFT. progress: called with (module, done, total) for every SVD.
 
-    Returns `dst`. Tensors of `modules_to_save` and resized embeddings are carried over. Dropout and constraints of the training itself
-    have no part in the function and are left out with a warning. Everything is checked before anything is written: ValueError for
-    what is no rotation (`pissa_init`), no linear layer, trained biases, unknown or missing tensors, NaN or Inf, a base that does
-    not fit, and forms the other side cannot hold; FileNotFoundError for a missing file.
+    Returns `dst`. Tensors of `modules_to_save` and resized embeddings are carried over. Dropout and
+    constraints of the training itself have no part in the function and are left out with a warning.
+    Everything is checked before anything is written: ValueError for what is no rotation
+    (`pissa_init`), no linear layer, trained biases, unknown or missing tensors, NaN or Inf, a base
+    that does not fit, and forms the other side cannot hold; FileNotFoundError for a missing file.
     """
     for name, folder in (("src", src), ("dst", dst)):
         if not isinstance(folder, (str, os.PathLike)):
@@ -96,7 +102,9 @@ def _check_target(checkpoint: Checkpoint, dst: Path) -> None:
 
 
 def _check_replaced(dst: Path, kind: str) -> None:
-    """Refuse to replace an adapter of another method, or a file that is not known to be one of this."""
+    """Refuse to replace an adapter of another method, or a file that is not known to be one of
+    this.
+    """
     if (dst / CONFIG_FILE).is_file():
         found = read_peft_config(dst).get("peft_type")
         if found != kind:

@@ -1,4 +1,6 @@
-"""The base model of an adapter: found when a layer of it is first asked for; and the basis that PSOFT takes from its weights."""
+"""The base model of an adapter: found when a layer of it is first asked for; and the basis that
+PSOFT takes from its weights.
+"""
 
 from __future__ import annotations
 
@@ -55,7 +57,9 @@ class Base:
         return found
 
     def check(self, widths: Mapping[str, int | None]) -> None:
-        """Where a model was given: every module is a linear layer of it, with this many inputs (None: any)."""
+        """Where a model was given: every module is a linear layer of it, with this many inputs
+        (None: any).
+        """
         if not self.at_hand:
             return
         for name, width in widths.items():
@@ -88,7 +92,9 @@ def _check_plain(folder: Path) -> None:
 
 
 def base_class(folder: str | os.PathLike, config: Mapping[str, Any]) -> Any:
-    """The transformers class of an adapter's base model, by its auto_mapping or task_type; ValueError where neither names one."""
+    """The transformers class of an adapter's base model, by its auto_mapping or task_type;
+    ValueError where neither names one.
+    """
     import peft
 
     named = config.get("auto_mapping") or {}

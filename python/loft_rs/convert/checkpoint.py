@@ -1,7 +1,7 @@
 """A saved PEFT adapter: read, checked, and described for the converters.
 
-Nothing is left aside silently: a config field that is set and not known, and a tensor that is neither the method's nor one of
-`modules_to_save`, are refused by name.
+Nothing is left aside silently: a config field that is set and not known, and a tensor that is
+neither the method's nor one of `modules_to_save`, are refused by name.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ __all__ = ["ROOT", "Checkpoint", "Converted", "Progress", "ranks_of", "read", "r
 
 ROOT = "base_model.model."
 _PREFIXES = {"OFT": "oft_", "BOFT": "boft_", "HRA": "hra_", "PSOFT": "psoft_", "LOFT": "loft_"}
-# What is known of every config, and of each method's; a field that is neither, and set, may change the function.
+# What is known of every config, and of each method's; a field that is neither, and set, may change
+# the function.
 _SHARED_FIELDS = set(
     "peft_type peft_version task_type auto_mapping base_model_name_or_path revision inference_mode target_modules exclude_modules "
     "layers_to_transform layers_pattern modules_to_save bias fan_in_fan_out init_weights".split()
@@ -46,7 +47,9 @@ Progress = Callable[[str, int, int], None]
 
 @dataclass
 class Checkpoint:
-    """A saved adapter: its tensors by module and part, such as `oft_R.weight`, and those that are none of the method's."""
+    """A saved adapter: its tensors by module and part, such as `oft_R.weight`, and those that are
+    none of the method's.
+    """
 
     folder: Path
     config: dict[str, Any]
@@ -62,7 +65,9 @@ class Checkpoint:
         return ValueError(f"{self.folder}: {reason}")
 
     def targets(self, *, by_name: bool = False) -> dict[str, Any]:
-        """The config's fields that every method has. by_name: target the modules that are there by their full names."""
+        """The config's fields that every method has. by_name: target the modules that are there by
+        their full names.
+        """
         kept = ("task_type", "base_model_name_or_path", "revision", "auto_mapping", "modules_to_save")
         fields = {name: self.config.get(name) for name in kept}
         # PEFT adds the usual heads at every load, again and again.
@@ -169,10 +174,13 @@ def require_parts(checkpoint: Checkpoint, wanted: Mapping[str, int | tuple[int, 
 
 
 def ranks_of(sizes: Mapping[str, int]) -> tuple[int, dict[str, int]]:
-    """(r, rank_pattern): the most frequent size, and by name those of the modules that have another."""
+    """(r, rank_pattern): the most frequent size, and by name those of the modules that have
+    another.
+    """
     common = Counter(sizes.values()).most_common(1)[0][0]
     pattern = {name: size for name, size in sorted(sizes.items()) if size != common}
-    # PEFT takes the first pattern, in the alphabetical order of the file, that matches the end of a name: "a.q" would be "b.a.q" too.
+    # PEFT takes the first pattern, in the alphabetical order of the file, that matches the end of a
+    # name: "a.q" would be "b.a.q" too.
     if any(pattern.get(get_pattern_key(list(pattern), name), common) != size for name, size in sizes.items()):
         pattern = {f"^{re.escape(name)}": size for name, size in pattern.items()}
     return common, pattern

@@ -1,4 +1,6 @@
-"""PEFT's OFT, BOFT, HRA and PSOFT checkpoints as LOFT adapters; the formulas stand in the package's docstring."""
+"""PEFT's OFT, BOFT, HRA and PSOFT checkpoints as LOFT adapters; the formulas stand in the package's
+docstring.
+"""
 
 from __future__ import annotations
 
@@ -226,7 +228,8 @@ def _psoft_support(checkpoint: Checkpoint, base: Base, name: str, r: int) -> dic
     w = weight.float()
     basis, image = psoft_basis(w, r, checkpoint.config)
     kept = w @ basis
-    # In its low-rank mode PEFT lays U S (T - I) P^T onto W0. For m >= n that U S is W0 P only as far as the subspace iteration got.
+    # In its low-rank mode PEFT lays U S (T - I) P^T onto W0. For m >= n that U S is W0 P only as
+    # far as the subspace iteration got.
     apart = float((kept - image).norm() / image.norm().clamp_min(1e-30))
     if checkpoint.config.get("psoft_svd") == "lowrank" and apart > _ROUNDING:
         raise checkpoint.refuse(

@@ -1,4 +1,6 @@
-"""LOFT adapters as PEFT's OFT, BOFT, HRA and PSOFT, where they are one; the formulas stand in the package's docstring."""
+"""LOFT adapters as PEFT's OFT, BOFT, HRA and PSOFT, where they are one; the formulas stand in the
+package's docstring.
+"""
 
 from __future__ import annotations
 
@@ -86,7 +88,9 @@ def _to_oft(checkpoint: Checkpoint, base: Base, sizes: dict[str, int]) -> Conver
 
 
 def _oft_size(checkpoint: Checkpoint, sizes: dict[str, int], widths: Mapping[str, int | None]) -> dict[str, Any]:
-    """The one number by which PEFT finds every module's block size: it takes the nearest that divides the module's width."""
+    """The one number by which PEFT finds every module's block size: it takes the nearest that
+    divides the module's width.
+    """
     common = set(sizes.values())
     if len(common) == 1:
         return {"r": 0, "oft_block_size": common.pop()}
@@ -178,8 +182,9 @@ def _to_psoft(checkpoint: Checkpoint, base: Base, progress: Progress | None) -> 
 
 
 def _to_psofts_basis(checkpoint: Checkpoint, base: Base, name: str, held: Tensor, scaled: bool) -> tuple[Tensor, float]:
-    """(V, ||P - P' V||_2) for the basis P' that PEFT will compute. V (r x r, float64) holds signs alone where magnitudes belong to the
-    columns. The distance is 0 for a P in half precision that is as near as its rounding allows."""
+    """(V, ||P - P' V||_2) for the basis P' that PEFT will compute. V (r x r, float64) holds signs
+    alone where magnitudes belong to the columns. The distance is 0 for a P in half precision that
+    is as near as its rounding allows."""
     weight = psoft_weight(checkpoint, base, name, held.shape[1])
     wanted = psoft_basis(weight.float(), held.shape[1], {})[0].double().cpu()
     if wanted.shape != held.shape:

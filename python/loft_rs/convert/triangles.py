@@ -1,4 +1,6 @@
-"""Strict triangles of skew matrices as vectors: PEFT stores the upper one, LOFT the lower one, each row by row."""
+"""Strict triangles of skew matrices as vectors: PEFT stores the upper one, LOFT the lower one, each
+row by row.
+"""
 
 from __future__ import annotations
 

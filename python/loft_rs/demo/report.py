@@ -1,4 +1,6 @@
-"""What the demo tells: its tables, held-out queries answered before and after, what to do next; its JSON, and the README of an adapter."""
+"""What the demo tells: its tables, held-out queries answered before and after, what to do next; its
+JSON, and the README of an adapter.
+"""
 
 from __future__ import annotations
 
@@ -78,8 +80,10 @@ def _aligned(rows: list[Row], columns: dict[str, tuple[str, str]]) -> str:
     return "\n".join([aligned[0], rule, *aligned[1:]])
 
 
-def verdict(rows: list[Row], queries: int) -> str:
-    """What the first LOFT row gained, for how many trained numbers and how long a step, beside LoRA."""
+def verdict(rows: list[Row], queries: int, pilot_steps: int) -> str:
+    """What the first LOFT row gained, for how many trained numbers and how long a step, beside
+    LoRA. pilot_steps: on top.
+    """
     before, loft = rows[:2]
     lora = next(row for row in rows if "LoRA" in row.method)
     share = 100 * loft.trained / lora.trained
@@ -91,6 +95,8 @@ def verdict(rows: list[Row], queries: int) -> str:
     ]
     if loft.seconds_per_step and lora.seconds_per_step:
         lines.append(f"A step of LOFT took {loft.seconds_per_step / lora.seconds_per_step:.2f} of LoRA's.")
+    if pilot_steps:
+        lines.append(f"Its pilot's {pilot_steps} steps of low-rank training come on top of the steps that both have.")
     return "\n".join(lines)
 
 
@@ -136,7 +142,9 @@ Trained by `loft-rs demo` on pairs of a query and a passage.
 
 
 def examples(held_out: list[Pair], before: Answers, after: Answers, label: str) -> str:
-    """How many answers became right and wrong, and a few of them (one that became wrong, if there is one)."""
+    """How many answers became right and wrong, and a few of them (one that became wrong, if there
+    is one).
+    """
     right_before, right_after = before.ranks == 1, after.ranks == 1
     better = (right_after & ~right_before).nonzero().flatten().tolist()
     worse = (right_before & ~right_after).nonzero().flatten().tolist()

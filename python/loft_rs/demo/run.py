@@ -1,7 +1,8 @@
-"""The demo from end to end: pairs, calibration, training, measurement, reload, LoRA export, one table.
+"""The demo from end to end: pairs, calibration, training, measurement, reload, LoRA export, one
+table.
 
-Every method sees the same batches in the same order. All files go to one folder, which appears only when the run is
-complete.
+Every method sees the same batches in the same order. All files go to one folder, which appears only
+when the run is complete.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 
 from .._files import whole_directory
 from .._words import count
+from ..calibration.report import CalibrationReport
 from . import data, methods, page, report
 from .check import Probe
 from .encoder import TokenPairs, load_encoder, load_tokenizer, model_directory
@@ -34,7 +36,7 @@ class Options:
     out: Path = Path("loft-demo")
     data: Path | None = None
     model: Path | None = None
-    support: str = "principal"
+    support: str = methods.HALVES
     rank: int = 64
     steps: int = 45
     compare: tuple[str, ...] = ()
@@ -71,6 +73,7 @@ class Outcome:
     row: Row
     answers: Answers
     output: Tensor
+    pilot_steps: int = 0
 
 
 def run(options: Options) -> list[Row]:
@@ -111,7 +114,12 @@ def run(options: Options) -> list[Row]:
         shown = report.examples(split.held_out, before, outcomes[options.support].answers, chosen[0].label)
         seconds = time.perf_counter() - progress.begun
         facts = _facts(options, split, seconds)
-        told = [report.table(rows), report.checks(rows), report.verdict(rows, len(split.held_out)), shown]
+        told = [
+            report.table(rows),
+            report.checks(rows),
+            report.verdict(rows, len(split.held_out), outcomes[options.support].pilot_steps),
+            shown,
+        ]
         told.append(report.next_steps(options.out, options.support, base, rows[1].rank))
         report.write(folder, rows, facts, told)
         page.write(folder / "report.html", rows, facts, told)
@@ -124,7 +132,7 @@ def _measure(method: Method, setting: Setting) -> Outcome:
     """Calibrate, train, evaluate, save, reload and export one method."""
     torch.manual_seed(setting.seed)
     model = method.adapt(load_encoder(setting.base))
-    calibration_seconds = _calibrate(method, model, setting)
+    calibration = _calibrate(method, model, setting)
     per_step = train(
         model,
         setting.train_on,
@@ -144,28 +152,30 @@ def _measure(method: Method, setting: Setting) -> Outcome:
         rank=method.rank,
         trained=sum(each.numel() for each in model.parameters() if each.requires_grad),
         seconds_per_step=per_step,
-        calibration_seconds=calibration_seconds,
+        calibration_seconds=calibration.seconds if calibration else None,
         orthogonality_error=_export(method, model, setting),
         reload_difference=setting.probe.reload_difference(output, adapter),
         learning_rate=method.learning_rate,
     )
     (adapter / "README.md").write_text(report.card(row, setting.base), encoding="utf-8")  # for PEFT's empty form
     setting.progress.say(f"{method.label}: recall@1 {row.recall_at_1:.3f}, MRR {row.mrr:.3f}")
-    return Outcome(row, answers, output)
+    pilot = calibration.pilot.steps if calibration and calibration.pilot else 0
+    return Outcome(row, answers, output, pilot)
 
 
-def _calibrate(method: Method, model: nn.Module, setting: Setting) -> float | None:
+def _calibrate(method: Method, model: nn.Module, setting: Setting) -> CalibrationReport | None:
     batches, tick = setting.plan[:CALIBRATION_BATCHES], setting.progress.tick
     forward, backward = calibration_steps(model, setting.train_on, batches, tick)
-    if method.name == "pilot":
+    if method.name in ("pilot", methods.HALVES):
         backward = pilot_step(model, setting.train_on, setting.plan, tick)
-    setting.progress.say(f"{method.label}: calibrating")
+    if method.is_loft:
+        setting.progress.say(f"{method.label}: calibrating")
     found = method.calibrate(model, forward, backward)
     if found is None:
         return None
     how = f"by a pilot of {count(found.pilot.steps, 'step')}" if found.pilot else f"in {count(found.passes, 'pass')}"
     setting.progress.say(f"{method.label}: calibrated {how}, {found.seconds:.1f} s")
-    return found.seconds
+    return found
 
 
 def _export(method: Method, model: nn.Module, setting: Setting) -> float | None:

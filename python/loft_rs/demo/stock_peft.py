@@ -1,4 +1,5 @@
-"""Run as a script of its own: encode a batch with an exported LoRA in stock PEFT, where loft_rs cannot be imported.
+"""Run as a script of its own: encode a batch with an exported LoRA in stock PEFT, where loft_rs
+cannot be imported.
 
 usage: stock_peft.py BASE BATCH.safetensors OUT.safetensors NAME=ADAPTER...
 """

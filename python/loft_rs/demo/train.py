@@ -1,8 +1,9 @@
-"""Training and measuring in the demo: in-batch contrastive loss, one loop for every method, recall@1 and MRR.
+"""Training and measuring in the demo: in-batch contrastive loss, one loop for every method,
+recall@1 and MRR.
 
-loss = cross entropy over s q_i . p_j with target j = i: the other passages of the batch are the negatives. Batches are
-drawn from neighbours in length, so a step pays for little padding. Adam with linear warm-up and decay; the same batches
-for every method.
+loss = cross entropy over s q_i . p_j with target j = i: the other passages of the batch are the
+negatives. Batches are drawn from neighbours in length, so a step pays for little padding. Adam with
+linear warm-up and decay; the same batches for every method.
 """
 
 from __future__ import annotations
@@ -58,7 +59,9 @@ def contrastive_loss(model: nn.Module, pairs: TokenPairs, batch: Sequence[int]) 
 def calibration_steps(
     model: nn.Module, pairs: TokenPairs, batches: Sequence[Sequence[int]], tick: Tick
 ) -> tuple[Callable[[], None], Callable[[], None]]:
-    """For `calibrate`, over the same batches at each call: forward alone, and forward and backward."""
+    """For `calibrate`, over the same batches at each call: forward alone, and forward and
+    backward.
+    """
 
     def forward() -> None:
         with torch.no_grad():
@@ -92,7 +95,9 @@ def train(
     learning_rate: float,
     on_step: Callable[[float], None],
 ) -> float:
-    """Adam over the planned batches; returns the seconds a step took. `on_step` gets each step's loss."""
+    """Adam over the planned batches; returns the seconds a step took. `on_step` gets each step's
+    loss.
+    """
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.Adam(trained, lr=learning_rate)
     warm_up = max(1, round(WARM_UP * len(plan)))
@@ -113,7 +118,9 @@ def train(
 
 
 class Answers(NamedTuple):
-    """What each held-out query finds: the best passage's index, and its own passage's rank from 1."""
+    """What each held-out query finds: the best passage's index, and its own passage's rank from
+    1.
+    """
 
     best: list[int]
     ranks: Tensor

@@ -1,11 +1,13 @@
-"""AddLowRank: Y = X W^T + b + (X L) E^T Rt^T, for one layer or for several that read the same X (arXiv 2605.11872).
+"""AddLowRank: Y = X W^T + b + (X L) E^T Rt^T, for one layer or for several that read the same X
+(arXiv 2605.11872).
 
 The `add` placement of R = I + P E P^T. With z = X L (N x r):
 
     input side   W = W0 R    L = P         Rt = W0 P
     output side  W = R W0    L = W0^T P    Rt = P
 
-The adapter's term is laid down first and the base product accumulates on it. What is kept for the backward pass is z alone.
+The adapter's term is laid down first and the base product accumulates on it. What is kept for the
+backward pass is z alone.
 """
 
 from __future__ import annotations
@@ -32,7 +34,9 @@ __all__ = [
 
 
 class AddInputs(NamedTuple):
-    """What `AddLowRank` needs of one layer, all in the dtype of the product: W (m x n), b or None, left (n x r), right (m x r)."""
+    """What `AddLowRank` needs of one layer, all in the dtype of the product: W (m x n), b or None,
+    left (n x r), right (m x r).
+    """
 
     weight: Tensor
     bias: Tensor | None
@@ -41,7 +45,8 @@ class AddInputs(NamedTuple):
 
 
 class JoinedInputs(NamedTuple):
-    """Layers that read one X: their inputs, all `left` side by side (n x sum r), and each layer's columns in it.
+    """Layers that read one X: their inputs, all `left` side by side (n x sum r), and each layer's
+    columns in it.
 
     Layers with one transform in common have the same columns.
     """
@@ -76,7 +81,8 @@ def add_low_rank_plainly(x: Tensor, inputs: AddInputs, delta: Tensor) -> Tensor:
 def accumulate(y: Tensor, a: Tensor, b: Tensor) -> None:
     """Y += A B in place, summed in the matrix unit's float32.
 
-    A compiler turns what is done in place into `addmm` of another result, which copies Y first; an operator it leaves alone.
+    A compiler turns what is done in place into `addmm` of another result, which copies Y first; an
+    operator it leaves alone.
     """
     if torch.compiler.is_compiling():
         torch.ops.loft_rs.accumulate_(y, a, b)
@@ -94,9 +100,11 @@ torch.library.register_fake("loft_rs::accumulate_", lambda y, a, b: None, lib=LI
 
 
 def few_rows(x: Tensor, weight: Tensor, bias: Tensor | None, factor: LowRank, side: str) -> Tensor:
-    """Y (..., m) of X (..., n), a few rows: [X; (X P) E^T P^T] W^T in one product that reads W once, its two halves then added.
+    """Y (..., m) of X (..., n), a few rows: [X; (X P) E^T P^T] W^T in one product that reads W
+    once, its two halves then added.
 
-    Twice the rows cost less than W0 P as long as there are fewer rows than columns of P. Without a gradient.
+    Twice the rows cost less than W0 P as long as there are fewer rows than columns of P. Without a
+    gradient.
     """
     rows, (p, e) = x.reshape(-1, x.shape[-1]), factor
     wide: dict[str, Any] = {"out_dtype": torch.float32} if x.is_cuda and x.dtype in HALF else {}
@@ -114,8 +122,9 @@ def add_low_rank_forward(
 ) -> tuple[tuple[Tensor, ...], Tensor]:
     """(Y_i, z) of `AddLowRank`.
 
-    The term is laid down first and the base product accumulates on it in the matrix unit's float32: adding a small term to a Y that
-    is already rounded to bf16 loses most of it. Where E is known to be 0 (`identities`), the base layer's own product gives its own bits.
+    The term is laid down first and the base product accumulates on it in the matrix unit's float32:
+    adding a small term to a Y that is already rounded to bf16 loses most of it. Where E is known to
+    be 0 (`identities`), the base layer's own product gives its own bits.
     """
     rows = x.reshape(-1, x.shape[-1])
     z = rows @ joined.left
@@ -137,7 +146,9 @@ def add_low_rank_forward(
 
 
 def add_low_rank_evaluated(x: Tensor, joined: JoinedInputs, turned: list[Tensor | None]) -> list[Tensor]:
-    """`add_low_rank_forward` where E is multiplied into `right` already: right E (m x r), or None at the identity. Without a gradient."""
+    """`add_low_rank_forward` where E is multiplied into `right` already: right E (m x r), or None
+    at the identity. Without a gradient.
+    """
     rows = x.reshape(-1, x.shape[-1])
     z = rows @ joined.left
     ys = []
@@ -153,7 +164,9 @@ def add_low_rank_evaluated(x: Tensor, joined: JoinedInputs, turned: list[Tensor 
 
 
 def _small_gradients(given, z, joined, casts, needs, d_deltas) -> Tensor | None:
-    """u (N x sum r), the blocks (dY_i right_i) E_i side by side; fills in dE_i. Layers with one transform share one block and one dE."""
+    """u (N x sum r), the blocks (dY_i right_i) E_i side by side; fills in dE_i. Layers with one
+    transform share one block and one dE.
+    """
     u = (torch.empty_like(z) if len(given) == len(d_deltas) else torch.zeros_like(z)) if needs[0] else None
     blocks: list[tuple[slice, int, Tensor]] = []
     for i, rows in given:
@@ -199,13 +212,15 @@ def add_low_rank_backward(
 
 
 class AddLowRank(torch.autograd.Function):
-    """Y_i = X W_i^T + b_i + z_i E_i^T right_i^T with z = X left, for the frozen W_i (m_i x n) and b_i of layers that read one X.
+    """Y_i = X W_i^T + b_i + z_i E_i^T right_i^T with z = X left, for the frozen W_i (m_i x n) and
+    b_i of layers that read one X.
 
     Input side (W = W0 R): left = P, right = W0 P. Output side (W = R W0): left = W0^T P, right = P.
     dE_i = (dY_i right_i)^T z_i;  dX = sum_i (dY_i right_i) E_i left_i^T, and each dY_i W_i is accumulated onto it, which spares the
     additions of one dX a layer.
 
-    casts: each E_i in X's dtype; deltas: the same with a gradient. Returns one Y, or a tuple of them.
+    casts: each E_i in X's dtype; deltas: the same with a gradient. Returns one Y, or a tuple of
+    them.
     """
 
     @staticmethod

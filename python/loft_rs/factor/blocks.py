@@ -17,11 +17,13 @@ __all__ = ["Blocks", "RotateBlocks"]
 
 
 class Blocks(NamedTuple):
-    """R = F_0 F_1 ..., each F_i a rotation I + D of every one of n/b disjoint blocks of b coordinates.
+    """R = F_0 F_1 ..., each F_i a rotation I + D of every one of n/b disjoint blocks of b
+    coordinates.
 
-    `delta`: D (m, n/b, b, b), or (m, 1, b, b) where the blocks of a factor share one. `permutations` (m, n), int64: the coordinates of the
-    first block of F_i, of its second, and so on; None: blocks of neighbours. `stretch`: permutations move coordinates only inside
-    stretches of so many neighbours, in all of them alike; None: anywhere.
+    `delta`: D (m, n/b, b, b), or (m, 1, b, b) where the blocks of a factor share one.
+    `permutations` (m, n), int64: the coordinates of the first block of F_i, of its second, and so
+    on; None: blocks of neighbours. `stretch`: permutations move coordinates only inside stretches
+    of so many neighbours, in all of them alike; None: anywhere.
     """
 
     delta: Tensor
@@ -38,8 +40,9 @@ class Blocks(NamedTuple):
         return _rotate_blocks(x, delta.flip(0).mT, None if permutations is None else permutations.flip(0))
 
     def _wide(self, n: int) -> Blocks:
-        """The same R for `RotateBlocks`, which wants few large blocks: neighbouring blocks put together, up to `_LEAST_BLOCK`, and all
-        factors multiplied into one where a block of `_LARGEST_BLOCK` holds the stretch inside which they act."""
+        """The same R for `RotateBlocks`, which wants few large blocks: neighbouring blocks put
+        together, up to `_LEAST_BLOCK`, and all factors multiplied into one where a block of
+        `_LARGEST_BLOCK` holds the stretch inside which they act."""
         with no_autocast(self.delta.device.type):
             return self._put_together(n)
 
@@ -63,7 +66,9 @@ class Blocks(NamedTuple):
         return Blocks(product[None])
 
     def orthogonality_error(self) -> float:
-        """A bound of ||R^T R - I||_2 in float64: the sum over the factors of their largest ||T^T T - I||_2, exact for one factor."""
+        """A bound of ||R^T R - I||_2 in float64: the sum over the factors of their largest ||T^T T
+        - I||_2, exact for one factor.
+        """
         t = self.delta.detach().double() + torch.eye(
             self.delta.shape[-1], dtype=torch.float64, device=self.delta.device
         )
@@ -71,7 +76,8 @@ class Blocks(NamedTuple):
         return float(torch.linalg.matrix_norm(t.mT @ t - eye, 2).amax(-1).sum())
 
 
-# Products of smaller blocks than the first are latency and half-empty loads; of larger ones than the second, arithmetic.
+# Products of smaller blocks than the first are latency and half-empty loads; of larger ones than
+# the second, arithmetic.
 _LEAST_BLOCK, _LARGEST_BLOCK = 64, 128
 
 
@@ -98,7 +104,9 @@ def _rotate_by_block(rows: Tensor, d: Tensor, order: Tensor | None) -> Tensor:
 def _rotate_by_block_backward(
     g: Tensor, rows: Tensor, d: Tensor, order: Tensor | None, needs_x: bool
 ) -> tuple[Tensor | None, Tensor]:
-    """(g blockdiag(I + d), or None; g^T rows block by block, (n/b, b, b), kept in float32) of g and rows (N, n)."""
+    """(g blockdiag(I + d), or None; g^T rows block by block, (n/b, b, b), kept in float32) of g and
+    rows (N, n).
+    """
     b = d.shape[-1]
     if not torch.compiler.is_compiling() and kernels.rotates(rows, b):
         return kernels.rotate_blocks_backward(g, rows, d, order, needs_x)
@@ -108,10 +116,12 @@ def _rotate_by_block_backward(
 
 
 class RotateBlocks(torch.autograd.Function):
-    """Y = X F_{m-1}^T ... F_0^T with F_i = blockdiag(I + D_i) on coordinates in the order of permutation i.
+    """Y = X F_{m-1}^T ... F_0^T with F_i = blockdiag(I + D_i) on coordinates in the order of
+    permutation i.
 
     dX = dY F_0 ... F_{m-1};  dD_i = dY_i^T X_i block by block, X_i and dY_i the rows on either side of F_i. Only X is kept: what lies
-    between the factors is computed again, which is one pass over the rows each, where keeping it would cost X's size each.
+    between the factors is computed again, which is one pass over the rows each, where keeping it
+    would cost X's size each.
     """
 
     @staticmethod

@@ -1,8 +1,9 @@
-"""Triton kernels of block rotations, for CUDA; where Triton is missing or does not fit, torch computes the same.
+"""Triton kernels of block rotations, for CUDA; where Triton is missing or does not fit, torch
+computes the same.
 
-`rotate_blocks` and `rotate_blocks_backward`: rows times a block-diagonal matrix, each read and written once where a copy and a batched
-product take five passes;
-a permutation of the columns costs no pass of its own.
+`rotate_blocks` and `rotate_blocks_backward`: rows times a block-diagonal matrix, each read and
+written once where a copy and a batched product take five passes; a permutation of the columns costs
+no pass of its own.
 """
 
 from __future__ import annotations
@@ -86,13 +87,16 @@ def rotates(rows: Tensor, b: int) -> bool:
 
 
 def _options(rows: Tensor, order: Tensor | None, b: int) -> dict:
-    # Three tf32 products keep float32's digits and use the matrix unit, which Triton's exact product, 20 times slower, does not.
+    # Three tf32 products keep float32's digits and use the matrix unit, which Triton's exact
+    # product, 20 times slower, does not.
     exact = "tf32x3" if rows.dtype == torch.float32 else "tf32"
     return {"PERMUTED": order is not None, "B": b, "EXACT": exact, "num_warps": 4 if b <= 64 else 8}
 
 
 def rotate_blocks(rows: Tensor, d: Tensor, order: Tensor | None) -> Tensor:
-    """rows (N, n) times blockdiag(I + d), d (n/b, b, b) of the same dtype, on the columns in the order of `order` (n,)."""
+    """rows (N, n) times blockdiag(I + d), d (n/b, b, b) of the same dtype, on the columns in the
+    order of `order` (n,).
+    """
     rows = rows.contiguous()
     out, (count, b, _), tile = torch.empty_like(rows), d.shape, 64
     grid = count, -(-len(rows) // tile)
@@ -103,7 +107,9 @@ def rotate_blocks(rows: Tensor, d: Tensor, order: Tensor | None) -> Tensor:
 def rotate_blocks_backward(
     g: Tensor, rows: Tensor, d: Tensor, order: Tensor | None, needs_x: bool
 ) -> tuple[Tensor | None, Tensor]:
-    """(g blockdiag(I + d), or None; g^T rows block by block, (n/b, b, b) float32) of g and rows (N, n)."""
+    """(g blockdiag(I + d), or None; g^T rows block by block, (n/b, b, b) float32) of g and rows
+    (N, n).
+    """
     g, rows = g.contiguous(), rows.contiguous()
     count, b, _ = d.shape
     tile = 64 if b <= 64 else 32

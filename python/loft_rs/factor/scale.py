@@ -1,4 +1,6 @@
-"""ScaleOutput: Y' = Y diag(1 + s), a trained factor for every output; keeps Y (N x m) for the backward pass."""
+"""ScaleOutput: Y' = Y diag(1 + s), a trained factor for every output; keeps Y (N x m) for the
+backward pass.
+"""
 
 from __future__ import annotations
 
@@ -10,12 +12,15 @@ from .._torch import first_order, plain
 __all__ = ["ScaleOutput", "scale_output"]
 
 
-# Entries of a product that is summed at once: what a large GPU's cache, or 16 MiB of a CPU's memory, holds in float32.
+# Entries of a product that is summed at once: what a large GPU's cache, or 16 MiB of a CPU's
+# memory, holds in float32.
 _SUMMED = 1 << 22
 
 
 def _column_products(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
-    """(a * b).sum(0) of a and b (N, m), in `dtype`: products of half-precision gradients would underflow in their own."""
+    """(a * b).sum(0) of a and b (N, m), in `dtype`: products of half-precision gradients would
+    underflow in their own.
+    """
     if torch.compiler.is_compiling():  # which fuses the two
         return (a.to(dtype) * b.to(dtype)).sum(0)
     total = torch.zeros(a.shape[1], dtype=dtype, device=a.device)

@@ -1,7 +1,8 @@
-"""One adapter of one layer: its tensors, by the table `SLOTS`, what kind it is, and what follows from its tensors.
+"""One adapter of a layer: its tensors, by the table `SLOTS`, its kind, what follows from them.
 
-The layer's containers (`loft_theta`, `loft_support`, ...) hold the tensors, so that torch and PEFT find them; `LayerAdapter` is where
-everything else about an adapter is. Layers that are tied share the tensors of the first of them, its owner.
+The layer's containers (`loft_theta`, `loft_support`, ...) hold the tensors, so that torch and PEFT
+find them; `LayerAdapter` is where everything else about an adapter is. Layers that are tied share
+the tensors of the first of them, its owner.
 """
 
 from __future__ import annotations
@@ -28,10 +29,11 @@ __all__ = ["AdapterHolder", "LayerAdapter"]
 
 
 class AdapterHolder(nn.Module):
-    """What a layer is to its adapters (`AdaptedLinear`): the containers of their tensors, one for each slot, and its sizes.
+    """What a layer is to its adapters: containers of their tensors, one a slot, and its sizes.
 
-    original: W0's bits, on the CPU, while an adapter is merged. tap: set by `calibrate` for the length of a pass. placement: None:
-    by shape. root: of the model, for what a checkpoint computes again.
+    original: W0's bits, on the CPU, while an adapter is merged. tap: set by `calibrate` for the
+    length of a pass. placement: None: by shape. root: of the model, for what a checkpoint computes
+    again.
     """
 
     in_features: int
@@ -68,9 +70,9 @@ class AdapterHolder(nn.Module):
 class LayerAdapter:
     """An adapter of a layer, `layer.adapters[name]`.
 
-    layer: the one that holds its tensors. kind: what it consists of (`kinds.py`). transform: of theta; None for a kind
-    without one. side: "input" (W0 R) or "output" (R W0).
-    config: the tuner's, which it saves with the adapter. loadable_ranks: others than its own that a checkpoint may bring.
+    layer: the one that holds its tensors. kind: what it consists of (`kinds.py`). transform: of
+    theta; None for a kind without one. side: "input" (W0 R) or "output" (R W0).
+    config: the tuner's, saved with it. loadable_ranks: others that a checkpoint may bring.
     has_own_support: whether P is set, or the kind has none.
     """
 
@@ -80,11 +82,13 @@ class LayerAdapter:
         self.config: Any = None
         self.loadable_ranks: set[int] = set()
         self.has_own_support = not kind.has_support
-        # Whether theta was ever seen to be other than zero, and the optimiser step at which it was last looked at. Until then the layer
-        # is the base layer, to the bit; afterwards nothing depends on it.
+        # Whether theta was ever seen to be other than zero, and the optimiser step at which it was
+        # last looked at. Until then the layer is the base layer, to the bit; afterwards nothing
+        # depends on it.
         self.moved = False
         self.looked_at: int | None = None
-        # The `Value` that a compiled pass hands down: set and taken back inside the compiled region, None everywhere else.
+        # The `Value` that a compiled pass hands down: set and taken back inside the compiled
+        # region, None everywhere else.
         self.handed: Any = None
         self.forget()
 
@@ -94,7 +98,7 @@ class LayerAdapter:
     def __repr__(self) -> str:
         return f"LayerAdapter({self.name!r}, {type(self.kind).__name__}, side={self.side!r})"
 
-    # -- tensors ---------------------------------------------------------------------------------------------------------
+    # -- tensors ----------------------------------------------------------------------------------
 
     @property
     def owner(self) -> LayerAdapter:
@@ -103,11 +107,11 @@ class LayerAdapter:
 
     @property
     def tied_layers(self) -> list[AdapterHolder]:
-        """The layers that share this one's support and transform, the owner's first; the layer alone if none does."""
+        """The layers that share this one's support and transform, the owner's first."""
         return [member.layer for member in self.members]
 
     def tie(self, others: list[LayerAdapter]) -> None:
-        """Let `others`, whose layers read the same input, use this one's support and transform in place of their own."""
+        """Let `others`, whose layers read the same input, use this support and transform."""
         for other in others:
             for slot in SLOTS:
                 container = other.container(slot)
@@ -121,7 +125,8 @@ class LayerAdapter:
         return getattr(self.layer, slot.key)
 
     def _parameter(self, layer: AdapterHolder, key: str) -> Tensor:
-        # Not through `__getattr__`, here and below, which at this rate costs as much as the products of a small model.
+        # Not through `__getattr__`, here and below, which at this rate costs as much as the
+        # products of a small model.
         modules: dict[str, Any] = layer._modules
         container = modules[key]
         held = container._parameters.get(self.name)
@@ -129,7 +134,7 @@ class LayerAdapter:
 
     @property
     def theta(self) -> Tensor:
-        """The trained parameter, float32: of the transform (`Transform.parameter_shape`), or what else its kind trains."""
+        """The trained parameter, float32: the transform's, or what else its kind trains."""
         return self._parameter(self.members[0].layer, "loft_theta")
 
     @property
@@ -169,14 +174,14 @@ class LayerAdapter:
         return {slot: container[self.name] for slot, container in held if self.name in container}
 
     def present(self, slot: str, tensor: Tensor) -> Tensor:
-        """The tensor, brought here by whoever keeps it elsewhere: accelerate's offloading brings those of a module that is called."""
+        """The tensor. accelerate's offloading brings those of a module that is called."""
         if not tensor.is_meta:
             return tensor
         holder = self if slot == "scale" else self.owner  # a scale is each layer's own
         modules: dict[str, Any] = holder.layer._modules
         return modules[f"loft_{slot}"](self.name)
 
-    # -- what it is ------------------------------------------------------------------------------------------------------
+    # -- what it is -------------------------------------------------------------------------------
 
     @property
     def ready(self) -> bool:
@@ -212,7 +217,7 @@ class LayerAdapter:
 
     @property
     def frozen_factor(self) -> LowRank | None:
-        """R_f = I + P_f E_f P_f^T, which `refresh` has kept of the supports before the present one; None where there is none."""
+        """R_f = I + P_f E_f P_f^T, which `refresh` has kept of earlier supports, or None."""
         modules: dict[str, Any] = self.members[0].layer._modules
         basis = modules["loft_frozen_basis"]._buffers.get(self.name)
         return None if basis is None else LowRank(basis, modules["loft_frozen_delta"]._buffers[self.name])
@@ -223,7 +228,7 @@ class LayerAdapter:
         factor = self.frozen_factor
         return 0 if factor is None else factor.rank
 
-    # -- changing it -----------------------------------------------------------------------------------------------------
+    # -- changing it ------------------------------------------------------------------------------
 
     def of_rank(self, rank: int) -> tuple[Tensor, Tensor]:
         """(theta at the identity, P unset (n x rank)) as an adapter of another rank has them."""
@@ -231,15 +236,15 @@ class LayerAdapter:
         return self.kind.theta(self.transform, len(held), rank, 0, True), held.new_zeros(len(held), rank)
 
     def resize(self, rank: int) -> None:
-        """Give an untrained adapter another rank: theta anew, at the identity, and an unset support."""
+        """Give an untrained adapter another rank: theta at the identity, P unset."""
         trained, layer = self.theta, self.owner.layer
         theta, layer.loft_support[self.name] = self.of_rank(rank)
         layer.loft_theta[self.name] = nn.Parameter(theta.to(trained.device, trained.dtype), trained.requires_grad)
         self._unset()
 
     def set_side(self, side: str) -> None:
-        """Move a movable adapter to a side: an unset support as wide as that is, and nothing frozen. theta, whose size is the rank's
-        alone, stays."""
+        """Move a movable adapter to a side: an unset support as wide as that is, and nothing
+        frozen. theta, whose size is the rank's alone, stays."""
         if self.side == side:
             return
         held, layer = self.support, self.layer
@@ -255,7 +260,7 @@ class LayerAdapter:
             member.forget()
 
     def set_basis(self, basis: np.ndarray | Tensor, energy: float = float("nan")) -> None:
-        """Store P (n x r, orthonormal columns), in the base's own half precision where it has one."""
+        """Store P (n x r, orthonormal columns), in the base's half precision where it has one."""
         held = self.support
         basis = torch.as_tensor(np.asarray(basis) if not isinstance(basis, Tensor) else basis)
         if basis.shape != held.shape:
@@ -266,7 +271,7 @@ class LayerAdapter:
         self.settle()
 
     def set_frozen(self, factor: LowRank | None) -> None:
-        """Hold R_f, in float32 or as wide as theta, in place of the frozen factor there is; None: hold none."""
+        """Hold R_f, in float32 or as wide as theta; None: hold none."""
         layer, device = self.owner.layer, self.support.device
         dtype = torch.promote_types(self.theta.dtype, torch.float32)
         containers = layer.loft_frozen_basis, layer.loft_frozen_delta
@@ -279,7 +284,7 @@ class LayerAdapter:
             member.forget_products()
 
     def settle(self) -> None:
-        """Read from the support itself whether it is set (an unset one is all zero), and drop what was made of another."""
+        """Read from P whether it is set (else it is zero), and drop what was made of another."""
         owner = self.owner
         if owner.kind.has_support:
             basis = owner.support
@@ -296,7 +301,7 @@ class LayerAdapter:
         self.forget_products()
 
     def moved_elsewhere(self) -> None:
-        """The tensors are on another device or of another dtype: make anew what is best made before a graph is."""
+        """Tensors have moved or changed their dtype: make what is best made before a graph."""
         self.forget()
         if self.owner is self and self.ready and self.kind.has_support and not self.support.is_meta:
             with contextlib.suppress(
@@ -308,7 +313,7 @@ class LayerAdapter:
         """Drop what an evaluation has kept: from here on it is made anew."""
         self._kept: dict[tuple, Kept] = {}
 
-    # -- what follows from the tensors -----------------------------------------------------------------------------------
+    # -- what follows from the tensors ------------------------------------------------------------
 
     def gram_root(self) -> Tensor | None:
         """C = (P^T P)^{-1/2} (r x r) where P was ever rounded to half precision, else None."""
@@ -330,9 +335,11 @@ class LayerAdapter:
         return held.value
 
     def kept(self, slot: tuple, evaluation: object, sources: tuple[Tensor, ...], make: Callable[[], Any]) -> Any:
-        """make(), of frozen tensors; inside one evaluation what it made the last time, unless a source was changed or replaced.
+        """make(), of frozen tensors; inside one evaluation what it made the last time, unless a
+        source was changed or replaced.
 
-        evaluation: what tells one evaluation from the next; None: make it anew, as every pass with gradients does.
+        evaluation: what tells one evaluation from the next; None: make it anew, as every pass with
+            gradients does.
         """
         if evaluation is None:
             return make()
@@ -347,7 +354,7 @@ class LayerAdapter:
         return held.value
 
     def frozen(self, dtype: torch.dtype | None) -> Frozen | None:
-        """What the frozen factor makes of this adapter's own, in `dtype`; None where there is none."""
+        """What the frozen factor makes of this adapter's own, in `dtype`, or None."""
         factor = self.frozen_factor
         if factor is None:
             return None
@@ -355,9 +362,11 @@ class LayerAdapter:
         return Frozen.of(factor, self.present("support", self.support), self.side, dtype)
 
     def factor(self, delta: Tensor | None, dtype: torch.dtype | None = None) -> LowRank | Blocks:
-        """R, differentiable in E and, where the kind has no transform, in theta; of a refreshed one the product with what is frozen.
+        """R, differentiable in E and, where the kind has no transform, in theta; of a refreshed one
+        the product with what is frozen.
 
-        delta: E, or D of all blocks; None for a kind without a transform. dtype: of the activations that a refreshed one is to turn;
+        delta: E, or D of all blocks; None for a kind without a transform. dtype: of the activations
+            that a refreshed one is to turn;
         None: as it is stored.
         """
         basis = self.present("support", self.support) if self.kind.has_support else None
@@ -370,10 +379,10 @@ class LayerAdapter:
             assert frozen is not None
             return LowRank(frozen.basis, frozen.times(own.delta))
 
-    # -- state -----------------------------------------------------------------------------------------------------------
+    # -- state ------------------------------------------------------------------------------------
 
     def state(self) -> dict[str, Any]:
-        """What `restore` puts back: every tensor of the layer's own and a copy of its numbers, side and support."""
+        """What `restore` puts back: the layer's own tensors, copies of them, side and support."""
         tensors = {slot: (tensor, tensor.detach().clone()) for slot, tensor in self.tensors().items()}
         return {"tensors": tensors, "side": self.side, "ready": self.has_own_support}
 

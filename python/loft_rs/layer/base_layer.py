@@ -1,4 +1,6 @@
-"""Frozen base layers: which modules are linear, of what sizes, and which have a dense weight that may be read or fused."""
+"""Frozen base layers: which modules are linear, of what sizes, and which have a dense weight that
+may be read or fused.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +36,9 @@ def feature_sizes(base: Any) -> tuple[int, int]:
 
 
 def dense_weight(base: nn.Module) -> Tensor | None:
-    """W (m x n) of an ordinary dense linear layer, without a copy; None where the weight is quantised, sharded or a subclass."""
+    """W (m x n) of an ordinary dense linear layer, without a copy; None where the weight is
+    quantised, sharded or a subclass.
+    """
     weight: Any = getattr(base, "weight", None)
     if type(weight) not in (nn.Parameter, Tensor) or not weight.dtype.is_floating_point or weight.dim() != 2:
         return None
@@ -44,12 +48,16 @@ def dense_weight(base: nn.Module) -> Tensor | None:
 
 
 def _is_dense(weight: Tensor | None) -> TypeGuard[Tensor]:
-    """Whether this is torch's own tensor, or what stands for one while a model is exported; subclasses are quantised or sharded."""
+    """Whether this is torch's own tensor, or what stands for one while a model is exported;
+    subclasses are quantised or sharded.
+    """
     return type(weight) in (nn.Parameter, Tensor) or type(weight).__name__ == "FakeTensor"
 
 
 def fusible_weight(base: nn.Module) -> Tensor | None:
-    """The dense W where y = x W^T + b is all that `base` does, and frozen: no hooks, no replaced forward, no gradient to W or b."""
+    """The dense W where y = x W^T + b is all that `base` does, and frozen: no hooks, no replaced
+    forward, no gradient to W or b.
+    """
     if (
         type(base) is not nn.Linear
         and type(base) is not nn.modules.linear.NonDynamicallyQuantizableLinear

@@ -1,4 +1,6 @@
-"""The containers in which a layer holds the tensors of its adapters, where torch and PEFT find them; what is kept that was made of them."""
+"""The containers in which a layer holds the tensors of its adapters, where torch and PEFT find
+them; what is kept that was made of them.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,9 @@ __all__ = ["BufferSlot", "Kept", "ParameterSlot"]
 
 
 class BufferSlot(nn.Module):
-    """Persistent buffers by adapter name. Not PEFT's BufferDict, whose tensors PEFT casts to the base's or to float32."""
+    """Persistent buffers by adapter name. Not PEFT's BufferDict, whose tensors PEFT casts to the
+    base's or to float32.
+    """
 
     _buffers: dict[str, Tensor]  # type: ignore[assignment]  # torch allows None among them; here there is none
 
@@ -31,7 +35,9 @@ class BufferSlot(nn.Module):
         return self._buffers.keys()
 
     def forward(self, key: str) -> Tensor:
-        """The tensor, by a call: accelerate's offloading brings the tensors of modules that are called."""
+        """The tensor, by a call: accelerate's offloading brings the tensors of modules that are
+        called.
+        """
         return self._buffers[key]
 
 
@@ -47,7 +53,9 @@ class ParameterSlot(nn.ParameterDict):
 
 
 class Kept(NamedTuple):
-    """A value made of frozen tensors. It is dropped when one of them is another tensor, has another version or lies elsewhere."""
+    """A value made of frozen tensors. It is dropped when one of them is another tensor, has another
+    version or lies elsewhere.
+    """
 
     sources: tuple[Tensor, ...]
     marks: list[tuple[int, int]]

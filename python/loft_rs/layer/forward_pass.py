@@ -4,9 +4,10 @@
     scope    one call of a root in one thread: E of every layer below it, from the numbers that theta holds then
     alone    a layer outside any scope, or one whose theta was not there where the pass began, solves for itself
 
-Nothing of a scope outlives it but this. A pass without gradients compares every theta, bit for bit, with those of the last solve,
-and takes that solve where all are equal (`Root.solved`). Products of frozen tensors are kept inside one evaluation
-(`Root.evaluation`). What a checkpoint computes again belongs to its backward pass and is dropped with it (`Root.recomputed`).
+Nothing of a scope outlives it but this. A pass without gradients compares every theta, bit for bit,
+with those of the last solve, and takes that solve where all are equal (`Root.solved`). Products of
+frozen tensors are kept inside one evaluation (`Root.evaluation`). What a checkpoint computes again
+belongs to its backward pass and is dropped with it (`Root.recomputed`).
 """
 
 from __future__ import annotations
@@ -30,9 +31,11 @@ __all__ = ["Root", "Scope", "current", "delta_of", "forget_products", "unwatch",
 
 
 class Root:
-    """A module where passes begin: the adapted layers below it, and what one pass without gradients may take from another.
+    """A module where passes begin: the adapted layers below it, and what one pass without gradients
+    may take from another.
 
-    whole: a model, whose evaluations keep products of frozen tensors. groups: layers that read one input, by each of them.
+    whole: a model, whose evaluations keep products of frozen tensors. groups: layers that read one
+    input, by each of them.
     """
 
     def __init__(
@@ -71,7 +74,9 @@ class Root:
 
 
 class Scope:
-    """One call of a root: what its layers may take, and where the pass before it goes on afterwards."""
+    """One call of a root: what its layers may take, and where the pass before it goes on
+    afterwards.
+    """
 
     __slots__ = ("again", "complete", "derived", "evaluation", "frame", "module", "outer", "root", "shared", "values")
 
@@ -93,7 +98,8 @@ def current() -> Scope | None:
     if torch.compiler.is_compiling():
         return None
     scope = _CURRENT.get()
-    # torch runs no hook after a KeyboardInterrupt. A pass whose frame has ended is over, whether or not anybody said so.
+    # torch runs no hook after a KeyboardInterrupt. A pass whose frame has ended is over, whether or
+    # not anybody said so.
     while scope is not None and not _runs(scope.frame):
         scope = scope.outer
         _CURRENT.set(scope)
@@ -108,11 +114,13 @@ def _runs(frame: FrameType) -> bool:
     return False
 
 
-# -- the hooks of a root: they read nothing but the module that they are called with ------------------------------------------
+# -- the hooks of a root: they read nothing but the module that they are called with -------------
 
 
 class Watched(nn.Module):
-    """What `watch` makes of any module: its root, the ids of its hooks, and whether a graph solves here."""
+    """What `watch` makes of any module: its root, the ids of its hooks, and whether a graph solves
+    here.
+    """
 
     _loft_root: Root
     _loft_hooks: tuple[int, int]
@@ -122,7 +130,8 @@ class Watched(nn.Module):
 def watch(module: nn.Module, root: Root, *, solves: bool = True) -> None:
     """Let passes begin at `module`, whose root takes the place of the one it may have.
 
-    solves: whether a graph that holds a call of this module solves here for all its layers; of a whole model one module does.
+    solves: whether a graph that holds a call of this module solves here for all its layers; of a
+    whole model one module does.
     """
     watched = cast(Watched, module)
     if "_loft_root" not in module.__dict__:  # a PEFT model answers for the model inside it
@@ -205,7 +214,8 @@ def _leave(module: Watched, args: tuple, output: Any) -> None:
     while scope is not None and scope.module is not module:
         scope = scope.outer
     if scope is not None:
-        # Without an output the pass broke off, and a checkpoint that computes again may stop early: neither tells anything.
+        # Without an output the pass broke off, and a checkpoint that computes again may stop early:
+        # neither tells anything.
         if scope.shared and output is not None and not in_backward():
             for layer, (leader, *_) in scope.shared.items():
                 scope.root.apart.setdefault((leader, layer), steps())
@@ -213,7 +223,9 @@ def _leave(module: Watched, args: tuple, output: Any) -> None:
 
 
 def _of_replica(module: nn.Module) -> Root:
-    """The root of an `nn.DataParallel` replica, which torch makes anew for every pass and whose attributes are its original's."""
+    """The root of an `nn.DataParallel` replica, which torch makes anew for every pass and whose
+    attributes are its original's.
+    """
     replicas = [layer for layer in module.modules() if isinstance(layer, AdapterHolder)]
     layers = {layer.replica_of: layer for layer in replicas if layer.replica_of is not None}
     for layer in layers.values():
@@ -222,18 +234,19 @@ def _of_replica(module: nn.Module) -> Root:
     return Root(layers.values(), whole=False)
 
 
-# -- under torch.compile -------------------------------------------------------------------------------------------------------
+# -- under torch.compile -------------------------------------------------------------------------
 
 
 def _enter_traced(root: Root) -> None:
     """One solve for the layers of a graph that holds a call of the module.
 
-    In any other region each layer solves for itself. What a pass outside has solved is not taken, as blocks of one kind run one graph,
-    which would hold one block's values.
+    In any other region each layer solves for itself. What a pass outside has solved is not taken,
+    as blocks of one kind run one graph, which would hold one block's values.
     """
     if plain() or len(root.layers) == 1:
         return
-    # Anew, whatever there is: a pass with a graph break that Ctrl-C broke off may have left what it handed down.
+    # Anew, whatever there is: a pass with a graph break that Ctrl-C broke off may have left what it
+    # handed down.
     missing = root.wanted()
     if missing:
         root.traced = True
@@ -249,7 +262,7 @@ def _leave_traced(root: Root) -> None:
         root.traced = False
 
 
-# -- evaluations -----------------------------------------------------------------------------------------------------------------
+# -- evaluations ---------------------------------------------------------------------------------
 
 
 def forget_products(layers: Iterable[AdapterHolder]) -> None:
@@ -260,7 +273,9 @@ def forget_products(layers: Iterable[AdapterHolder]) -> None:
 
 
 def _evaluation(root: Root, kwargs: Mapping[str, Any]) -> object | None:
-    """What tells this pass's evaluation from others: None in a pass with gradients, which keeps nothing."""
+    """What tells this pass's evaluation from others: None in a pass with gradients, which keeps
+    nothing.
+    """
     if not root.whole:
         return None
     if torch.is_grad_enabled():
@@ -288,7 +303,7 @@ def _starts_a_sequence(kwargs: Mapping[str, Any]) -> bool:
     return isinstance(length, int) and length == 0  # a static cache's length is on the device
 
 
-# -- values ----------------------------------------------------------------------------------------------------------------------
+# -- values --------------------------------------------------------------------------------------
 
 
 def value_of(adapter: LayerAdapter, scope: Scope | None) -> Value:
@@ -306,7 +321,9 @@ def value_of(adapter: LayerAdapter, scope: Scope | None) -> Value:
 
 
 def delta_of(adapter: LayerAdapter, scope: Scope | None = None) -> Tensor | None:
-    """E of an adapter with its gradient, however this pass computes it; None for a kind without a transform."""
+    """E of an adapter with its gradient, however this pass computes it; None for a kind without a
+    transform.
+    """
     if adapter.transform is None:
         return None
     owner = adapter.members[0]
@@ -330,7 +347,9 @@ def _values_of_task(root: Root, task: int) -> dict[LayerAdapter, Value]:
 
 
 def _recomputed(owner: LayerAdapter) -> Value:
-    """E for what a checkpoint computes again, from the numbers of theta now: one solve a backward pass."""
+    """E for what a checkpoint computes again, from the numbers of theta now: one solve a backward
+    pass.
+    """
     root = None if owner.layer.root is None else owner.layer.root()
     task = torch._C._current_graph_task_id()
     values = {} if root is None else _values_of_task(root, task)

@@ -6,7 +6,8 @@
 | `BlocksKind`   | theta of every block's transform   | -         | `Blocks(D, permutations)`   | OFT, BOFT   |
 | `ReflectionsKind` | U (n x r) itself                   | -         | `LowRank(U, -S^{-1})`       | HRA         |
 
-A layer's adapter holds the tensors (`LayerAdapter`); a kind has none, and knows no layer: it is handed what it computes with.
+A layer's adapter holds the tensors (`LayerAdapter`); a kind has none, and knows no layer: it is
+handed what it computes with.
 """
 
 from __future__ import annotations
@@ -27,17 +28,20 @@ __all__ = ["BlocksKind", "Kind", "ReflectionsKind", "SubspaceKind", "butterfly"]
 
 
 class Kind(Protocol):
-    """One kind of adapter. `has_support`: whether it has a frozen P, chosen before training. `full_rank`: whether its
-    change of the weight has no low-rank form.
+    """One kind of adapter. `has_support`: whether it has a frozen P, chosen before training.
+    `full_rank`: whether its change of the weight has no low-rank form.
 
-    A kind without a support or a transform is handed None for it: what is `Any` here, each kind's own signature says.
+    A kind without a support or a transform is handed None for it: what is `Any` here, each kind's
+    own signature says.
     """
 
     has_support: bool
     full_rank: bool
 
     def fit(self, rank: int, own: int, other: int) -> int:
-        """`rank`, or the nearest that fits a layer whose turned side is `own` wide and whose other side is `other` wide."""
+        """`rank`, or the nearest that fits a layer whose turned side is `own` wide and whose other
+        side is `other` wide.
+        """
 
     def theta(self, transform: Any, width: int, rank: int, seed: int, identity: bool) -> Tensor:
         """The trained tensor at the start, float64: the identity, or a small random rotation."""
@@ -77,9 +81,11 @@ class SubspaceKind:
 
 
 class BlocksKind:
-    """Every coordinate in one block of each factor, every block with a transform of its own, or one for all blocks (`share`).
+    """Every coordinate in one block of each factor, every block with a transform of its own, or one
+    for all blocks (`share`).
 
-    The rank is the size b of the blocks. One factor: blocks of neighbours. More: those of a butterfly.
+    The rank is the size b of the blocks. One factor: blocks of neighbours. More: those of a
+    butterfly.
     """
 
     has_support, full_rank = False, True
@@ -89,7 +95,8 @@ class BlocksKind:
 
     def fit(self, rank: int, own: int, other: int) -> int:
         if self.factors == 1:
-            # Blocks of one coordinate turn nothing (`free` ones scale it), and far larger ones are not what was asked for.
+            # Blocks of one coordinate turn nothing (`free` ones scale it), and far larger ones are
+            # not what was asked for.
             sizes = [b for b in range(min(rank, 2), min(own, 4 * rank) + 1) if own % b == 0]
         else:
             sizes = [b for b in range(2, own + 1, 2) if own % (b << (self.factors - 1)) == 0]
@@ -120,7 +127,9 @@ class BlocksKind:
 
 
 class ReflectionsKind:
-    """R = H_0 H_1 ... of trained vectors; `reflection`: R = I - 2 Q Q^T of an orthonormal basis Q of them."""
+    """R = H_0 H_1 ... of trained vectors; `reflection`: R = I - 2 Q Q^T of an orthonormal basis Q
+    of them.
+    """
 
     has_support, full_rank = False, False
 
@@ -131,7 +140,9 @@ class ReflectionsKind:
         return min(rank, own - own % 2)
 
     def theta(self, transform: None, width: int, rank: int, seed: int, identity: bool) -> Tensor:
-        """As HRA's authors start: columns equal in pairs, which is the identity; an odd rank, and `reflection`, cannot be one."""
+        """As HRA's authors start: columns equal in pairs, which is the identity; an odd rank, and
+        `reflection`, cannot be one.
+        """
         draw = torch.Generator().manual_seed(seed)
         paired = identity and rank % 2 == 0 and not self.reflection
         columns = rank // 2 if paired else rank
@@ -149,16 +160,18 @@ class ReflectionsKind:
 
 @functools.cache
 def butterfly(n: int, b: int, factors: int, device: torch.device) -> Tensor:
-    """Coordinates of the blocks of each butterfly factor (BOFT, arXiv 2311.06243), (factors, n) int64.
+    """Coordinates of the blocks of each butterfly factor (BOFT, arXiv 2311.06243), (factors, n)
+    int64.
 
-    Factor i takes stretches of b 2^i coordinates; in each, chunks of b/2 coordinates, the even chunks first and then the odd ones, fill
-    the blocks two by two.
+    Factor i takes stretches of b 2^i coordinates; in each, chunks of b/2 coordinates, the even
+    chunks first and then the odd ones, fill the blocks two by two.
     """
     with torch.inference_mode(False):
         every = torch.arange(n, device=device)
         orders = [every]
         for i in range(1, factors):
             chunks = every.view(-1, 2**i, 2, b // 2)  # stretch, pair, parity, coordinate
-            # BOFT's permutation matrix has a row for each coordinate in its new place, and is applied by its transpose.
+            # BOFT's permutation matrix has a row for each coordinate in its new place, and is
+            # applied by its transpose.
             orders.append(chunks.transpose(1, 2).reshape(-1).argsort())
         return torch.stack(orders)

@@ -1,7 +1,9 @@
-"""Layers: a frozen linear layer and its rotations, y = x (W0 R)^T + b or y = x (R W0)^T + b, in LOFT's own case R = I + P E P^T.
+"""Layers: a frozen linear layer and its rotations, y = x (W0 R)^T + b or y = x (R W0)^T + b, in
+LOFT's own case R = I + P E P^T.
 
-`AdaptedLinear` holds its adapters' tensors; the PEFT tuner (`tuner/layer.py`) and the plain-PyTorch `nn.LoftLinear` are
-both it, so there is one path to every result. `adapter.py` says what an adapter is, `placement.py` how the output is computed.
+`AdaptedLinear` holds its adapters' tensors; the PEFT tuner (`tuner/layer.py`) and the plain-PyTorch
+`nn.LoftLinear` are both it, so there is one path to every result. `adapter.py` says what an adapter
+is, `placement.py` how the output is computed.
 """
 
 from __future__ import annotations
@@ -30,8 +32,8 @@ _SUPPORTED = SubspaceKind()
 class AdaptedLinear(AdapterHolder):
     """A frozen linear layer and its LOFT adapters, by name.
 
-    State: the tensors of `SLOTS`, each in a container `loft_<slot>` by adapter name. Everything else is derived from these and the
-    base weight.
+    State: the tensors of `SLOTS`, each in a container `loft_<slot>` by adapter name. Everything
+    else is derived from these and the base weight.
     """
 
     def __init__(self, base_layer: nn.Module):
@@ -58,7 +60,7 @@ class AdaptedLinear(AdapterHolder):
             twin.members = [twin if member is adapter else member for member in adapter.members]
         return replica
 
-    # -- adapters --------------------------------------------------------------------------------------------------------
+    # -- adapters ---------------------------------------------------------------------------------
 
     def add_adapter(
         self,
@@ -73,10 +75,12 @@ class AdaptedLinear(AdapterHolder):
         seed: int = 0,
         identity: bool = True,
     ) -> LayerAdapter:
-        """Add an adapter at the identity (or, for tests, at a small random rotation), its support, if it has one, unset.
+        """Add an adapter at the identity (or, for tests, at a small random rotation), its support,
+        if it has one, unset.
 
-        transform: None for a kind without one. output_scale: with a trained factor for every output, W = diag(1 + s) W0 R. movable:
-        `set_side` may change the side, so the state holds it. seed: of what starts at random.
+        transform: None for a kind without one. output_scale: with a trained factor for every
+        output, W = diag(1 + s) W0 R. movable: `set_side` may change the side, so the state holds
+        it. seed: of what starts at random.
         """
         if side not in SIDES:
             raise ValueError(f"side must be 'input' or 'output', got {side!r}")
@@ -127,11 +131,13 @@ class AdaptedLinear(AdapterHolder):
         return weight.device, dtype if dtype in (*HALF, torch.float64) else torch.float32
 
     def at_identity(self, x: Tensor, name: str, *args: Any, **kwargs: Any) -> Tensor:
-        """The layer with the transform at the identity, as `calibrate` sees it: the base layer, and what `refresh` has frozen."""
+        """The layer with the transform at the identity, as `calibrate` sees it: the base layer, and
+        what `refresh` has frozen.
+        """
         adapter = self.adapters[name]
         return placement.apply(self, [adapter] if adapter.frozen_rank else [], x, *args, **kwargs)
 
-    # -- state -----------------------------------------------------------------------------------------------------------
+    # -- state ------------------------------------------------------------------------------------
 
     def _apply(self, fn: Any, recurse: bool = True) -> AdaptedLinear:
         super()._apply(fn, recurse)
@@ -152,8 +158,8 @@ class AdaptedLinear(AdapterHolder):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def settle(self) -> None:
-        """Read from the supports themselves which adapters have one. Needed where a loader fills the tensors one by one and runs no
-        load_state_dict hook, as transformers' own does."""
+        """Read from the supports themselves which adapters have one. Needed where a loader fills
+        the tensors one by one and runs no load_state_dict hook, as transformers' own does."""
         for adapter in self.adapters.values():
             if adapter.owner is adapter:
                 adapter.settle()

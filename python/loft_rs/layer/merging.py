@@ -45,8 +45,8 @@ def original_weight(layer: Any, purpose: str) -> Tensor:
 def rotated_weight(
     layer: Any, adapters: list[LayerAdapter], weight: Tensor | None = None, *, safe: bool = False
 ) -> Tensor:
-    """W R_1 R_2 ... or ... R_2 R_1 W (m x n), in float32 (float64 for a float64 base), W being `weight`, or else the layer's as it is.
-    safe: ValueError for NaN or Inf in it."""
+    """W R_1 R_2 ... or ... R_2 R_1 W (m x n), in float32 (float64 for a float64 base), W being
+    `weight`, or else the layer's as it is. safe: ValueError for NaN or Inf in it."""
     weight = dense_or_raise(layer, "merging") if weight is None else weight
     work = weight.to(torch.promote_types(weight.dtype, torch.float32))
     for adapter in adapters:
@@ -62,7 +62,9 @@ def rotated_weight(
 
 @torch.no_grad()
 def merge(layer: Any, adapters: list[LayerAdapter], *, safe: bool = False) -> None:
-    """Replace W0 by the rotated weight, rounded once; the original bits are kept on the CPU for `unmerge`."""
+    """Replace W0 by the rotated weight, rounded once; the original bits are kept on the CPU for
+    `unmerge`.
+    """
     weight = dense_or_raise(layer, "merging")
     rotated = rotated_weight(layer, adapters, safe=safe)
     if layer.original is None:
@@ -87,7 +89,8 @@ def _forget(layer: Any) -> None:
 
 @torch.no_grad()
 def lora_factors(adapter: LayerAdapter) -> tuple[Tensor, Tensor]:
-    """(A (r x n), B (m x r)) with W0 + B A equal to the rotated weight: exact. ValueError for one of full rank.
+    """(A (r x n), B (m x r)) with W0 + B A equal to the rotated weight: exact. ValueError for one
+    of full rank.
 
     Of a refreshed adapter the rank is that of all that is turned, up to r_f + r.
     """
@@ -101,7 +104,8 @@ def lora_factors(adapter: LayerAdapter) -> tuple[Tensor, Tensor]:
     work = torch.promote_types(weight.dtype, torch.float32)
     factor, weight = factor_of(adapter), weight.to(work)
     if adapter.frozen_rank:
-        # The two spans may overlap. A factor that turns nothing keeps a column, as a LoRA has at least one.
+        # The two spans may overlap. A factor that turns nothing keeps a column, as a LoRA has at
+        # least one.
         least = factor.reduced(torch.finfo(work).eps / 2)
         factor = least if least.rank else LowRank(factor.basis[:, -1:], torch.zeros_like(factor.delta[-1:, -1:]))
     p, e = factor.basis.to(weight.device, work), factor.delta.to(weight.device, work)

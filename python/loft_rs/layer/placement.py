@@ -1,13 +1,16 @@
-"""Placements: how a layer computes y = x (W0 R)^T + b or y = x (R W0)^T + b from its frozen base layer and its rotations.
+"""Placements: how a layer computes y = x (W0 R)^T + b or y = x (R W0)^T + b from its frozen base
+layer and its rotations.
 
     rotate   the activations turn before (input side) or after (output side) any base layer
     add      the low-rank term is laid down, and the base product accumulates on it: a dense base layer, a rotation with a support
 
-Layers that read one input, such as the q, k and v projections, run as one node where each of them is `add`: it reads X once for all
-their z, adds up their dX inside the products, and costs one sequence of launches. The first of them that is called runs the others
-along, and they claim their own result when they are called with the same X in the same call of their parent (`forward_pass.Scope`).
-Which layers belong together is told by their names (`SHARED_INPUT`), so that a model computes the same bits from its first pass on;
-one that turns out to read something else, as in cross attention, is left alone from then on.
+Layers that read one input, such as the q, k and v projections, run as one node where each of them
+is `add`: it reads X once for all their z, adds up their dX inside the products, and costs one
+sequence of launches. The first of them that is called runs the others along, and they claim their
+own result when they are called with the same X in the same call of their parent
+(`forward_pass.Scope`). Which layers belong together is told by their names (`SHARED_INPUT`), so
+that a model computes the same bits from its first pass on; one that turns out to read something
+else, as in cross attention, is left alone from then on.
 """
 
 from __future__ import annotations
@@ -35,7 +38,8 @@ from .values import Value, steps
 
 __all__ = ["SHARED_INPUT", "apply", "choose_placement", "named_groups", "run"]
 
-# Children of one parent that read the same input, as transformers, diffusers and the original codes of models name them.
+# Children of one parent that read the same input, as transformers, diffusers and the original codes
+# of models name them.
 SHARED_INPUT = (
     ("q_proj", "k_proj", "v_proj"),
     ("query", "key", "value"),
@@ -63,15 +67,18 @@ def named_groups(parent: nn.Module, kind: type, known: tuple[tuple[str, ...], ..
 def choose_placement(in_features: int, out_features: int, side: str, dtype: torch.dtype) -> str:
     """`rotate` or `add` for a dense base.
 
-    `rotate` reads and writes activations of the side's own width twice; `add` touches the other side's. In half precision rotating
-    would round a small rotation away before the base product sees it, so there it is always `add`.
+    `rotate` reads and writes activations of the side's own width twice; `add` touches the other
+    side's. In half precision rotating would round a small rotation away before the base product
+    sees it, so there it is always `add`.
     """
     own, other = (in_features, out_features) if side == "input" else (out_features, in_features)
     return "rotate" if dtype not in HALF and other >= 2 * own else "add"
 
 
 def run(layer: Any, adapters: list[LayerAdapter], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    """The layer's output with `adapters` applied as if merged one after the other: W0 R_1 R_2 ... (input), ... R_2 R_1 W0 (output)."""
+    """The layer's output with `adapters` applied as if merged one after the other: W0 R_1 R_2 ...
+    (input), ... R_2 R_1 W0 (output).
+    """
     if layer.tap is not None:
         return layer.tap(layer, x, *args, **kwargs)
     return apply(layer, adapters, x, *args, **kwargs)
@@ -88,7 +95,7 @@ def apply(layer: Any, adapters: list[LayerAdapter], x: Tensor, *args: Any, **kwa
     return _rotate(layer, adapters, x, *args, **kwargs)
 
 
-# -- rotate ------------------------------------------------------------------------------------------------------------------
+# -- rotate --------------------------------------------------------------------------------------
 
 
 def _rotate(layer: Any, adapters: list[LayerAdapter], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -112,18 +119,22 @@ def _rotate(layer: Any, adapters: list[LayerAdapter], x: Tensor, *args: Any, **k
 
 
 def _output_delta(adapter: LayerAdapter, scope: Scope | None) -> Tensor | None:
-    """E of a rotation after the base layer; None at the identity, where taking the bias off and on again would change bits."""
+    """E of a rotation after the base layer; None at the identity, where taking the bias off and on
+    again would change bits.
+    """
     if plain() or torch.compiler.is_compiling():
         return delta_of(adapter, scope)
     value = value_of(adapter, scope)
     return None if value.identity and not adapter.frozen_rank else value.delta
 
 
-# -- add ---------------------------------------------------------------------------------------------------------------------
+# -- add -----------------------------------------------------------------------------------------
 
 
 class _Part(NamedTuple):
-    """One layer's part of a node. refreshed: whether its rotation is a product with a frozen one."""
+    """One layer's part of a node. refreshed: whether its rotation is a product with a frozen
+    one.
+    """
 
     adapter: LayerAdapter
     inputs: AddInputs
@@ -142,14 +153,17 @@ def _add(layer: Any, adapter: LayerAdapter, x: Tensor) -> Tensor | None:
         part = _part(layer, adapter, x, scope, autocast)
         if part is None:
             return None
-        # Nothing tells whether an inference tensor is changed in place before the others are called.
+        # Nothing tells whether an inference tensor is changed in place before the others are
+        # called.
         if scope is None or group is None or x.is_inference():
             return _node(x, [part], scope, JoinedInputs.of((part.inputs,)))
         return _lead(scope, group, part, x, autocast)
 
 
 def _add_in_graph(layer: Any, adapter: LayerAdapter, x: Tensor) -> Tensor | None:
-    """`_add` for a graph that a compiler, a tracer or autograd is to look into: no pass but this one, one layer a node."""
+    """`_add` for a graph that a compiler, a tracer or autograd is to look into: no pass but this
+    one, one layer a node.
+    """
     with no_autocast(x.device.type) as autocast:
         part = _part(layer, adapter, x, None, autocast)
         if part is None:
@@ -163,7 +177,8 @@ def _add_in_graph(layer: Any, adapter: LayerAdapter, x: Tensor) -> Tensor | None
         delta = _with_frozen(part, value.delta, x.dtype)
         cast = delta.detach().to(x.dtype) if part.refreshed else value.cast(x.dtype)
         if not torch.is_grad_enabled() and x.shape[:-1].numel() < delta.shape[-1]:
-            # A graph keeps no product from one token to the next, and W0 P would cost more than the token.
+            # A graph keeps no product from one token to the next, and W0 P would cost more than the
+            # token.
             basis = part.inputs.left if adapter.side == "input" else part.inputs.right
             return few_rows(x, part.inputs.weight, part.inputs.bias, LowRank(basis, cast), adapter.side)
         return AddLowRank.apply(x, JoinedInputs.of((part.inputs,)), [cast], [False], delta)
@@ -178,7 +193,8 @@ def _with_frozen(part: _Part, delta: Tensor, dtype: torch.dtype) -> Tensor:
 def _part(
     layer: Any, adapter: LayerAdapter, x: Tensor, scope: Scope | None, autocast: torch.dtype | None
 ) -> _Part | None:
-    """What `AddLowRank` takes of a layer for an input like x; None where the `add` placement does not apply.
+    """What `AddLowRank` takes of a layer for an input like x; None where the `add` placement does
+    not apply.
 
     autocast: to what autocast, which is off by now, casts a product.
     """
@@ -204,7 +220,9 @@ def _part(
 
 
 def _basis(adapter: LayerAdapter, dtype: torch.dtype, scope: Scope | None, sources: tuple[Tensor, ...]) -> Tensor:
-    """P (n x r), of a refreshed adapter [P_f, P], in `dtype`: one tensor for all tied layers of a pass."""
+    """P (n x r), of a refreshed adapter [P_f, P], in `dtype`: one tensor for all tied layers of a
+    pass.
+    """
     if len(sources) == 1 and sources[0].dtype == dtype:
         return sources[0]
 
@@ -221,7 +239,9 @@ def _basis(adapter: LayerAdapter, dtype: torch.dtype, scope: Scope | None, sourc
 
 
 def _image(weight: Tensor, basis: Tensor, side: str) -> Tensor:
-    """W0 P on the input side, W0^T P on the output side, summed in float32 or wider and rounded once."""
+    """W0 P on the input side, W0^T P on the output side, summed in float32 or wider and rounded
+    once.
+    """
     weight = weight if side == "input" else weight.mT
     if weight.dtype in HALF and not weight.is_cuda:  # whose products in half precision are slow
         return (weight.float() @ basis.float()).to(weight.dtype)
@@ -258,7 +278,7 @@ def _right_delta(value: Value, part: _Part, scope: Scope | None, dtype: torch.dt
     return adapter.kept(("turned", dtype), value.solution, (right,), lambda: right @ value.cast(dtype))
 
 
-# -- layers that read one input ------------------------------------------------------------------------------------------------
+# -- layers that read one input ------------------------------------------------------------------
 
 
 def _state_of(adapter: LayerAdapter, x: Tensor) -> tuple:
@@ -299,12 +319,15 @@ def _lead(scope: Scope, group: list, part: _Part, x: Tensor, autocast: torch.dty
 
 def _is_apart(scope: Scope, layer: Any, other: Any) -> bool:
     since = scope.root.apart.get((layer, other))
-    # Until the next optimiser step a checkpoint may compute a forward pass again, and has to find the same nodes.
+    # Until the next optimiser step a checkpoint may compute a forward pass again, and has to find
+    # the same nodes.
     return since is not None and (since < steps() or not torch.is_grad_enabled())
 
 
 def _joins(other: Any, part: _Part, x: Tensor, scope: Scope, autocast: torch.dtype | None) -> _Part | None:
-    """The part of a layer that may run along: the same adapter alone is active there, dtypes agree."""
+    """The part of a layer that may run along: the same adapter alone is active there, dtypes
+    agree.
+    """
     applied = other.applied()
     if len(applied) != 1 or applied[0].name != part.adapter.name or not applied[0].ready:
         return None

@@ -1,4 +1,6 @@
-"""The value of a transform in one pass: E of many adapters from one solve, and whether it is known to be zero."""
+"""The value of a transform in one pass: E of many adapters from one solve, and whether it is known
+to be zero.
+"""
 
 from __future__ import annotations
 
@@ -33,8 +35,8 @@ def steps() -> int:
 
 
 class Value:
-    """E of one adapter in one pass. attached: with its gradient, where the pass began with gradients. identity: whether E is known
-    to be exactly zero."""
+    """E of one adapter in one pass. attached: with its gradient, where the pass began with
+    gradients. identity: whether E is known to be exactly zero."""
 
     __slots__ = ("attached", "identity", "index", "solution")
 
@@ -43,7 +45,9 @@ class Value:
 
     @property
     def delta(self) -> Tensor:
-        """E (r, r), or D of all blocks, in theta's dtype, at least float32, with its gradient where the pass has gradients."""
+        """E (r, r), or D of all blocks, in theta's dtype, at least float32, with its gradient where
+        the pass has gradients.
+        """
         return self.solution.deltas[self.index] if self.attached is None else self.attached
 
     def cast(self, dtype: torch.dtype) -> Tensor:
@@ -64,7 +68,9 @@ def alike(adapters: Iterable[LayerAdapter]) -> dict[tuple, list[LayerAdapter]]:
 
 
 def _is_there(theta: Tensor) -> bool:
-    """Whether a theta can be read now: offloading leaves it on the meta device, FSDP2 sharded, FSDP1 and ZeRO-3 empty."""
+    """Whether a theta can be read now: offloading leaves it on the meta device, FSDP2 sharded,
+    FSDP1 and ZeRO-3 empty.
+    """
     if theta.is_meta or type(theta) not in (Tensor, nn.Parameter):
         return False
     return torch.compiler.is_compiling() or bool(theta.untyped_storage().size()) or not theta.numel()
@@ -84,7 +90,8 @@ def _stacked(roots: list[Tensor | None]) -> Tensor | None:
 
 
 def solve_all(adapters: Sequence[LayerAdapter], *, attaching: bool = True) -> dict[LayerAdapter, Value]:
-    """E of these owners of tensors, as many at once as can be; of several, those whose theta is not there are left out.
+    """E of these owners of tensors, as many at once as can be; of several, those whose theta is not
+    there are left out.
 
     attaching: with gradients, where the pass has them.
     """
@@ -124,7 +131,9 @@ def _solve_alike(adapters: Sequence[LayerAdapter], thetas: list[Tensor], attachi
 
 
 class Solved(NamedTuple):
-    """A solve of a pass without gradients. `groups`: by solution its adapters, in their order there, and their Gram roots."""
+    """A solve of a pass without gradients. `groups`: by solution its adapters, in their order
+    there, and their Gram roots.
+    """
 
     adapters: list[LayerAdapter]
     values: dict[LayerAdapter, Value]
@@ -139,7 +148,9 @@ class Solved(NamedTuple):
         return cls(adapters, values, groups)
 
     def stands(self, adapters: list[LayerAdapter]) -> bool:
-        """Whether the same adapters hold the same bits. Looking synchronises with the device, as a token does anyway."""
+        """Whether the same adapters hold the same bits. Looking synchronises with the device, as a
+        token does anyway.
+        """
         if adapters != self.adapters:
             return False
         for solution, together, roots in self.groups:
@@ -155,10 +166,12 @@ class Solved(NamedTuple):
 
 
 def _identities(adapters: Sequence[LayerAdapter], stack: Tensor, grads: bool) -> set[int]:
-    """Which of these are exactly the identity, so that the layer's output can be the base layer's, to the bit.
+    """Which of these are exactly the identity, so that the layer's output can be the base layer's,
+    to the bit.
 
-    Looking synchronises with the device. Training looks until the first optimiser step, other passes until theta was seen to be
-    other than zero; what was not looked at is computed like any rotation.
+    Looking synchronises with the device. Training looks until the first optimiser step, other
+    passes until theta was seen to be other than zero; what was not looked at is computed like any
+    rotation.
     """
     if capturing():
         return set()

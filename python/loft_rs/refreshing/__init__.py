@@ -1,4 +1,5 @@
-"""Experimental: a new support in the middle of training (`refresh`), or a part of the one there is (`narrow`).
+"""Experimental: a new support in the middle of training (`refresh`), or a part of the one there is
+(`narrow`).
 
 refresh.py narrow.py   the two verbs
 conditions.py          which adapters can be

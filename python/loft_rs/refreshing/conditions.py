@@ -10,7 +10,7 @@ from ..tuner.layer import Linear
 __all__ = ["require_choosable", "require_refreshable_kind"]
 
 
-# -- what can be refreshed -------------------------------------------------------------------------------------------------
+# -- what can be refreshed -----------------------------------------------------------------------
 
 
 def require_refreshable_kind(adapter: str, config: LoftConfig, caller: str) -> None:
@@ -54,7 +54,9 @@ def require_refreshable(layers: dict[str, Linear], adapter: str, config: LoftCon
 
 
 def require_choosable(adapter: str, config: LoftConfig) -> None:
-    """ValueError for an adapter whose supports are a file's, or whose ranks a `Budget` shares out: `refresh` could not choose anew."""
+    """ValueError for an adapter whose supports are a file's, or whose ranks a `Budget` shares out:
+    `refresh` could not choose anew.
+    """
     if isinstance(config.r, Budget):
         raise ValueError(
             f"refresh keeps the rank of every layer, but r of adapter {adapter!r} is a Budget, which shares them out anew"

@@ -41,7 +41,9 @@ def own_factor(layer: Linear, adapter: str) -> LowRank:
 
 @torch.no_grad()
 def frozen_product(name: str, layer: Linear, adapter: str) -> LowRank | None:
-    """R_f R (or R R_f) as one factor, float32 or as wide as theta, on the CPU; None where nothing is turned."""
+    """R_f R (or R R_f) as one factor, float32 or as wide as theta, on the CPU; None where nothing
+    is turned.
+    """
     own, transform = own_factor(layer, adapter), _transform(layer.adapters[adapter])
     held = layer.adapters[adapter].frozen_factor
     if held is not None:

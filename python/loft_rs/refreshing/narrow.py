@@ -1,7 +1,8 @@
 """Narrow: a part of the support there is, while training goes on.
 
-Narrowing freezes and restarts as a refresh does, but chooses nothing anew: P <- P V with V (r x rank) the strongest invariant planes of
-S = Skew(T) = (T - T^T) / 2, in which T has turned the most.
+Narrowing freezes and restarts as a refresh does, but chooses nothing anew: P <- P V with V
+(r x rank) the strongest invariant planes of S = Skew(T) = (T - T^T) / 2, in which T has turned the
+most.
 """
 
 from __future__ import annotations
@@ -31,8 +32,9 @@ class NarrowReport:
     """What `narrow` did.
 
     rank: of every layer that was narrowed
-    kept: name of such a layer -> ||V^T S V||_F^2 / ||S||_F^2, the fraction of the turning S = Skew(T) that was in the planes which
-        stay trained (the rest is frozen, not lost); NaN where nothing had turned
+    kept: name of such a layer -> ||V^T S V||_F^2 / ||S||_F^2, the fraction of the turning
+        S = Skew(T) that was in the planes which stay trained (the rest is frozen, not lost); NaN
+        where nothing had turned
     """
 
     rank: int
@@ -51,25 +53,30 @@ def narrow(
     optimizer: torch.optim.Optimizer | None = None,
     adapter_name: str | None = None,
 ) -> NarrowReport:
-    """Experimental: go on with the planes that training has turned the most; the model's function stays what it is.
+    """Experimental: go on with the planes that training has turned the most; the model's function
+    stays what it is.
 
-    The cheap form of `refresh`, without data: train at rank 2r for a while, then narrow to r. Fewer parameters are trained from then on,
-    but the trained rotation is kept as a frozen factor, as by `refresh`: the adapter and its forward pass get larger, by the old
-    rank's columns. The new support lies in the old one. Layers of at most `rank` are left exactly as they are. The ranks
+    The cheap form of `refresh`, without data: train at rank 2r for a while, then narrow to r. Fewer
+    parameters are trained from then on, but the trained rotation is kept as a frozen factor, as by
+    `refresh`: the adapter and its forward pass get larger, by the old rank's columns. The new
+    support lies in the old one. Layers of at most `rank` are left exactly as they are. The ranks
     are noted in the config (`rank_pattern`) that is saved with the adapter.
 
     Args:
-        model: as of `refresh`. The narrowed layers get new, smaller parameters: a DDP wrapper, a captured graph, or an optimiser that is
-            not given here, holds the old ones and must be made anew.
+        model: as of `refresh`. The narrowed layers get new, smaller parameters: a DDP wrapper, a
+            captured graph, or an optimiser that is not given here, holds the old ones and must be
+            made anew.
         rank: an even number of at least 2, less than the largest rank that the adapter has.
-        optimizer: the one that trains the adapter: it goes on with the new parameters, in their places; None: there is none yet. One
-            that is there all the same trains nothing any more, and its next step warns of it. Its moments are turned into
-            the new basis (see `optimizer_state.py`), step counts go on.
+        optimizer: the one that trains the adapter: it goes on with the new parameters, in their
+            places; None: there is none yet. One that is there all the same trains nothing any more,
+            and its next step warns of it. Its moments are turned into the new basis
+            (see `optimizer_state.py`), step counts go on.
         adapter_name: default: the active one.
 
-    Returns how much of each layer's turning lay in the planes it keeps. A call that fails leaves model and optimiser as they were.
-    ValueError: a `rank` that is none of these; an adapter without a support (OFT, BOFT, HRA), with magnitudes or in halves, merged,
-    disabled or not alone; an optimiser that does not train it or whose state has no such moments; no support yet.
+    Returns how much of each layer's turning lay in the planes it keeps. A call that fails leaves
+    model and optimiser as they were. ValueError: a `rank` that is none of these; an adapter without
+    a support (OFT, BOFT, HRA), with magnitudes or in halves, merged, disabled or not alone; an
+    optimiser that does not train it or whose state has no such moments; no support yet.
     `loft_rs.NonFiniteError`: NaN or Inf in a transform.
     """
     require_plain(model, "narrow")
@@ -112,8 +119,8 @@ def check_rank(rank: Any, layers: dict[str, Linear], adapter: str) -> None:
 
 
 def _strongest(own: LowRank, rank: int) -> tuple[Tensor, float]:
-    """(P V (n x rank) in float64, ||V^T S V||_F^2 / ||S||_F^2), V the strongest planes of S = Skew(T); the first columns of P and NaN
-    where S = 0."""
+    """(P V (n x rank) in float64, ||V^T S V||_F^2 / ||S||_F^2), V the strongest planes of
+    S = Skew(T); the first columns of P and NaN where S = 0."""
     s = (own.delta - own.delta.mT) / 2
     if not s.any():
         return own.basis[:, :rank], float("nan")

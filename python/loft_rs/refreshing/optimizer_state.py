@@ -1,13 +1,15 @@
 """What an optimiser holds for a transform's parameter theta, taken along to another support.
 
-The moments of theta, the strict lower triangle of A in the basis P1, are those of a gradient with respect to the ambient skew matrix
-P1 A P1^T. With O = P2^T P1, both bases orthonormal, and for i > j, k > l
+The moments of theta, the strict lower triangle of A in the basis P1, are those of a gradient with
+respect to the ambient skew matrix P1 A P1^T. With O = P2^T P1, both bases orthonormal, and for
+i > j, k > l
 
     first     skew(m) <- O skew(m) O^T                                       m_kl <- sum c_kl,ij m_ij,   c_kl,ij = O_ki O_lj - O_kj O_li
     second    v_kl <- sum c_kl,ij^2 v_ij + (1 - sum c_kl,ij^2) mean(v)       as of independent coordinates
 
-where the second term stands for what lies outside the old support: from v = 0, Adam's first steps there would be 3 times too long.
-Where P2 lies in the span of P1, as after `narrow`, O (r_2 x r_1) has orthonormal rows and the second term is zero.
+where the second term stands for what lies outside the old support: from v = 0, Adam's first steps
+there would be 3 times too long. Where P2 lies in the span of P1, as after `narrow`, O (r_2 x r_1)
+has orthonormal rows and the second term is zero.
 """
 
 from __future__ import annotations
@@ -26,14 +28,17 @@ from ..tuner.layer import Linear
 
 __all__ = ["held_moments", "replace_parameter", "transported", "warn_of_replaced"]
 
-# What the optimisers of torch and transformers call a mean of gradients and a mean of their squares.
+# What the optimisers of torch and transformers call a mean of gradients and a mean of their
+# squares.
 _FIRST, _SECOND = ("exp_avg", "momentum_buffer", "grad_avg"), ("exp_avg_sq", "max_exp_avg_sq", "square_avg", "sum")
 
 
 def held_moments(
     optimizer: torch.optim.Optimizer, layers: dict[str, Linear], adapter: str
 ) -> dict[str, dict[str, Tensor]]:
-    """The moments of every transform that has a state; what is no moment, such as the step count, stays as it is."""
+    """The moments of every transform that has a state; what is no moment, such as the step count,
+    stays as it is.
+    """
     trained = {id(p) for group in optimizer.param_groups for p in group["params"]}
     missing = [name for name, layer in layers.items() if id(layer.adapters[adapter].theta) not in trained]
     if missing:
@@ -76,7 +81,9 @@ def transported(key: str, moment: Tensor, turn: Tensor) -> Tensor:
 def replace_parameter(
     optimizer: torch.optim.Optimizer, old: Tensor, new: Tensor, moments: dict[str, Tensor] | None
 ) -> None:
-    """Let an optimiser train `new` in place of `old`, with its state and these moments; None: without a state."""
+    """Let an optimiser train `new` in place of `old`, with its state and these moments; None:
+    without a state.
+    """
     for group in optimizer.param_groups:
         group["params"][:] = [new if each is old else each for each in group["params"]]
     state = optimizer.state.pop(old, None)
@@ -112,7 +119,9 @@ def _symmetric(lower: Tensor, r: int) -> Tensor:
 
 
 def _squared(v: Tensor, turn: Tensor, free: bool) -> Tensor:
-    """sum over (i, j) of c_kl,ij^2 v_ij: c = O_ki O_lj of a free matrix, and O_ki O_lj - O_kj O_li over i > j of a skew one."""
+    """sum over (i, j) of c_kl,ij^2 v_ij: c = O_ki O_lj of a free matrix, and O_ki O_lj - O_kj O_li
+    over i > j of a skew one.
+    """
     squares = turn.square()
     moved = squares @ v @ squares.mT
     if not free:

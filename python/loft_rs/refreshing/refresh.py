@@ -1,8 +1,10 @@
-"""Refresh: a new support in the middle of training, at the weight that training has reached.
-W = W0 R_f R with R_f what earlier refreshes froze (the identity at first) and R = I + P E P^T trained. A refresh
+"""Refresh: a new support in the middle of training, at the weight that training has reached. W = W0
+R_f R with R_f what earlier refreshes froze (the identity at first) and R = I + P E P^T trained. A
+refresh
 
     freezes     R_f <- R_f R, one factor I + P_f E_f P_f^T: with Q L = [P_f, P] and M as `factor.Frozen` has it, P_f <- Q V and
-                E_f <- V^T (L M L^T) V, V the directions that are turned; in float64. Its rank grows by at most r, never past the width.
+                E_f <- V^T (L M L^T) V, V the directions that are turned; in float64. Its rank grows
+                by at most r, never past the width.
     chooses     P at W_cur = W0 R_f: `calibrate` with its taps before (output side: after) the frozen factor, so that
                 S = Skew(W_cur^T G); a support that needs no data is that of W_cur
     restarts    theta = 0, so the function is what it was
@@ -53,25 +55,30 @@ def refresh(
     offload: bool = False,
     progress: bool | None = None,
 ) -> CalibrationReport:
-    """Experimental: a new support for an adapter's current weight, to go on from there; the model's function stays what it is.
+    """Experimental: a new support for an adapter's current weight, to go on from there; the model's
+    function stays what it is.
 
-    The trained rotation is kept as a frozen factor of rank r_f, which grows by at most r a refresh and never past the layer's width,
-    and is saved with the adapter (P_f (n x r_f) and E_f (r_f x r_f), float32). `export_lora` stays exact, at a rank of up to r_f + r.
+    The trained rotation is kept as a frozen factor of rank r_f, which grows by at most r a refresh
+    and never past the layer's width, and is saved with the adapter (P_f (n x r_f) and E_f
+    (r_f x r_f), float32). `export_lora` stays exact, at a rank of up to r_f + r.
 
     Args:
-        model: a PEFT model whose only active adapter is the LOFT one, unmerged, not wrapped in DDP, not compiled, its LOFT parameters
-            not sharded. Call this between an optimiser's step and the next forward pass: gradients of the old transform are dropped.
-        dataloader, train_step, max_batches, memory, offload, progress: as of `loft_rs.calibrate`. A gradient, activation or pilot support
-            needs one of the first two; `principal`, `random` and `coordinate` need neither, and are put in input-PCA order where one is
-            given and `LoftConfig.order` is not "natural".
-        optimizer: the one that trains the adapter: its moments are turned into the new basis (see `optimizer_state.py`), step counts go
-            on; None: left as it is.
+        model: a PEFT model whose only active adapter is the LOFT one, unmerged, not wrapped in DDP,
+            not compiled, its LOFT parameters not sharded. Call this between an optimiser's step and
+            the next forward pass: gradients of the old transform are dropped.
+        dataloader, train_step, max_batches, memory, offload, progress: as of `loft_rs.calibrate`. A
+            gradient, activation or pilot support needs one of the first two; `principal`, `random`
+            and `coordinate` need neither, and are put in input-PCA order where one is given and
+            `LoftConfig.order` is not "natural".
+        optimizer: the one that trains the adapter: its moments are turned into the new basis
+            (see `optimizer_state.py`), step counts go on; None: left as it is.
         adapter_name: default: the active one.
 
-    Returns the report of the new supports. A refresh that fails leaves model and optimiser as they were.
-    ValueError: an adapter without a support (OFT, BOFT, HRA), with magnitudes, in halves, with a `Budget`, or with supports from a file,
-    merged, disabled or not alone; an optimiser that does not train it or whose state has no such moments; no data where the support
-    needs it; no support yet. `loft_rs.NonFiniteError`: NaN or Inf in a transform or in what a layer saw.
+    Returns the report of the new supports. A refresh that fails leaves model and optimiser as they
+    were. ValueError: an adapter without a support (OFT, BOFT, HRA), with magnitudes, in halves,
+    with a `Budget`, or with supports from a file, merged, disabled or not alone; an optimiser that
+    does not train it or whose state has no such moments; no data where the support needs it; no
+    support yet. `loft_rs.NonFiniteError`: NaN or Inf in a transform or in what a layer saw.
     """
     started = time.perf_counter()
     require_plain(model, "refresh")

@@ -1,4 +1,5 @@
-"""Sketches: what is summed of one layer over the batches, and the support solved from it. Knows no PEFT.
+"""Sketches: what is summed of one layer over the batches, and the support solved from it. Knows no
+PEFT.
 
 base.py                                        Sketch: the passes, the sums, the equations
 skewgrad.py gradsvd.py activation.py order.py  one sketch a file

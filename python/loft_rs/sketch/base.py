@@ -1,27 +1,31 @@
 """Sketches: what calibration accumulates of one layer, fed by a tap in its forward (`tap.py`).
 
-With A the activations on the support's side (X, or Y0 = Y - b on the output side), B the gradient there (dX or dY), k = r + oversampling:
+With A the activations on the support's side (X, or Y0 = Y - b on the output side), B the gradient
+there (dX or dY), k = r + oversampling:
 
     skewgrad    pass 1  S Omega = (B^T (A Omega) - A^T (B Omega)) / 2        pass 2  S Q, in the same way, and A^T [B Q, A Q] at once
     gradsvd     pass 1  G^T Omega = X^T (dY Omega)                           pass 2  G Q = dY^T (X Q)
     activation  pass 1  A^T (A Omega)                                        pass 2  (A Q)^T (A Q)
 
-where Q is the orthonormal basis of the first pass's sketch. Every sum is linear in the batches, so those of several processes add up,
-and is held in float32 (float64 for a float64 base). A few columns of Omega are probes: they do not enter Q and estimate what Q misses
-of the squared norm, with a standard error. Pass 1 keeps the even and the odd batches apart, for `evidence.py`.
+where Q is the orthonormal basis of the first pass's sketch. Every sum is linear in the batches, so
+those of several processes add up, and is held in float32 (float64 for a float64 base). A few
+columns of Omega are probes: they do not enter Q and estimate what Q misses of the squared norm,
+with a standard error. Pass 1 keeps the even and the odd batches apart, for `evidence.py`.
 
-Two passes, skewgrad: S is known on all of span(Q), so P lies in [Q, U], U the part of span(S Q) outside Q, where S is
+Two passes, skewgrad: S is known on all of span(Q), so P lies in [Q, U], U the part of span(S Q)
+outside Q, where S is
 
     [[Q^T S Q, -R^T], [R, U^T S U]],   R = U^T S Q       with U^T S U, of second order, left out.
 
-One pass (`single`; Halko, Martinsson and Tropp 2011, 5.5; Tropp, Yurtsever, Udell and Cevher 2017), from the sketch Y alone:
+One pass (`single`; Halko, Martinsson and Tropp 2011, 5.5; Tropp, Yurtsever, Udell and Cevher 2017),
+from the sketch Y alone:
 
     skewgrad    Q: the q < k leading left singular vectors of Y; the skew C that minimises ||C (Q^T Omega) - Q^T Y||_F is Q^T S Q
     gradsvd     P: the r leading left singular vectors of Y
     activation  the r leading eigenvectors of Y (Omega^T Y)^+ Y^T, Nystroem's
 
-What orders P is its moment P^T M P, M = A^T A. Where only M on a test matrix T (Omega or Q) is known it is Nystroem's, which is
-exact on span(T): (P^T M T) (T^T M T)^+ (P^T M T)^T.
+What orders P is its moment P^T M P, M = A^T A. Where only M on a test matrix T (Omega or Q) is
+known it is Nystroem's, which is exact on span(T): (P^T M T) (T^T M T)^+ (P^T M T)^T.
 """
 
 from __future__ import annotations
@@ -50,9 +54,11 @@ PROBES = 8
 class Plan:
     """What a sketch knows of its layer and of the run: plain data, which is saved with it.
 
-    method: skewgrad, gradsvd or activation; any other asks for the order of the support that is there, and is its name
+    method: skewgrad, gradsvd or activation; any other asks for the order of the support that is
+    there, and is its name
     rank: the largest that will be asked for. columns: k. single: pass 1 is the only one
-    heights: of the tied layers, which are one layer with all their outputs: S is the sum of theirs, G their stack
+    heights: of the tied layers, which are one layer with all their outputs: S is the sum of theirs,
+    G their stack
     loss_scale: what the loss is multiplied by where the support comes from its gradient
     """
 
@@ -69,9 +75,11 @@ class Plan:
 
 
 class Sketch:
-    """One layer's sums. `on_forward` runs in the layer's forward, `on_backward` in its backward, `end_pass` after the last batch of a pass.
+    """One layer's sums. `on_forward` runs in the layer's forward, `on_backward` in its backward,
+    `end_pass` after the last batch of a pass.
 
-    `pending` are the sums of the pass that runs; they are there from its start, so that every process has the same ones to add up.
+    `pending` are the sums of the pass that runs; they are there from its start, so that every
+    process has the same ones to add up.
     """
 
     tap_input = False
@@ -109,11 +117,15 @@ class Sketch:
             }
 
     def begin_batch(self, half: int) -> None:
-        """What follows belongs to this half of the batches. Where nobody says so (`train_step`), `note_run` finds out."""
+        """What follows belongs to this half of the batches. Where nobody says so (`train_step`),
+        `note_run` finds out.
+        """
         self.parity, self.first_of_batch, self.batch_announced = half, True, True
 
     def note_run(self, watched: bool) -> None:
-        """The layer runs: in a new batch, if it has had an answer to the last one, or none is to come."""
+        """The layer runs: in a new batch, if it has had an answer to the last one, or none is to
+        come.
+        """
         if not self.batch_announced and (self.gradient_seen or not (self.backward or watched)):
             self.parity, self.first_of_batch, self.gradient_seen = 1 - self.parity, True, False
 
@@ -159,7 +171,9 @@ class Sketch:
         return sum(held.nbytes for held in (*self.pending.values(), self.basis) if held is not None)
 
     def workspace(self, rows: int, dtype: torch.dtype, device: str, offload: bool) -> int:
-        """Bytes, at most, of what `on_forward` and `on_backward` make and drop for so many rows in `dtype` on a device of this type."""
+        """Bytes, at most, of what `on_forward` and `on_backward` make and drop for so many rows in
+        `dtype` on a device of this type.
+        """
         tall, k, size = max(self.plan.width, self.other), self.columns + PROBES, self.dtype.itemsize
         narrow = dtype.itemsize < size and (dtype, device) != (torch.bfloat16, "cuda")
         # A copy in float32; the tap's own of Y.
@@ -227,11 +241,15 @@ class Sketch:
         return self.whole[:, -PROBES:], self.drawn[:, -PROBES:]
 
     def directions(self, y: np.ndarray) -> np.ndarray:
-        """A basis (n x r) of what a sketch y (n x k) of these columns shows, strongest first, whole planes together."""
+        """A basis (n x r) of what a sketch y (n x k) of these columns shows, strongest first, whole
+        planes together.
+        """
         return left_vectors(y, self.rank)
 
     def solve(self) -> tuple[np.ndarray, np.ndarray, float, float]:
-        """(basis (n x r at least), all values found, ||S||_F^2 or ||G||_F^2, its standard error)."""
+        """(basis (n x r at least), all values found, ||S||_F^2 or ||G||_F^2, its standard
+        error).
+        """
         raise AssertionError("each kind of sketch solves its own problem")
 
     def solved(self) -> tuple[np.ndarray, np.ndarray, float, float]:
@@ -247,7 +265,9 @@ class Sketch:
         return np.square(np.minimum.accumulate(self.solved()[1][: self.rank])) / self.plan.loss_scale**2
 
     def rotation_energy(self, rank: int, weight: Tensor | None) -> float:
-        """||P^T S P||_F^2 of the support P of this rank. weight: W0 (m x n), for a sketch that does not see S."""
+        """||P^T S P||_F^2 of the support P of this rank. weight: W0 (m x n), for a sketch that does
+        not see S.
+        """
         raise AssertionError("each kind of sketch that waits for gradients has its own")
 
     def moment(self, p: np.ndarray) -> np.ndarray:

@@ -1,8 +1,10 @@
-"""Saved sketches: what one calibration pass has summed, in a file; files of other batches add up, and give supports without the model.
+"""Saved sketches: what one calibration pass has summed, in a file; files of other batches add up,
+and give supports without the model.
 
-A sketch is linear in the batches (`sketch.py`), and so is the moment that orders the support. One safetensors file holds, by module,
-the sums of a single pass (`loft_rs.save_sketches`) over the loss scale, which is a power of two. Omega is drawn
-again from the seed. The metadata is JSON: a version, and of every module its plan, the modules tied in it, and Omega's first number.
+A sketch is linear in the batches (`sketch.py`), and so is the moment that orders the support. One
+safetensors file holds, by module, the sums of a single pass (`loft_rs.save_sketches`) over the loss
+scale, which is a power of two. Omega is drawn again from the seed. The metadata is JSON: a version,
+and of every module its plan, the modules tied in it, and Omega's first number.
 """
 
 from __future__ import annotations
@@ -30,7 +32,9 @@ _SCALED = ("sketch",)  # sums that are linear in the gradient
 
 
 def write_sketches(path: str | os.PathLike, sketches: Mapping[str, Sketch], tied: Mapping[str, Sequence[str]]) -> None:
-    """Write the sums of sketches whose single pass is over; `tied`: the modules that each is the sketch of."""
+    """Write the sums of sketches whose single pass is over; `tied`: the modules that each is the
+    sketch of.
+    """
     from safetensors.torch import save_file
 
     tensors, facts = {}, {}
@@ -50,9 +54,9 @@ def write_sketches(path: str | os.PathLike, sketches: Mapping[str, Sketch], tied
 def supports_from_sketches(*paths: str | os.PathLike) -> dict[str, Support]:
     """Supports by module from files that `save_sketches` wrote, the sketches of several added up.
 
-    To rounding those of one `calibrate` with a single pass over all their batches; `set_support` and `save_supports` take them.
-    FileNotFoundError;
-    ValueError for a damaged or foreign file, one given twice, and files that differ in modules, method, side, seed, rank or shape.
+    To rounding those of one `calibrate` with a single pass over all their batches; `set_support`
+    and `save_supports` take them. FileNotFoundError; ValueError for a damaged or foreign file, one
+    given twice, and files that differ in modules, method, side, seed, rank or shape.
     """
     if not paths:
         raise ValueError("paths is empty: give at least one file that loft_rs.save_sketches wrote")

@@ -16,7 +16,9 @@ __all__ = ["GradientSketch"]
 
 
 class GradientSketch(Sketch):
-    """G = dY^T X (input side), or its transpose (output side): right singular vectors either way."""
+    """G = dY^T X (input side), or its transpose (output side): right singular vectors either
+    way.
+    """
 
     @property
     def sketched(self) -> int:
@@ -59,7 +61,9 @@ class GradientSketch(Sketch):
             self.pending["image"][rows] += image.to(self.home)
 
     def rotation_energy(self, rank: int, weight: Tensor | None) -> float:
-        """Of two passes: P^T W0^T G P = (W0 P)^T (G P), on the output side (W0^T P)^T (G^T P), transposed."""
+        """Of two passes: P^T W0^T G P = (W0 P)^T (G P), on the output side (W0^T P)^T (G^T P),
+        transposed.
+        """
         q, p = self.q, self.solved()[0][:, :rank]
         assert weight is not None
         w = weight.detach() if self.side == "input" else weight.detach().mT
@@ -80,7 +84,8 @@ class GradientSketch(Sketch):
             squares, _ = descending(y[:, : self.columns].T @ y[:, : self.columns])
             p = left_vectors(y[:, : self.columns], self.rank)
             captured, total = np.sum((p.T @ probes) ** 2, 0), np.sum(probes**2, 0)
-            # Y's values are too large by what P was fitted to; of the probes, which had no part in that, P captures what is there.
+            # Y's values are too large by what P was fitted to; of the probes, which had no part in
+            # that, P captures what is there.
             values = np.sqrt(squares[: self.rank] * max(captured.mean(), 0) / np.sum(squares[: self.rank]))
             return p, values, float(total.mean()), standard_error(total)
         image, q = self.numpy("image"), self.q

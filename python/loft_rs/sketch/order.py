@@ -19,8 +19,9 @@ __all__ = ["MomentSketch"]
 
 
 class MomentSketch(Sketch):
-    """Only sum z^T z, z = A P, for the order inside a support P that is chosen already. facts: fields of that support. first: the
-    columns of its first half, which is ordered apart from the second."""
+    """Only sum z^T z, z = A P, for the order inside a support P that is chosen already. facts:
+    fields of that support. first: the columns of its first half, which is ordered apart from the
+    second."""
 
     backward = False
 

@@ -1,7 +1,9 @@
-"""The products that calibration makes of a layer's large matrices, and the test matrices Omega that it makes them with.
+"""The products that calibration makes of a layer's large matrices, and the test matrices Omega that
+it makes them with.
 
-A and B (tokens x features) are large, and what a pass costs is reading them: products are in float32 or wider, with half precision as it is
-on a GPU, and layers that read one X and have one Omega have one X Omega.
+A and B (tokens x features) are large, and what a pass costs is reading them: products are in
+float32 or wider, with half precision as it is on a GPU, and layers that read one X and have one
+Omega have one X Omega.
 """
 
 from __future__ import annotations
@@ -23,7 +25,8 @@ __all__ = [
     "skinny_product",
 ]
 
-# Omega depends on its size, the seed and the device alone: layers of one width hold one between them.
+# Omega depends on its size, the seed and the device alone: layers of one width hold one between
+# them.
 _GAUSSIANS: weakref.WeakValueDictionary[tuple, Tensor] = weakref.WeakValueDictionary()
 # (which A and Omega, A Omega), the last there was: the q, k and v projections take it in turn.
 _LAST: list[tuple[tuple, Tensor] | None] = [None]
@@ -41,14 +44,18 @@ def gaussian(rows: int, columns: int, seed: int, home: torch.device = torch.devi
 
 
 def as_it_is(*tensors: Tensor) -> bool:
-    """Whether products of these large tensors take them as they are: bfloat16 on a GPU, summed in float32."""
+    """Whether products of these large tensors take them as they are: bfloat16 on a GPU, summed in
+    float32.
+    """
     return all(each.is_cuda and each.dtype == torch.bfloat16 for each in tensors)
 
 
 def product(a: Tensor, b: Tensor) -> Tensor:
-    """A B of a large A and a skinny B, in float32 or wider: half-precision products are slow on a CPU, and float16 could overflow.
+    """A B of a large A and a skinny B, in float32 or wider: half-precision products are slow on a
+    CPU, and float16 could overflow.
 
-    B comes to A's device. bfloat16 on a GPU is multiplied as it is, B rounded to it, and summed in float32.
+    B comes to A's device. bfloat16 on a GPU is multiplied as it is, B rounded to it, and summed in
+    float32.
     """
     if as_it_is(a):
         return torch.mm(a, b.to(a.device, a.dtype), out_dtype=torch.float32)
@@ -61,13 +68,15 @@ def inner_product(a: Tensor, b: Tensor) -> Tensor:
 
 
 def skinny_product(b: Tensor, test: Tensor, rounded: bool) -> Tensor:
-    """B T of a large B and a skinny T, to be multiplied with a large A^T; rounded: to B's dtype, as it is made."""
+    """B T of a large B and a skinny T, to be multiplied with a large A^T; rounded: to B's dtype, as
+    it is made.
+    """
     return torch.mm(b, test.to(b.device, b.dtype)) if rounded else product(b, test)
 
 
 def shared_skinny_product(a: Tensor, omega: Tensor, rounded: bool) -> Tensor:
-    """`narrow`, made once for all that ask for the same A and Omega one after another; not under inference mode, where an A that was
-    written over does not show it."""
+    """`narrow`, made once for all that ask for the same A and Omega one after another; not under
+    inference mode, where an A that was written over does not show it."""
     if a.is_inference():
         return skinny_product(a, omega, rounded)
     storages = tuple(StorageWeakRef(each.untyped_storage()) for each in (a, omega))

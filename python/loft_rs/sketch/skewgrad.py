@@ -88,7 +88,8 @@ class SkewSketch(Sketch):
         known = float(np.sum(c**2))
         p = b @ v[:, : self.rank]
         if self.plan.single and len(c) < self.plan.width:
-            # C was fitted and its planes chosen on the same columns. The probes had no part in either: E (P^T S w) (P^T w)^T = P^T S P.
+            # C was fitted and its planes chosen on the same columns. The probes had no part in
+            # either: E (P^T S w) (P^T w)^T = P^T S P.
             fitted = v[:, : self.rank].T @ c @ v[:, : self.rank]
             told = np.sum((p.T @ probes) * (fitted @ (p.T @ omega)), 0)
             # C is P^T S P and an error with no part in it, so <C, P^T S P> = ||P^T S P||^2.

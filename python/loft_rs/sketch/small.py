@@ -1,4 +1,6 @@
-"""The small dense problems that a sketch leaves: what a layer's sums say, solved in float64 on the CPU (`sketch.py` has the equations)."""
+"""The small dense problems that a sketch leaves: what a layer's sums say, solved in float64 on the
+CPU (`sketch.py` has the equations).
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,9 @@ def standard_error(samples: np.ndarray) -> float:
 
 
 def left_vectors(y: np.ndarray, count: int) -> np.ndarray:
-    """The leading left singular vectors (n x count) of y (n x k), by its Gram matrix; completed where y has fewer."""
+    """The leading left singular vectors (n x count) of y (n x k), by its Gram matrix; completed
+    where y has fewer.
+    """
     _, v = descending(y.T @ y)
     return linalg.orthonormalize(np.pad(y @ v[:, :count], ((0, 0), (0, max(0, count - y.shape[1])))))
 
@@ -37,7 +41,9 @@ def skew_core(z: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 
 def nystroem(left: np.ndarray, core: np.ndarray) -> np.ndarray:
-    """L C^+ L^T of a positive semidefinite C that was summed in float32: eigenvalues that may be its rounding are left out."""
+    """L C^+ L^T of a positive semidefinite C that was summed in float32: eigenvalues that may be
+    its rounding are left out.
+    """
     weights, u = np.linalg.eigh((core + core.T) / 2)
     kept = weights > 64 * np.finfo(np.float32).eps * weights[-1]
     half = (left @ u[:, kept]) / np.sqrt(weights[kept])
@@ -45,8 +51,8 @@ def nystroem(left: np.ndarray, core: np.ndarray) -> np.ndarray:
 
 
 def ordered_basis(p: np.ndarray, moment: np.ndarray | None, first: int | None = None) -> np.ndarray:
-    """P (n x r), its columns turned to the eigenvectors of sum z^T z = P^T M P where that is given: the first ones and the others apart, or
-    all together."""
+    """P (n x r), its columns turned to the eigenvectors of sum z^T z = P^T M P where that is given:
+    the first ones and the others apart, or all together."""
     if moment is not None:
         parts = [slice(first), slice(first, None)] if first else [slice(None)]
         p = np.hstack([p[:, part] @ descending(moment[part, part])[1] for part in parts])

@@ -1,19 +1,25 @@
-"""SplitHalf: how far a support would change with other batches, from the sketches of two halves of them.
+"""SplitHalf: how far a support would change with other batches, from the sketches of two halves of
+them.
 
-With Y_h = S_h Omega the sketch of half h over its number of batches b_h, and P_h (n x r) chosen from Y_h alone, so that the other half
-has no part in it (every product below is of P_h and both halves, summed over h):
+With Y_h = S_h Omega the sketch of half h over its number of batches b_h, and P_h (n x r) chosen
+from Y_h alone, so that the other half has no part in it (every product below is of P_h and both
+halves, summed over h):
 
     overlap        t = ||P_0^T P_1||_F^2 / r, chance being r / n
     reproducible   beta = <P_h^T Y_0, P_h^T Y_1> / ||P_h^T Y_h||_F^2, and 2 beta / (1 + |beta|) for all B batches (Spearman-Brown's,
-                   made odd: it is concave, and where beta is mostly noise its mean would be too low)
+                   made odd: it is concave, and where beta is mostly noise its mean would be too
+                   low)
 
-The first product is signal alone, since the noise of the halves is independent: its mean is that of <P_h^T Y_h, P_h^T Y>, Y of unlimited
-data, whatever P_h was fitted to. The second is signal and noise, the noise falling as 1 / b. Their difference is the noise, direction by
-direction. Where one batch in sixty has nearly all of the squared gradient no few batches tell of the mean: `dominance` shows it.
+The first product is signal alone, since the noise of the halves is independent: its mean is that of
+<P_h^T Y_h, P_h^T Y>, Y of unlimited data, whatever P_h was fitted to. The second is signal and
+noise, the noise falling as 1 / b. Their difference is the noise, direction by direction. Where one
+batch in sixty has nearly all of the squared gradient no few batches tell of the mean: `dominance`
+shows it.
 
-The overlap of two supports is modelled the same way: with t free of chance, its odds t / (1 - t) grow as the batches, so all B batches
-and as many others have 2 t / (1 + t). With the support of unlimited data the overlap is no less than that. (Taking a half's overlap with
-it to be sqrt(t) says up to 0.3 too much on real gradients.)
+The overlap of two supports is modelled the same way: with t free of chance, its odds t / (1 - t)
+grow as the batches, so all B batches and as many others have 2 t / (1 + t). With the support of
+unlimited data the overlap is no less than that. (Taking a half's overlap with it to be sqrt(t) says
+up to 0.3 too much on real gradients.)
 """
 
 from __future__ import annotations
@@ -29,20 +35,24 @@ __all__ = ["SplitHalf", "overlap", "split_half_of"]
 
 @dataclass(frozen=True, eq=False)
 class SplitHalf:
-    """How far a layer's support is that of its task and not of its batches; everything nan with a single batch, or none in one half.
+    """How far a layer's support is that of its task and not of its batches; everything nan with a
+    single batch, or none in one half.
 
     agreement: expected ||P^T P'||_F^2 / r with the support P' of as many other batches, in [0, 1]
     halves: the same of two supports, each from one half of the batches: measured, not modelled
     angles: (r,) principal angles between those two, radians, ascending
-    reproducible: the part of the squared objective captured in the sample that other data would show too; in [-1, 1], below 0 where the
-        halves contradict each other
-    snr: signal over noise at all the batches, of every plane (skewgrad) or direction, strongest first; 0 where no signal is seen
+    reproducible: the part of the squared objective captured in the sample that other data would
+        show too; in [-1, 1], below 0 where the halves contradict each other
+    snr: signal over noise at all the batches, of every plane (skewgrad) or direction, strongest
+    first; 0 where no signal is seen
     batches: how many there were, of all processes
-    dominance: the stronger half's part of both halves' ||Y_h||_F^2, a half or little more where the batches are alike; near 1 one batch
-        or two have nearly all of the gradient, and nothing here tells of other data
+    dominance: the stronger half's part of both halves' ||Y_h||_F^2, a half or little more where the
+        batches are alike; near 1 one batch or two have nearly all of the gradient, and nothing here
+        tells of other data
 
-    One layer's `reproducible` is a noisy figure: with 2 to 16 batches of 8 sentence pairs its standard error is .16 to .19, and errors of
-    neighbouring layers go the same way (bench/CALIBRATION.md). Two halves do not show that error themselves.
+    One layer's `reproducible` is a noisy figure: with 2 to 16 batches of 8 sentence pairs its
+    standard error is .16 to .19, and errors of neighbouring layers go the same way
+    (bench/CALIBRATION.md). Two halves do not show that error themselves.
     """
 
     agreement: float
@@ -55,7 +65,8 @@ class SplitHalf:
     dominance: float
 
     def batches_needed(self, agreement: float = 0.9) -> float:
-        """Batches for an expected agreement: B o* / o with o = (t - chance) / (1 - t), the odds of the agreement t; inf where t is chance.
+        """Batches for an expected agreement: B o* / o with o = (t - chance) / (1 - t), the odds of
+        the agreement t; inf where t is chance.
 
         ValueError for an agreement outside (0, 1).
         """
@@ -67,9 +78,11 @@ class SplitHalf:
         return max(1, math.ceil(self.batches * wanted / found - 1e-9)) if found else math.inf
 
     def reproduced(self, squares: np.ndarray) -> np.ndarray:
-        """The part of squared values (r,), descending, that other data would show too: each times snr / (1 + snr) of its plane.
+        """The part of squared values (r,), descending, that other data would show too: each times
+        snr / (1 + snr) of its plane.
 
-        A single direction's ratio is noisy: the result is the nearest descending sequence with the same sums of what is pooled.
+        A single direction's ratio is noisy: the result is the nearest descending sequence with the
+        same sums of what is pooled.
         """
         share = np.repeat(self.snr / (1 + self.snr), max(1, len(squares) // max(1, len(self.snr))))
         pools: list[list[float]] = []  # [mean, length]
@@ -82,14 +95,17 @@ class SplitHalf:
 
 
 def overlap(p: np.ndarray, q: np.ndarray) -> float:
-    """||P^T Q||_F^2 / r of two orthonormal bases (n x r): 1 where the spans are equal, r / n by chance."""
+    """||P^T Q||_F^2 / r of two orthonormal bases (n x r): 1 where the spans are equal, r / n by
+    chance.
+    """
     return min(1.0, float(np.sum((p.T @ q) ** 2) / p.shape[1]))
 
 
 def split_half_of(
     halves: np.ndarray, batches: np.ndarray, rank: int, choose: Callable[[np.ndarray], np.ndarray], *, pairs: bool
 ) -> SplitHalf:
-    """halves (2, n, k) and batches (2,): the sketches and how many batches each has seen. choose: the support (n x rank) that one shows.
+    """halves (2, n, k) and batches (2,): the sketches and how many batches each has seen. choose:
+    the support (n x rank) that one shows.
 
     pairs: two neighbouring directions are one plane.
     """
@@ -123,7 +139,9 @@ def split_half_of(
 
 
 def _reproducible(signal: float, own: float, left: float) -> float:
-    """beta / (beta + left (1 - beta)) of beta = signal / own, and minus that of -beta, so that noise alone has mean 0."""
+    """beta / (beta + left (1 - beta)) of beta = signal / own, and minus that of -beta, so that
+    noise alone has mean 0.
+    """
     beta = min(abs(signal) / own, 1.0) if own > 0 else 0.0
     return math.copysign(beta / (beta + left * (1 - beta)), signal) if beta else 0.0
 

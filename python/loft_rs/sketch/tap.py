@@ -1,4 +1,6 @@
-"""The tap in a layer's forward, through which calibration sees an activation and its gradient (`sketch.py`)."""
+"""The tap in a layer's forward, through which calibration sees an activation and its gradient
+(`sketch.py`).
+"""
 
 from __future__ import annotations
 
@@ -15,13 +17,16 @@ __all__ = ["LayerTap", "output_product"]
 
 
 class _Tap(torch.autograd.Function):
-    """The identity on `value`; its backward hands what was kept in the forward, and dL/dvalue, to a sketch."""
+    """The identity on `value`; its backward hands what was kept in the forward, and dL/dvalue, to a
+    sketch.
+    """
 
     @staticmethod
     def forward(ctx, value: Tensor, kept: Tensor | None, anchor: Tensor, sketch: Sketch, part: int) -> Tensor:
         ctx.save_for_backward(kept)
         ctx.sketch, ctx.part = sketch, part
-        # What follows the layer may change its output in place, which neither a view nor the output that was kept would survive.
+        # What follows the layer may change its output in place, which neither a view nor the output
+        # that was kept would survive.
         return value.view_as(value) if sketch.tap_input else value.clone()
 
     @staticmethod
@@ -33,12 +38,14 @@ class _Tap(torch.autograd.Function):
 
 
 class LayerTap:
-    """What a layer runs in place of its adapted forward during a pass: the same at the identity, tapped. After `refresh` that is the
-    base layer with the frozen factor, W_cur = W0 R_f, and X, Y0 and their gradients are those of W_cur. within: another tap of the
-    layer, for its other side, which runs inside this one.
+    """What a layer runs in place of its adapted forward during a pass: the same at the identity,
+    tapped. After `refresh` that is the base layer with the frozen factor, W_cur = W0 R_f, and X, Y0
+    and their gradients are those of W_cur. within: another tap of the layer, for its other side,
+    which runs inside this one.
 
-    The tap sees an activation and its own gradient together, whatever comes after the layer, however often it runs, and under
-    checkpointing. Its anchor makes autograd reach the layers of a model in which nothing else requires a gradient.
+    The tap sees an activation and its own gradient together, whatever comes after the layer,
+    however often it runs, and under checkpointing. Its anchor makes autograd reach the layers of a
+    model in which nothing else requires a gradient.
     """
 
     def __init__(self, sketch: Sketch, adapter: str, part: int = 0, within: LayerTap | None = None):

@@ -1,4 +1,6 @@
-"""Ranks by a `Budget`: solve each layer's spectrum, share the parameters out, solve again where a layer got more."""
+"""Ranks by a `Budget`: solve each layer's spectrum, share the parameters out, solve again where a
+layer got more.
+"""
 
 from __future__ import annotations
 
@@ -22,11 +24,13 @@ def shared_supports(
     solve: Callable[[dict[str, int], Callable | None], dict[str, Support]],
     progress: Callable[[str, int, int], object] | None,
 ) -> Allocation[Support]:
-    """Supports of the ranks that `share_ranks` gives, from the spectra that `solve(ranks, progress)` finds.
+    """Supports of the ranks that `share_ranks` gives, from the spectra that
+    `solve(ranks, progress)` finds.
 
-    Layers are solved at twice the even share at first. What lies past a layer's last value is taken to be as large as that, the
-    most it can be, so a layer that is given more than it was solved for is solved again at twice the rank, and once there is
-    none the ranks are optimal for the whole spectra, to the solver's accuracy. `progress` counts every solve of a layer.
+    Layers are solved at twice the even share at first. What lies past a layer's last value is taken
+    to be as large as that, the most it can be, so a layer that is given more than it was solved for
+    is solved again at twice the rank, and once there is none the ranks are optimal for the whole
+    spectra, to the solver's accuracy. `progress` counts every solve of a layer.
     """
     narrow = [name or "the matrix" for name, shape in shapes.items() if min(shape) < 2]
     if len(narrow) == len(shapes):
@@ -65,7 +69,9 @@ def _counted(
 
 
 def _spectra(found: Mapping[str, Support], allowed: Mapping[str, range]) -> dict[str, np.ndarray]:
-    """Squares up to each layer's largest rank, in units of the largest of all, so that no float64 gradient overflows."""
+    """Squares up to each layer's largest rank, in units of the largest of all, so that no float64
+    gradient overflows.
+    """
     scale = max(support.values[0] for support in found.values())
     return {
         name: np.square(np.pad(found[name].values, (0, ranks[-1] - found[name].rank), mode="edge") / scale)

@@ -1,4 +1,6 @@
-"""Supports that look at no gradient: random and coordinate ones, and the energy that such a one captures."""
+"""Supports that look at no gradient: random and coordinate ones, and the energy that such a one
+captures.
+"""
 
 from __future__ import annotations
 
@@ -69,13 +71,17 @@ def _blind(matrix: Any, scale: float, rank: int, method: str, side: str, seed: i
 
 
 def blind_support(width: int, rank: int, *, method: str, side: str, seed: int) -> Support:
-    """A `random` or `coordinate` support of a layer `width` wide, chosen without any matrix, so of unknown energy."""
+    """A `random` or `coordinate` support of a layer `width` wide, chosen without any matrix, so of
+    unknown energy.
+    """
     unknown, basis = np.full(rank, math.nan), BLIND[method](width, rank, seed)
     return Support(basis, math.nan, math.nan, unknown, unknown.copy(), math.nan, 0, 0.0, method, side, seed)
 
 
 def _scale(name: str, argument: str, matrix: Any) -> float:
-    """The power of two below the largest entry, so that no square of an entry over it overflows or vanishes; 0 if all are zero."""
+    """The power of two below the largest entry, so that no square of an entry over it overflows or
+    vanishes; 0 if all are zero.
+    """
     largest = 0.0
     for _, rows in row_blocks(matrix):
         if not np.isfinite(rows).all():

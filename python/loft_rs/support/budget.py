@@ -1,14 +1,18 @@
-"""Budget: one number of trained parameters, shared out over the layers as even ranks by what each rank captures.
+"""Budget: one number of trained parameters, shared out over the layers as even ranks by what each
+rank captures.
 
-With sigma_i the singular values of a layer's objective (skewgrad: every plane strength twice) and p(r) the parameters of its
-transform, r (r - 1) / 2 (`cayley`, `exp`) or r^2 (`free`), `share_ranks` chooses even ranks r_l that
+With sigma_i the singular values of a layer's objective (skewgrad: every plane strength twice) and
+p(r) the parameters of its transform, r (r - 1) / 2 (`cayley`, `exp`) or r^2 (`free`), `share_ranks`
+chooses even ranks r_l that
 
     maximise  sum_l sum_{i <= r_l} sigma_{l,i}^2     with     sum_l p(r_l) <= params,    floor_l <= r_l <= cap_l
 
-a multiple-choice knapsack (Kellerer, Pferschy and Pisinger, Knapsack Problems, 2004, chapter 11). Captured energy is concave in r
-and p convex, so in every layer each step of two ranks gains less per parameter than the one before it: taking steps by gain per
-parameter solves the linear relaxation, which bounds any completion of a partial choice from above. A search layer by layer keeps
-the partial choices that could still beat the best known one, and none that another beats in both energy and parameters.
+a multiple-choice knapsack (Kellerer, Pferschy and Pisinger, Knapsack Problems, 2004, chapter 11).
+Captured energy is concave in r and p convex, so in every layer each step of two ranks gains less
+per parameter than the one before it: taking steps by gain per parameter solves the linear
+relaxation, which bounds any completion of a partial choice from above. A search layer by layer
+keeps the partial choices that could still beat the best known one, and none that another beats in
+both energy and parameters.
 """
 
 from __future__ import annotations
@@ -29,7 +33,8 @@ __all__ = ["PARAMETERS", "Allocation", "Budget", "T", "share_ranks"]
 T = TypeVar("T")
 
 PARAMETERS: dict[str, Callable[[Any], Any]] = {name: each.count for name, each in TABLE.items() if each.shared}
-# Partial choices held at once. The narrow searches find a good choice, which leaves the next one little to look at.
+# Partial choices held at once. The narrow searches find a good choice, which leaves the next one
+# little to look at.
 _WIDTHS = (1 << 6, 1 << 10, 1 << 14)
 # Sums of a few hundred float64 energies: what differs by less is equal.
 _ROUNDING = 1e-12
@@ -41,11 +46,12 @@ class Budget:
 
     params: the most that may be trained, at least what rank 2 takes
     transform: counts r (r - 1) / 2 parameters a layer ("cayley", "exp") or r^2 ("free")
-    floor: smallest rank, even; an int or a mapping with the names of the layers. A layer may get less than 2 only where its
-        floor is 0, and is then left out of the supports
+    floor: smallest rank, even; an int or a mapping with the names of the layers. A layer may get
+        less than 2 only where its floor is 0, and is then left out of the supports
     cap: largest rank, even, likewise; None: min(m, n)
 
-    A layer with min(m, n) = 1 allows no even rank: it is left out whatever its floor, with one warning.
+    A layer with min(m, n) = 1 allows no even rank: it is left out whatever its floor, with one
+    warning.
     """
 
     params: int
@@ -71,10 +77,12 @@ class Budget:
         return PARAMETERS[self.transform](rank)
 
     def allowed(self, limits: Mapping[str, int]) -> dict[str, range]:
-        """The even ranks open to each layer, from min(m, n) by name; rank 0 alone where that is below 2.
+        """The even ranks open to each layer, from min(m, n) by name; rank 0 alone where that is
+        below 2.
 
-        Those that would leave too little for the other layers' floors are not among them. ValueError for a floor above the cap or
-        the limit, floors that take more than `params`, and names that are not those of `limits`.
+        Those that would leave too little for the other layers' floors are not among them.
+        ValueError for a floor above the cap or the limit, floors that take more than `params`, and
+        names that are not those of `limits`.
         """
         floors, caps = _by_name("floor", self.floor, limits), _by_name("cap", self.cap, limits)
         ends = {}
@@ -120,7 +128,8 @@ class Allocation(dict[str, T]):
     """What a budget gave each layer: its rank (`share_ranks`) or its `Support` (`select_support`).
 
     params: trained parameters given out
-    gap: the most that a better allocation could still add, as a fraction of the captured energy; 0 where there is none better
+    gap: the most that a better allocation could still add, as a fraction of the captured energy; 0
+    where there is none better
     """
 
     params: int
@@ -134,11 +143,13 @@ class Allocation(dict[str, T]):
 def share_ranks(spectra: Mapping[str, Any], budget: Budget) -> Allocation[int]:
     """Even ranks by layer that capture the most energy for the budget, from spectra alone.
 
-    spectra: name -> squared singular values in descending order; rank r captures the sum of the first r, and a layer can have
-        no more ranks than it has values. With fewer than two it gets 0, whatever its floor
+    spectra: name -> squared singular values in descending order; rank r captures the sum of the
+        first r, and a layer can have no more ranks than it has values. With fewer than two it gets
+        0, whatever its floor
 
-    The result is optimal to rounding, or `gap` says how far from optimal it may be. A step that gains nothing is not taken.
-    TypeError or ValueError for a spectrum that is no such sequence, and for what `Budget.allowed` refuses.
+    The result is optimal to rounding, or `gap` says how far from optimal it may be. A step that
+    gains nothing is not taken. TypeError or ValueError for a spectrum that is no such sequence, and
+    for what `Budget.allowed` refuses.
     """
     squares = {name: _squares(name, each) for name, each in spectra.items()}
     if not squares:
@@ -171,7 +182,9 @@ def _squares(name: str, values: Any) -> np.ndarray:
 
 
 def _search(energies: list[np.ndarray], costs: list[np.ndarray], room: int) -> tuple[list[int], float]:
-    """(level of each layer, what a better choice could still add) for concave energies and convex costs, both 0 at level 0."""
+    """(level of each layer, what a better choice could still add) for concave energies and convex
+    costs, both 0 at level 0.
+    """
     layer, gain, cost = _steps(energies, costs)
     spent = np.cumsum(cost)
     room = min(room, int(cost.sum()))
@@ -210,7 +223,9 @@ def _steps(energies: list[np.ndarray], costs: list[np.ndarray]) -> tuple[np.ndar
 def _beam(
     energies: list[np.ndarray], costs: list[np.ndarray], levels: list[np.ndarray], room: int, best: float, width: int
 ) -> tuple[list[int] | None, float]:
-    """(the best choice above `best` among these levels, the largest bound of what was dropped for want of width)."""
+    """(the best choice above `best` among these levels, the largest bound of what was dropped for
+    want of width).
+    """
     energies = [each[some] for each, some in zip(energies, levels, strict=True)]
     costs = [each[some] for each, some in zip(costs, levels, strict=True)]
     layer, gain, step = _steps(energies, costs)

@@ -14,7 +14,8 @@ __all__ = ["custom_basis"]
 
 
 def custom_basis(support: Any) -> np.ndarray:
-    """An orthonormal float32 basis (n, r) from a `Support` or the user's own (n, r) columns, same span, order kept.
+    """An orthonormal float32 basis (n, r) from a `Support` or the user's own (n, r) columns, same
+    span, order kept.
 
     ValueError for NaN or Inf, more columns than rows, or columns that are linearly dependent.
     """

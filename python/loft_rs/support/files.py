@@ -25,7 +25,9 @@ _ARRAYS = {"basis": np.float32, "values": np.float64, "residuals": np.float64}
 
 
 def save_supports(path: str | os.PathLike, supports: Support | Mapping[str, Support]) -> None:
-    """Write supports to one safetensors file, bit for bit; the same supports give the same bytes."""
+    """Write supports to one safetensors file, bit for bit; the same supports give the same
+    bytes.
+    """
     from safetensors.numpy import save_file
 
     from .._files import whole_file
@@ -68,7 +70,9 @@ def _plain(value: Any) -> Any:
 
 
 def load_supports(path: str | os.PathLike) -> Support | dict[str, Support]:
-    """Read what `save_supports` wrote. Anything else (truncated, another version, not orthonormal) is a ValueError."""
+    """Read what `save_supports` wrote. Anything else (truncated, another version, not orthonormal)
+    is a ValueError.
+    """
     from .._files import read_safetensors
 
     tensors, metadata = read_safetensors(path)

@@ -1,4 +1,5 @@
-"""Gradients given by their factors, G = dY^T X with dY (N, m) and X (N, n): the dense problem of N rows that has the same support.
+"""Gradients given by their factors, G = dY^T X with dY (N, m) and X (N, n): the dense problem of N
+rows that has the same support.
 
     skewgrad   Skew(W0^T G) = Skew((dY W0)^T X)          output side  Skew(G W0^T) = Skew(dY^T (X W0^T))
     gradsvd    dY^T = Q R: the right vectors of R X       output side  X^T = Q R: the left vectors of dY^T R^T
@@ -55,7 +56,9 @@ class Factored:
 
 
 def padded(matrix: Matrix | None, rank: int, side: str) -> Matrix | None:
-    """The few rows (input side) or columns filled up with zeros to `rank`, which changes no support."""
+    """The few rows (input side) or columns filled up with zeros to `rank`, which changes no
+    support.
+    """
     axis = 0 if side == "input" else 1
     if not isinstance(matrix, np.ndarray) or matrix.shape[axis] >= rank:
         return matrix

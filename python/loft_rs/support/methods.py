@@ -1,4 +1,5 @@
-"""The ways to choose a support, in one table: what each needs, and the object that holds its options.
+"""The ways to choose a support, in one table: what each needs, and the object that holds its
+options.
 
     principal random coordinate   from the weights or a seed, when the model is built
     gradsvd skewgrad              from gradients: `select_support`, or `calibrate` over a task's batches
@@ -66,9 +67,10 @@ def _flag(name: str, value: Any) -> None:
 class _Sketched:
     """Options of a support that `calibrate` solves from sketches.
 
-    passes: 2, or 1 for data that comes only once: the support is then chosen, and ordered, from a wider sketch alone.
-    oversampling: columns of the sketch beyond the rank, n x 4 bytes each, twice; None: 16, or 192 for a single pass. More capture more,
-        up to the optimum.
+    passes: 2, or 1 for data that comes only once: the support is then chosen, and ordered, from a
+    wider sketch alone.
+    oversampling: columns of the sketch beyond the rank, n x 4 bytes each, twice; None: 16, or 192
+        for a single pass. More capture more, up to the optimum.
     """
 
     passes: int = 2
@@ -84,15 +86,19 @@ class _Sketched:
 
 @dataclass(frozen=True, kw_only=True)
 class SkewGrad(_Sketched):
-    """The top invariant subspace of Skew(W0^T G) (arXiv 2605.11872). For its options see `GradSVD`."""
+    """The top invariant subspace of Skew(W0^T G) (arXiv 2605.11872). For its options see
+    `GradSVD`.
+    """
 
 
 @dataclass(frozen=True, kw_only=True)
 class GradSVD(_Sketched):
     """The top right singular vectors of the gradient G (arXiv 2605.11872).
 
-    passes: 2, or 1 for data that comes only once: the support is then chosen, and ordered, from a wider sketch alone.
-    oversampling: columns of the sketch beyond the rank; None: 16, or 192 for a single pass. ValueError for other numbers.
+    passes: 2, or 1 for data that comes only once: the support is then chosen, and ordered, from a
+    wider sketch alone.
+    oversampling: columns of the sketch beyond the rank; None: 16, or 192 for a single pass.
+    ValueError for other numbers.
 
     >>> from loft_rs import GradSVD
     >>> GradSVD(passes=1, oversampling=64)
@@ -110,14 +116,14 @@ class Pilot:
     """A short low-rank training whose change the support spans (`calibration/pilot.py`).
 
     steps: of Adam, one batch each, at rate `lr`.
-    rank: of the change of a layer, no more than min(m, n) there. None: 64, or the adapter's rank (in
-        halves: the first one's) where that is larger.
+    rank: of the change of a layer, no more than min(m, n) there. None: 64, or the adapter's rank
+        (in halves: the first one's) where that is larger.
     halves: the support's first half are the directions that the change reads, the second their
         partners, which W0 maps to what it writes. The transform turns one half towards the other
         only: r^2/4 trained numbers a layer. Needs dense weights.
-    keep: experimental, for short runs. Training starts where the pilot ended, at the rotation nearest
-        to its change (`calibration/start.py`), in place of the base model. Needs dense weights, and
-        the transform `cayley` or `exp`.
+    keep: experimental, for short runs. Training starts where the pilot ended, at the rotation
+        nearest to its change (`calibration/start.py`), in place of the base model. Needs dense
+        weights, and the transform `cayley` or `exp`.
 
     ValueError for anything but positive numbers.
 
@@ -147,10 +153,11 @@ class Pilot:
 
 @dataclass(frozen=True, kw_only=True)
 class Blocks:
-    """No support: all coordinates are turned, r at a time (OFT, BOFT; `LoftConfig.oft` and `.boft` set this).
+    """No support: all coordinates are turned, r at a time (OFT, BOFT; `LoftConfig.oft` and `.boft`
+    set this).
 
-    factors: 1: blocks of neighbours; more: so many butterfly factors. share: one rotation for all blocks of a factor. output_scale: a
-    trained factor for every output as well, as BOFT has.
+    factors: 1: blocks of neighbours; more: so many butterfly factors. share: one rotation for all
+    blocks of a factor. output_scale: a trained factor for every output as well, as BOFT has.
     """
 
     factors: int = 1
@@ -167,7 +174,8 @@ class Blocks:
 class Reflections:
     """No frozen support: r trained Householder vectors (HRA; `LoftConfig.hra` sets this).
 
-    gram_schmidt: I - 2 Q Q^T with Q an orthonormal basis of the vectors, which does not start at the identity.
+    gram_schmidt: I - 2 Q Q^T with Q an orthonormal basis of the vectors, which does not start at
+    the identity.
     """
 
     gram_schmidt: bool = False

@@ -1,6 +1,7 @@
 """`select_support`: supports from dense matrices.
 
-With G = dL/dW and W0 both (m, n) = (out, in), on the input side (the output side takes the left-hand counterpart):
+With G = dL/dW and W0 both (m, n) = (out, in), on the input side (the output side takes the
+left-hand counterpart):
 
     gradsvd      top-r right singular vectors of G
     skewgrad     top-r invariant subspace of S = (W0^T G - G^T W0) / 2
@@ -8,7 +9,8 @@ With G = dL/dW and W0 both (m, n) = (out, in), on the input side (the output sid
     random       Q of a Gaussian
     coordinate   r columns of the identity
 
-The work is done in Rust (`loft_rs._core.select`); this file checks every argument before any of it begins.
+The work is done in Rust (`loft_rs._core.select`); this file checks every argument before any of it
+begins.
 """
 
 from __future__ import annotations
@@ -46,21 +48,26 @@ def select_support(
 ) -> Support | dict[str, Support]:
     """Choose a support for one matrix, or one for each matrix of a mapping.
 
-    grads: (m, n) = (out, in) gradient, a NumPy array or a torch tensor (f16, bf16, f32, f64; any strides; any device), or a
-        pair (dY, X) of them, (N, m) and (N, n), for the gradient dY^T X, or a mapping of either
-    rank: columns of the basis, 1..min(m, n), or a mapping with the same names, or a `Budget` that shares even ranks out so that
-        the layers together capture the most energy (gradsvd, skewgrad, principal)
-    method: gradsvd (grads), skewgrad (grads and weights), principal (weights alone), random or coordinate (either, for
-        the shape)
+    grads: (m, n) = (out, in) gradient, a NumPy array or a torch tensor (f16, bf16, f32, f64; any
+        strides; any device), or a pair (dY, X) of them, (N, m) and (N, n), for the gradient dY^T X,
+        or a mapping of either
+    rank: columns of the basis, 1..min(m, n), or a mapping with the same names, or a `Budget` that
+        shares even ranks out so that the layers together capture the most energy (gradsvd,
+        skewgrad, principal)
+    method: gradsvd (grads), skewgrad (grads and weights), principal (weights alone), random or
+        coordinate (either, for the shape)
     weights: W0, like `grads`
     side: "input" for W = W0 R, "output" for W = R W0
-    tol: largest fraction of the captured energy that may be missing, by the Ritz residuals; None for a fixed depth with at most
-        about 1 percent missing, after which a flat spectrum is given up on: `gap` and `residuals` tell
-    progress: called as progress(name, done, in_all) after each layer; raising stops the call. With a `Budget` a layer that turns
-        out to deserve more than it was first solved for is solved, and counted, again, and in_all grows
+    tol: largest fraction of the captured energy that may be missing, by the Ritz residuals; None
+        for a fixed depth with at most about 1 percent missing, after which a flat spectrum is given
+        up on: `gap` and `residuals` tell
+    progress: called as progress(name, done, in_all) after each layer; raising stops the call. With
+        a `Budget` a layer that turns out to deserve more than it was first solved for is solved,
+        and counted, again, and in_all grows
 
-    A mapping gives, bit for bit, what single calls with the same seed give. A mapping and a `Budget` give an `Allocation`: a
-    dict with the parameters given out and the proven gap to the best allocation; a layer that is given rank 0 is not in it.
+    A mapping gives, bit for bit, what single calls with the same seed give. A mapping and a
+    `Budget` give an `Allocation`: a dict with the parameters given out and the proven gap to the
+    best allocation; a layer that is given rank 0 is not in it.
     """
     from .allocate import shared_supports
     from .budget import Budget

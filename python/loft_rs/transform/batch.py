@@ -3,8 +3,8 @@
     solve     E = C D C of a stack of thetas, D = T - I, C the Gram root that a support rounded to half precision needs
     Deltas    attaches the gradients of the thetas to their E: dL/dtheta of all of them in one batched closed form
 
-Nothing is kept here: a `Solution` belongs to whoever asked for it. Under `torch.compile` the solve is the one operator that the
-compiler does not look into, so that the same kernel runs there.
+Nothing is kept here: a `Solution` belongs to whoever asked for it. Under `torch.compile` the solve
+is the one operator that the compiler does not look into, so that the same kernel runs there.
 """
 
 from __future__ import annotations
@@ -21,9 +21,11 @@ __all__ = ["Deltas", "Solution", "attach", "differentiable_delta", "solve"]
 
 
 class Solution:
-    """E of several members of one transform (B, r, r), what their gradients need, and E in other dtypes.
+    """E of several members of one transform (B, r, r), what their gradients need, and E in other
+    dtypes.
 
-    `roots`: C of every member (B, r, r), or None where none needs one. `thetas`: what it was computed from.
+    `roots`: C of every member (B, r, r), or None where none needs one. `thetas`: what it was
+    computed from.
     """
 
     __slots__ = ("_casts", "deltas", "roots", "saved", "thetas", "transform")
@@ -33,8 +35,11 @@ class Solution:
         self._casts: dict[torch.dtype, tuple[Tensor, ...]] = {}
 
     def cast(self, index: int, dtype: torch.dtype) -> Tensor:
-        """E (r, r), or a stack of them, of one member in `dtype`, no gradient; all members are cast at once."""
-        # Remembered because all layers of a pass ask; it is a function of what never changes, so a race writes one value twice.
+        """E (r, r), or a stack of them, of one member in `dtype`, no gradient; all members are cast
+        at once.
+        """
+        # Remembered because all layers of a pass ask; it is a function of what never changes, so a
+        # race writes one value twice.
         if dtype not in self._casts:
             if torch.compiler.is_compiling():  # a checkpointed part of a graph may write to nothing outside it
                 return self.deltas[index].to(dtype)
@@ -104,10 +109,12 @@ def _members(stack: Tensor, indices: Sequence[int]) -> Tensor:
 
 
 class Deltas(torch.autograd.Function):
-    """E of several thetas, so that one batched backward serves them all; a theta whose E nobody used gets no gradient.
+    """E of several thetas, so that one batched backward serves them all; a theta whose E nobody
+    used gets no gradient.
 
-    What it needs lies on `ctx`, not among the saved tensors: parts of a model may be run backward one after the other, as reentrant
-    checkpointing does, and each time it serves those whose gradient has arrived.
+    What it needs lies on `ctx`, not among the saved tensors: parts of a model may be run backward
+    one after the other, as reentrant checkpointing does, and each time it serves those whose
+    gradient has arrived.
     """
 
     @staticmethod
@@ -146,7 +153,9 @@ def attach(solution: Solution, indices: Sequence[int], thetas: Sequence[Tensor])
 
 
 def differentiable_delta(transform: Transform, theta: Tensor, root: Tensor | None) -> Tensor:
-    """E (..., r, r) of one theta by plain operations, which autograd may differentiate any number of times."""
+    """E (..., r, r) of one theta by plain operations, which autograd may differentiate any number
+    of times.
+    """
     with no_autocast(theta.device.type):
         d = transform.delta(theta, transform.rank(theta.shape))[0]
         return d if root is None else root.to(d.dtype) @ d @ root.to(d.dtype)

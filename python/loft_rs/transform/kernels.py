@@ -1,8 +1,10 @@
-"""Triton kernel of the solve, for CUDA; where Triton is missing or does not fit, torch computes the same.
+"""Triton kernel of the solve, for CUDA; where Triton is missing or does not fit, torch computes the
+same.
 
-`cayley`: Z = (I + A)^{-1} and D = T - I for a batch of small skew generators in one launch: Gauss-Jordan elimination in place, in float64
-registers, one matrix a program. No pivoting: the symmetric part of I + A and of all its Schur complements is at least I, so every
-pivot is at least 1.
+`cayley`: Z = (I + A)^{-1} and D = T - I for a batch of small skew generators in one launch:
+Gauss-Jordan elimination in place, in float64 registers, one matrix a program. No pivoting: the
+symmetric part of I + A and of all its Schur complements is at least I, so every pivot is at least
+1.
 """
 
 from __future__ import annotations
@@ -45,7 +47,8 @@ def _compiled():
             row = tl.where(line == k, pivot, row * pivot)
             rest = tl.where(j == k, 0.0, m) - column[:, None] * row[None, :]
             m = tl.where(i == k, row[None, :], rest)
-        # D = -2 A Z = 2 (Z - I), which keeps float32's digits in float64; -2 A is exact to them for the smallest.
+        # D = -2 A Z = 2 (Z - I), which keeps float32's digits in float64; -2 A is exact to them for
+        # the smallest.
         largest = tl.max(tl.max(tl.abs(a), axis=1), axis=0)
         d = tl.where(largest < 1e-8, -2.0 * a, 2.0 * (m - tl.where(i == j, 1.0, 0.0)))
         inside = (i < R) & (j < R)

@@ -6,16 +6,19 @@
 | `exp`    | matrix exponential of A    | strict lower triangle of the skew A, r(r - 1)/2 |
 | `free`   | I + D, unconstrained       | D itself, r x r                                 |
 
-A_ij = theta_ij and A_ji = -theta_ij for i > j, the triangle read row by row. Every transform is the identity at theta = 0, and D
-is never formed as a difference of T and I, so a small rotation keeps all its digits. A theta in half precision gives D in float32.
+A_ij = theta_ij and A_ji = -theta_ij for i > j, the triangle read row by row. Every transform is the
+identity at theta = 0, and D is never formed as a difference of T and I, so a small rotation keeps
+all its digits. A theta in half precision gives D in float32.
 
-`NAME+halves` trains of A only what lies between the first r - r//2 coordinates and the others, A = [[0, -B^T], [B, 0]], theta = B
-(r//2 x (r - r//2)): it turns the one half towards the other.
+`NAME+halves` trains of A only what lies between the first r - r//2 coordinates and the others,
+A = [[0, -B^T], [B, 0]], theta = B (r//2 x (r - r//2)): it turns the one half towards the other.
 
-Two variants are not orthogonal and exist for the methods that trained with them (OFT, PSOFT): `cayley_neumann:K`, Cayley's series cut
-off after K terms, and `NAME+magnitudes`, diag(1 + b) T diag(1 + a) with theta followed by a and b.
+Two variants are not orthogonal and exist for the methods that trained with them (OFT, PSOFT):
+`cayley_neumann:K`, Cayley's series cut off after K terms, and `NAME+magnitudes`, diag(1 + b) T
+diag(1 + a) with theta followed by a and b.
 
-Gradients are closed forms, so no graph runs through a solver. `batch.py` solves all layers of one rank at once.
+Gradients are closed forms, so no graph runs through a solver. `batch.py` solves all layers of one
+rank at once.
 """
 
 from __future__ import annotations
@@ -33,9 +36,11 @@ __all__ = ["TRANSFORMS", "Cayley", "CayleyNeumann", "Exp", "Free", "Halves", "Ma
 
 
 class Transform(Protocol):
-    """One parametrisation of T. `delta` and `gradient` work on a batch (of any number of leading dimensions) of equal ranks.
+    """One parametrisation of T. `delta` and `gradient` work on a batch (of any number of leading
+    dimensions) of equal ranks.
 
-    They are plain torch, which autograd and `torch.func` may differentiate, unless `kernel` lets `delta` launch one of our own.
+    They are plain torch, which autograd and `torch.func` may differentiate, unless `kernel` lets
+    `delta` launch one of our own.
     """
 
     name: str
@@ -48,7 +53,9 @@ class Transform(Protocol):
         """r, from the shape of a theta or of a batch of them."""
 
     def delta(self, theta: Tensor, r: int, *, kernel: bool = False) -> tuple[Tensor, Tensor]:
-        """(D, saved): D = T(theta) - I, (..., r, r), and what `gradient` needs, (..., *), in theta's dtype, at least float32."""
+        """(D, saved): D = T(theta) - I, (..., r, r), and what `gradient` needs, (..., *), in
+        theta's dtype, at least float32.
+        """
 
     def saved_shape(self, r: int) -> tuple[int, ...]:
         """The shape of `saved` of one matrix."""
@@ -71,7 +78,9 @@ class _Skew:
 
 
 class Cayley(_Skew):
-    """T = (I - A)(I + A)^{-1}. With Z = (I + A)^{-1}: D = -2 A Z and dL/dA = H = -2 Z^T g Z^T, as dD = -2 Z dA Z."""
+    """T = (I - A)(I + A)^{-1}. With Z = (I + A)^{-1}: D = -2 A Z and dL/dA = H = -2 Z^T g Z^T, as
+    dD = -2 Z dA Z.
+    """
 
     name = "cayley"
     orthogonal = True
@@ -81,7 +90,8 @@ class Cayley(_Skew):
             found = kernels.cayley(theta.flatten(0, -2), r)
             return found[0].unflatten(0, theta.shape[:-1]), found[1].unflatten(0, theta.shape[:-1])
         a = skew(theta.to(working_dtype(theta)), r)
-        # inv_ex does not synchronise with the host to check for singularity, and I + A cannot be singular.
+        # inv_ex does not synchronise with the host to check for singularity, and I + A cannot be
+        # singular.
         z = torch.linalg.inv_ex(a + torch.eye(r, dtype=a.dtype, device=a.device)).inverse
         return (-2 * (a @ z)).to(kept_dtype(theta)), z.to(kept_dtype(theta))
 
@@ -91,14 +101,17 @@ class Cayley(_Skew):
 
 
 class Exp(_Skew):
-    """T = exp(A). dL/dA = L(A^T, g), the Frechet derivative: the upper right block of exp([[A^T, g], [0, A^T]])."""
+    """T = exp(A). dL/dA = L(A^T, g), the Frechet derivative: the upper right block of
+    exp([[A^T, g], [0, A^T]]).
+    """
 
     name = "exp"
     orthogonal = True
 
     def delta(self, theta: Tensor, r: int, *, kernel: bool = False) -> tuple[Tensor, Tensor]:
         a = skew(theta.to(working_dtype(theta)), r)
-        # exp(A) - I = integral of A exp(tA): the upper right block of exp([[A, A], [0, 0]]), with no cancellation.
+        # exp(A) - I = integral of A exp(tA): the upper right block of exp([[A, A], [0, 0]]), with
+        # no cancellation.
         block = torch.cat([torch.cat([a, a], -1), torch.zeros_like(torch.cat([a, a], -1))], -2)
         return torch.linalg.matrix_exp(block)[..., :r, r:].to(kept_dtype(theta)), a.to(kept_dtype(theta))
 
@@ -155,7 +168,9 @@ class CayleyNeumann(_Skew):
         return self._series(a).to(kept_dtype(theta)), a.to(kept_dtype(theta))
 
     def gradient(self, g: Tensor, saved: Tensor) -> Tensor:
-        """dA, from the last power back: p_1 = -A, p_{k+1} = -p_k A and D = 2 (p_1 + ... + p_K) + p_{K+1}."""
+        """dA, from the last power back: p_1 = -A, p_{k+1} = -p_k A and D = 2
+        (p_1 + ... + p_K) + p_{K+1}.
+        """
         a = saved.to(g.dtype)
         powers = [-a]
         for _ in range(1, self.terms):
@@ -168,7 +183,9 @@ class CayleyNeumann(_Skew):
 
 
 class Magnitudes:
-    """diag(1 + b) T diag(1 + a) of a skew transform T (PSOFT). theta: T's own, then a (r), then b (r)."""
+    """diag(1 + b) T diag(1 + a) of a skew transform T (PSOFT). theta: T's own, then a (r), then b
+    (r).
+    """
 
     orthogonal = False
 
@@ -201,7 +218,9 @@ class Magnitudes:
 
 
 class Halves:
-    """T of an orthogonal skew transform whose A is [[0, -B^T], [B, 0]]. theta: B (r//2 x (r - r//2))."""
+    """T of an orthogonal skew transform whose A is [[0, -B^T], [B, 0]]. theta: B (r//2 x
+    (r - r//2)).
+    """
 
     orthogonal = True
 
@@ -236,7 +255,9 @@ _MADE: dict[str, Transform] = {}
 
 
 def get_transform(name: str) -> Transform:
-    """The transform called `name`, with `+magnitudes` or `+halves` where it says so; ValueError names the choices otherwise."""
+    """The transform called `name`, with `+magnitudes` or `+halves` where it says so; ValueError
+    names the choices otherwise.
+    """
     if name not in _MADE:
         _MADE[name] = _make_transform(name)
     return _MADE[name]

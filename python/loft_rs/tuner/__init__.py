@@ -1,4 +1,6 @@
-"""LOFT as a PEFT method: `config` (what), `selection` (supports without data), `layer` and `model` (how)."""
+"""LOFT as a PEFT method: `config` (what), `selection` (supports without data), `layer` and `model`
+(how).
+"""
 
 from .._registration import register
 from .config import LoftConfig

@@ -1,4 +1,6 @@
-"""One adapter of a model: its layers, what it must be for what is asked of it, and what its config notes of it."""
+"""One adapter of a model: its layers, what it must be for what is asked of it, and what its config
+notes of it.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +32,8 @@ __all__ = [
 def adapted_layers(model: nn.Module, adapter_name: str | None = None) -> tuple[str, dict[str, Linear]]:
     """(adapter, {module name: layer}) of one LOFT adapter of a model, named as in the base model.
 
-    adapter_name None: the active adapter. ValueError where there is none, several are active, or the name is unknown.
+    adapter_name None: the active adapter. ValueError where there is none, several are active, or
+    the name is unknown.
     """
     root = getattr(getattr(model, "base_model", None), "model", model) if hasattr(model, "peft_config") else model
     layers = {name: module for name, module in root.named_modules() if isinstance(module, Linear)}
@@ -50,12 +53,16 @@ def adapted_layers(model: nn.Module, adapter_name: str | None = None) -> tuple[s
 
 
 def owners(layers: dict[str, Linear], adapter: str) -> dict[str, Linear]:
-    """Those of `layers` that hold their support and transform themselves: of tied ones the first."""
+    """Those of `layers` that hold their support and transform themselves: of tied ones the
+    first.
+    """
     return {name: layer for name, layer in layers.items() if layer.adapters[adapter].owner.layer is layer}
 
 
 def require_supports(layers: dict[str, Linear], adapter: str, caller: str) -> None:
-    """ValueError where an adapter has no support yet: it is the identity, which is not what anyone means to merge or export."""
+    """ValueError where an adapter has no support yet: it is the identity, which is not what anyone
+    means to merge or export.
+    """
     unset = [name for name, layer in layers.items() if not layer.ensure_support(adapter)]
     if unset:
         raise ValueError(
@@ -65,7 +72,9 @@ def require_supports(layers: dict[str, Linear], adapter: str, caller: str) -> No
 
 
 def require_plain(model: nn.Module, caller: str) -> None:
-    """ValueError for a model whose wrapper, or whose partitioned weights, would not let a tap see its layers."""
+    """ValueError for a model whose wrapper, or whose partitioned weights, would not let a tap see
+    its layers.
+    """
     kinds = {kind.__name__ for kind in type(model).__mro__}
     if "DistributedDataParallel" in kinds or "DataParallel" in kinds:
         raise ValueError(
@@ -89,7 +98,9 @@ def require_plain(model: nn.Module, caller: str) -> None:
 
 
 def require_untrained(layers: dict[str, Linear], adapter: str, caller: str) -> None:
-    """ValueError where a transform has left the identity: a new support would change the function it was trained for."""
+    """ValueError where a transform has left the identity: a new support would change the function
+    it was trained for.
+    """
     if not all(layer.adapters[adapter].kind.has_support for layer in layers.values()):
         raise ValueError(
             f"{caller} chooses supports, but adapter {adapter!r} is of a kind that has none (OFT, BOFT, HRA)"
@@ -106,7 +117,9 @@ def require_untrained(layers: dict[str, Linear], adapter: str, caller: str) -> N
 
 
 def set_ranks(layers: dict[str, Linear], adapter: str, ranks: dict[str, int]) -> None:
-    """Give the owners among `layers` these ranks, and write them into the config, which is saved with the adapter."""
+    """Give the owners among `layers` these ranks, and write them into the config, which is saved
+    with the adapter.
+    """
     for name, rank in ranks.items():
         if layers[name].adapters[adapter].rank != rank:
             layers[name].adapters[adapter].resize(rank)
@@ -123,7 +136,9 @@ def configs_of(layers: dict[str, Linear], adapter: str) -> list[LoftConfig]:
 
 
 def note_sides(layers: dict[str, Linear], adapter: str) -> None:
-    """Write the sides of an adapter whose supports are all there into its config, which is saved with it, where it does not say so yet."""
+    """Write the sides of an adapter whose supports are all there into its config, which is saved
+    with it, where it does not say so yet.
+    """
     held = {name: layer.adapters[adapter].side for name, layer in layers.items() if layer.has_adapter(adapter)}
     for config in configs_of(layers, adapter):
         if any(config.side_of(name) != side for name, side in held.items()):
@@ -131,11 +146,14 @@ def note_sides(layers: dict[str, Linear], adapter: str) -> None:
 
 
 def base_changed(model: nn.Module) -> None:
-    """Tell LOFT that base weights or supports were written over in a way that torch does not count, such as `weight.data.copy_(new)`.
+    """Tell LOFT that base weights or supports were written over in a way that torch does not count,
+    such as `weight.data.copy_(new)`.
 
-    Between two passes of one evaluation such a write cannot be seen, and W0 P would be the old weight's. Everywhere else (training,
-    the first evaluation pass after training, `train()`, `eval()`, a load, the start of `generate`) the library looks for itself.
-    model: a PEFT model, a model with injected adapters, or any module with LOFT layers in it. ValueError where there are none.
+    Between two passes of one evaluation such a write cannot be seen, and W0 P would be the old
+    weight's. Everywhere else (training, the first evaluation pass after training, `train()`,
+    `eval()`, a load, the start of `generate`) the library looks for itself. model: a PEFT model, a
+    model with injected adapters, or any module with LOFT layers in it. ValueError where there are
+    none.
 
     >>> for name, weight in new_weights.items():          # doctest: +SKIP
     ...     model.get_parameter(name).data.copy_(weight)
@@ -149,14 +167,18 @@ def base_changed(model: nn.Module) -> None:
 
 
 def orthogonality_error(model: nn.Module, adapter_name: str | None = None) -> float:
-    """Largest ||R^T R - I||_2 over the adapted modules, in float64 from the stored P and the current E. No units."""
+    """Largest ||R^T R - I||_2 over the adapted modules, in float64 from the stored P and the
+    current E. No units.
+    """
     adapter, layers = adapted_layers(model, adapter_name)
     with torch.no_grad():
         return max(factor_of(layer.adapters[adapter]).orthogonality_error() for layer in layers.values())
 
 
 def note_frozen_ranks(layers: dict[str, Linear], adapter: str) -> None:
-    """Write into the adapter's config, which is saved with it, what each of its layers has frozen."""
+    """Write into the adapter's config, which is saved with it, what each of its layers has
+    frozen.
+    """
     held = {name: layer for name, layer in sorted(layers.items()) if layer.has_adapter(adapter)}
     ranks = {name: layer.adapters[adapter].frozen_rank for name, layer in owners(held, adapter).items()}
     for layer in held.values():

@@ -18,10 +18,11 @@ __all__ = ["set_support"]
 def set_support(model: torch.nn.Module, supports: Mapping[str, Any], adapter_name: str | None = None) -> None:
     """Store supports in a built model whose adapter is untrained.
 
-    supports: module name -> `Support`, or array or tensor (n, r) (custom: re-orthonormalised). Names are full module names or unique
-    suffixes. Every adapted module needs one, of the rank and the side the adapter was built with; under `side="auto"` a `Support` brings
-    its side, which is kept, to a module that has none yet. ValueError lists what is missing, ambiguous or does not fit, before anything
-    is changed.
+    supports: module name -> `Support`, or array or tensor (n, r) (custom: re-orthonormalised).
+    Names are full module names or unique suffixes. Every adapted module needs one, of the rank and
+    the side the adapter was built with; under `side="auto"` a `Support` brings its side, which is
+    kept, to a module that has none yet. ValueError lists what is missing, ambiguous or does not
+    fit, before anything is changed.
     """
     adapter, layers = adapted_layers(model, adapter_name)
     require_untrained(layers, adapter, "set_support")

@@ -19,12 +19,15 @@ __all__ = ["check_state"]
 
 
 def check_state(model: nn.Module, state_dict: dict, prefix: str, *_: Any) -> None:
-    """Refuse, before anything is copied, an adapter state that does not fit the model (PEFT itself would only warn).
+    """Refuse, before anything is copied, an adapter state that does not fit the model (PEFT itself
+    would only warn).
 
-    Every tensor of each adapter that the state names must be there, with its shape, finite, and P orthonormal to half precision or
-    all zero (not yet calibrated); an adapter that waits for its checkpoint must be named. ValueError lists the first problems.
-    What `refresh` has frozen has the size that the state gives it, or is not there: room for it is made, or taken back, at the end. So is
-    a rank that the adapter may take (`_may_bring`): the ranks of a loaded adapter come from its tensors.
+    Every tensor of each adapter that the state names must be there, with its shape, finite, and P
+    orthonormal to half precision or all zero (not yet calibrated); an adapter that waits for its
+    checkpoint must be named. ValueError lists the first problems. What `refresh` has frozen has the
+    size that the state gives it, or is not there: room for it is made, or taken back, at the end.
+    So is a rank that the adapter may take (`_may_bring`): the ranks of a loaded adapter come from
+    its tensors.
     """
     expected: dict[str, dict[str, torch.Tensor]] = {}
     refreshed: dict[str, tuple[str, str]] = {}
@@ -83,8 +86,8 @@ def check_state(model: nn.Module, state_dict: dict, prefix: str, *_: Any) -> Non
 
 
 def _may_bring(adapter: LayerAdapter, rank: int | None) -> bool:
-    """Whether a checkpoint may bring this rank: one that waits for its checkpoint, or for its `Budget` to be shared out, takes what
-    fits, any other what it was told."""
+    """Whether a checkpoint may bring this rank: one that waits for its checkpoint, or for its
+    `Budget` to be shared out, takes what fits, any other what it was told."""
     if rank in adapter.loadable_ranks:
         return True
     config = adapter.config
@@ -101,7 +104,9 @@ def _stated_side(state_dict: dict, prefix: str, name: str, layer: Linear, adapte
 
 
 def _other_ranks(expected: dict[str, dict[str, torch.Tensor]], state_dict: dict) -> str:
-    """What to do where the supports of a checkpoint are all well but for their rank, as after `narrow`."""
+    """What to do where the supports of a checkpoint are all well but for their rank, as after
+    `narrow`.
+    """
     for tensors in expected.values():
         for key, held in tensors.items():
             given = state_dict.get(key) if ".loft_support." in key else None
@@ -182,8 +187,8 @@ def _basis_problems(key: str, value: torch.Tensor) -> list[str]:
         return []
     p = value.double()
     error = float(torch.linalg.matrix_norm(p.mT @ p - torch.eye(p.shape[1], dtype=p.dtype, device=p.device), 2))
-    # Rounding each entry of an orthonormal P by eps/2 moves P^T P by at most eps sqrt(r) in the 2-norm. Its dtype now does not tell
-    # whether P was in half precision once.
+    # Rounding each entry of an orthonormal P by eps/2 moves P^T P by at most eps sqrt(r) in the
+    # 2-norm. Its dtype now does not tell whether P was in half precision once.
     limit = torch.finfo(torch.bfloat16).eps * p.shape[1] ** 0.5
     return (
         []

@@ -1,4 +1,6 @@
-"""What a `LoftConfig` refuses: each rule with its message. `config.py` imports this; a config is handed in."""
+"""What a `LoftConfig` refuses: each rule with its message. `config.py` imports this; a config is
+handed in.
+"""
 
 from __future__ import annotations
 
@@ -47,7 +49,9 @@ HABITS = {
 
 
 def check_fields(names: Iterable[str], known: Collection[str]) -> None:
-    """TypeError for a field that `LoftConfig` no longer has, or never had: it says what stands in its place."""
+    """TypeError for a field that `LoftConfig` no longer has, or never had: it says what stands in
+    its place.
+    """
     for name in names:
         if name in RETIRED_FIELDS:
             raise TypeError(f"LoftConfig no longer takes {name}: say {RETIRED_FIELDS[name]}")
@@ -196,7 +200,9 @@ def _check_together(config: Any) -> None:
 
 
 def _warn_of_the_start(config: Any, name: str, rank: int) -> None:
-    """Householder vectors that cannot be paired reflect: the adapted model is not the base model before it is trained."""
+    """Householder vectors that cannot be paired reflect: the adapted model is not the base model
+    before it is trained.
+    """
     if config.supports_from_checkpoint or not config.init_weights:
         return
     if config.options.gram_schmidt and name == "r":

@@ -1,4 +1,6 @@
-"""`LoftConfig`: what a LOFT adapter is, as PEFT users write it and as `adapter_config.json` keeps it."""
+"""`LoftConfig`: what a LOFT adapter is, as PEFT users write it and as `adapter_config.json` keeps
+it.
+"""
 
 from __future__ import annotations
 
@@ -39,7 +41,9 @@ BEFORE_SHARED = 2  # the rank of every layer until `calibrate` has shared a `Bud
 
 
 def full_name(module: str) -> str:
-    """A pattern for one module: PEFT reads a key as the end of a name, and a regular expression, in which "^" is the start."""
+    """A pattern for one module: PEFT reads a key as the end of a name, and a regular expression, in
+    which "^" is the start.
+    """
     return f"^{re.escape(module)}"
 
 
@@ -51,47 +55,66 @@ def _and_others(method: str, own: dict, options: dict) -> dict:
 
 @dataclass
 class LoftConfig(PeftConfig):
-    """Configuration of a LOFT adapter, W = W0 R or R W0 with R = I + P (T - I) P^T (arXiv 2605.11872).
+    """Configuration of a LOFT adapter, W = W0 R or R W0 with R = I + P (T - I) P^T
+    (arXiv 2605.11872).
 
-    `loft_rs.suggest_lr(config)` gives a learning rate to start from, .001 for the default. A Trainer's default of 5e-5 is far too low.
+    `loft_rs.suggest_lr(config)` gives a learning rate to start from, .001 for the default. A
+    Trainer's default of 5e-5 is far too low.
 
     Args:
-        r (`int` or `Budget`): Rank of the support. Trained parameters a layer: r(r - 1)/2 (`cayley`, `exp`), r^2 (`free`) or, of a pilot
-            in halves, r^2/4. Even: an odd rank gains nothing over the even one below it under a skew transform, and warns. A layer with
-            min(in, out) < r gets the largest even rank that fits, in one warning that lists the layers. `Budget(params=...)`: one number
-            for all layers, which `loft_rs.calibrate` shares out by what each rank captures; for supports from gradients or activations.
-        target_modules (`list[str] | str`): Names or suffixes, a regular expression, or `"all-linear"`. None: the usual
-            modules of the architecture.
-        exclude_modules (`list[str] | str`): Names, suffixes or a regular expression of modules to leave alone.
-        support (`str` or an object): How P is chosen. Without data: `principal` (top singular vectors of W0, the default), `random`,
-            `coordinate`. By `loft_rs.calibrate`: `skewgrad`, `gradsvd`, `activation`, or `pilot`, the directions that a few steps of
-            low-rank training changed the most; each is also an object with options: `SkewGrad(passes=1)`, `Pilot(halves=True)`. Or the
-            path of a file written by `loft_rs.save_supports`. Without a support: `Blocks(...)` turns all coordinates, r at a time (OFT,
-            BOFT), and `Reflections()` trains r Householder vectors (HRA); `LoftConfig.oft`, `.boft`, `.hra` and `.psoft` set them.
-        transform (`str`): `cayley` (default), `exp` or `free` (not orthogonal). `cayley_neumann:K` cuts Cayley's series off after K terms,
-            to go on with an adapter that was trained with it. `+magnitudes` trains diag(1 + b) T diag(1 + a), as PSOFT does; no longer
-            orthogonal.
-        side (`str`): `input` (W0 R, default), `output` (R W0), or `auto` (experimental): `loft_rs.calibrate` chooses for every module the
-            side whose support captures more of the loss's first-order decrease (see `calibration/sides.py`), and writes it into
-            `side_pattern`; until then the module is the identity, on the input side. Once decided it stays. Needs `skewgrad` or
-            `gradsvd`, or a file of supports, each of which knows its side.
-        side_pattern (`dict[str, str]`): Sides of single modules, `input` or `output`, by name, suffix or regular expression; as in
-            `rank_pattern`, what names no module has no effect.
-        order (`str`): Order of the coordinates inside the support, of halves inside each. `input_pca`: eigenvectors of sum z^T z,
-            z = X P, descending; `natural`: as the support's method gives them; `auto` (default): `input_pca` wherever `calibrate` runs.
-        tied (`bool | list[list[str]]`): One support and one transform for layers that read the same input, a third of the parameters
-            and less time for q, k and v. True: those that are so named (`q_proj, k_proj, v_proj`; `gate_proj, up_proj`; and other
-            common names); or groups of names of one parent's modules, such as `[["q_proj", "k_proj"]]`. Input side only, not `auto`.
+        r (`int` or `Budget`): Rank of the support. Trained parameters a layer: r(r - 1)/2
+            (`cayley`, `exp`), r^2 (`free`) or, of a pilot in halves, r^2/4. Even: an odd rank gains
+            nothing over the even one below it under a skew transform, and warns. A layer with
+            min(in, out) < r gets the largest even rank that fits, in one warning that lists the
+            layers. `Budget(params=...)`: one number for all layers, which `loft_rs.calibrate`
+            shares out by what each rank captures; for supports from gradients or activations.
+        target_modules (`list[str] | str`): Names or suffixes, a regular expression, or
+            `"all-linear"`. None: the usual modules of the architecture.
+        exclude_modules (`list[str] | str`): Names, suffixes or a regular expression of modules to
+            leave alone.
+        support (`str` or an object): How P is chosen. Without data: `principal` (top singular
+            vectors of W0, the default), `random`, `coordinate`. By `loft_rs.calibrate`: `skewgrad`,
+            `gradsvd`, `activation`, or `pilot`, the directions that a few steps of low-rank
+            training changed the most; each is also an object with options: `SkewGrad(passes=1)`,
+            `Pilot(halves=True)`. Or the path of a file written by `loft_rs.save_supports`. Without
+            a support: `Blocks(...)` turns all coordinates, r at a time (OFT, BOFT), and
+            `Reflections()` trains r Householder vectors (HRA); `LoftConfig.oft`, `.boft`, `.hra`
+            and `.psoft` set them.
+        transform (`str`): `cayley` (default), `exp` or `free` (not orthogonal). `cayley_neumann:K`
+            cuts Cayley's series off after K terms, to go on with an adapter that was trained with
+            it. `+magnitudes` trains diag(1 + b) T diag(1 + a), as PSOFT does; no longer orthogonal.
+        side (`str`): `input` (W0 R, default), `output` (R W0), or `auto` (experimental):
+            `loft_rs.calibrate` chooses for every module the side whose support captures more of the
+            loss's first-order decrease (see `calibration/sides.py`), and writes it into
+            `side_pattern`; until then the module is the identity, on the input side. Once decided
+            it stays. Needs `skewgrad` or `gradsvd`, or a file of supports, each of which knows its
+            side.
+        side_pattern (`dict[str, str]`): Sides of single modules, `input` or `output`, by name,
+            suffix or regular expression; as in `rank_pattern`, what names no module has no effect.
+        order (`str`): Order of the coordinates inside the support, of halves inside each.
+            `input_pca`: eigenvectors of sum z^T z, z = X P, descending; `natural`: as the support's
+            method gives them; `auto` (default): `input_pca` wherever `calibrate` runs.
+        tied (`bool | list[list[str]]`): One support and one transform for layers that read the same
+            input, a third of the parameters and less time for q, k and v. True: those that are so
+            named (`q_proj, k_proj, v_proj`; `gate_proj, up_proj`; and other common names); or
+            groups of names of one parent's modules, such as `[["q_proj", "k_proj"]]`. Input side
+            only, not `auto`.
         seed (`int`): Seed of the support's random sketch, or of a `random` or `coordinate` support.
-        rank_pattern (`dict[str, int]`): Ranks of single modules, by name, suffix or regular expression.
-        modules_to_save (`list[str]`): Modules trained and saved whole, such as a fresh classification head.
-        layers_to_transform, layers_pattern: Restrict the adapter to layer indices, as in PEFT's other methods.
+        rank_pattern (`dict[str, int]`): Ranks of single modules, by name, suffix or regular
+            expression.
+        modules_to_save (`list[str]`): Modules trained and saved whole, such as a fresh
+            classification head.
+        layers_to_transform, layers_pattern: Restrict the adapter to layer indices, as in PEFT's
+            other methods.
         trainable_token_indices: Token embeddings trained beside the adapter, as in PEFT.
-        fan_in_fan_out (`bool`): Accepted for PEFT's sake; the layout of the weight is read from the layer itself.
-        init_weights (`bool`): True starts at the identity; False at a small random rotation, for tests.
-        frozen_ranks (`dict[str, int]`): Set by `loft_rs.refresh`, and read when an adapter is loaded: the rank of what is
-            frozen, by module.
-        loft_format_version (`int`): Named by saved configs only; leave it alone. A version this package does not know is refused.
+        fan_in_fan_out (`bool`): Accepted for PEFT's sake; the layout of the weight is read from the
+            layer itself.
+        init_weights (`bool`): True starts at the identity; False at a small random rotation, for
+            tests.
+        frozen_ranks (`dict[str, int]`): Set by `loft_rs.refresh`, and read when an adapter is
+            loaded: the rank of what is frozen, by module.
+        loft_format_version (`int`): Named by saved configs only; leave it alone. A version this
+            package does not know is refused.
     """
 
     r: int | Budget = field(default=64, metadata={"help": "Rank of the support, even, or a Budget."})
@@ -135,8 +158,9 @@ class LoftConfig(PeftConfig):
     def oft(
         cls, block_size: int = 32, *, share: bool = False, neumann_terms: int | None = None, **options
     ) -> LoftConfig:
-        """OFT (arXiv 2306.07280, 2506.19847): every `block_size` neighbouring inputs rotated, b(b - 1)/2 parameters a block, exactly unless
-        `neumann_terms` is given. share: one rotation for all blocks of a layer. options: other fields of LoftConfig."""
+        """OFT (arXiv 2306.07280, 2506.19847): every `block_size` neighbouring inputs rotated,
+        b(b - 1)/2 parameters a block, exactly unless `neumann_terms` is given. share: one rotation
+        for all blocks of a layer. options: other fields of LoftConfig."""
         fields = {"r": block_size, "support": Blocks(share=share)}
         if neumann_terms is not None:
             fields["transform"] = f"cayley_neumann:{neumann_terms}"
@@ -144,26 +168,30 @@ class LoftConfig(PeftConfig):
 
     @classmethod
     def boft(cls, block_size: int = 8, factors: int = 1, *, output_scale: bool = True, **options) -> LoftConfig:
-        """BOFT (arXiv 2311.06243): `factors` rotations of blocks of `block_size` inputs, each after a butterfly permutation, and a trained
-        scale of every output, as PEFT has it. b(b - 1)/2 parameters a block, where PEFT stores b^2."""
+        """BOFT (arXiv 2311.06243): `factors` rotations of blocks of `block_size` inputs, each after
+        a butterfly permutation, and a trained scale of every output, as PEFT has it. b(b - 1)/2
+        parameters a block, where PEFT stores b^2."""
         fields = {"r": block_size, "support": Blocks(factors=factors, output_scale=output_scale)}
         return cls(**_and_others("boft", fields, options))
 
     @classmethod
     def hra(cls, r: int = 8, *, gram_schmidt: bool = False, **options) -> LoftConfig:
-        """HRA (arXiv 2405.17484): a product of `r` trained Householder reflections; r even, for a start at the identity. gram_schmidt:
-        I - 2 Q Q^T with Q an orthonormal basis of the vectors, which does not start there."""
+        """HRA (arXiv 2405.17484): a product of `r` trained Householder reflections; r even, for a
+        start at the identity. gram_schmidt: I - 2 Q Q^T with Q an orthonormal basis of the vectors,
+        which does not start there."""
         fields = {"r": r, "support": Reflections(gram_schmidt=gram_schmidt)}
         return cls(**_and_others("hra", fields, options))
 
     @classmethod
     def psoft(cls, r: int = 64, *, magnitudes: bool = True, neumann_terms: int | None = None, **options) -> LoftConfig:
-        """PSOFT (arXiv 2505.11235): the principal support, Cayley, and trained magnitudes around it; r(r - 1)/2 + 2r parameters."""
+        """PSOFT (arXiv 2505.11235): the principal support, Cayley, and trained magnitudes around
+        it; r(r - 1)/2 + 2r parameters.
+        """
         base = "cayley" if neumann_terms is None else f"cayley_neumann:{neumann_terms}"
         fields = {"r": r, "support": "principal", "transform": base + "+magnitudes" * magnitudes}
         return cls(**_and_others("psoft", fields, {"order": "natural", **options}))
 
-    # -- what it says ------------------------------------------------------------------------------------------------------
+    # -- what it says -----------------------------------------------------------------------------
 
     @property
     def method(self) -> str:
@@ -180,7 +208,9 @@ class LoftConfig(PeftConfig):
 
     @property
     def rank(self) -> int:
-        """The rank of a layer that `rank_pattern` does not name. Under a `Budget` the smallest, until `calibrate` has shared it out."""
+        """The rank of a layer that `rank_pattern` does not name. Under a `Budget` the smallest,
+        until `calibrate` has shared it out.
+        """
         return BEFORE_SHARED if isinstance(self.r, Budget) else self.r
 
     @property
@@ -208,7 +238,9 @@ class LoftConfig(PeftConfig):
 
     @property
     def transform_name(self) -> str | None:
-        """The transform as `transform.get_transform` knows it; None for trained Householder vectors."""
+        """The transform as `transform.get_transform` knows it; None for trained Householder
+        vectors.
+        """
         return None if self.method == "reflections" else str(self.named_transform)
 
     @property
@@ -218,12 +250,15 @@ class LoftConfig(PeftConfig):
 
     @property
     def mixed_sides(self) -> bool:
-        """Whether modules may be on different sides, so that the adapter's state says which each is on."""
+        """Whether modules may be on different sides, so that the adapter's state says which each is
+        on.
+        """
         return self.side == "auto" or bool(self.side_pattern)
 
     def side_of(self, module: str) -> str:
-        """The side of a module: `input`, `output`, or `auto` where nothing has decided it yet. Its full name comes before what PEFT would
-        find first, which takes a regular expression for every other module."""
+        """The side of a module: `input`, `output`, or `auto` where nothing has decided it yet. Its
+        full name comes before what PEFT would find first, which takes a regular expression for
+        every other module."""
         key = full_name(module)
         if key not in self.side_pattern:
             key = get_pattern_key(list(self.side_pattern), module)
@@ -236,12 +271,15 @@ class LoftConfig(PeftConfig):
 
     @property
     def supports_from_checkpoint(self) -> bool:
-        """Whether this is a saved adapter's config. Its supports are in the checkpoint that is loaded next: choosing them when the
-        model is built would cost an SVD a layer and could differ. Where none is loaded they are chosen at the first use."""
+        """Whether this is a saved adapter's config. Its supports are in the checkpoint that is
+        loaded next: choosing them when the model is built would cost an SVD a layer and could
+        differ. Where none is loaded they are chosen at the first use."""
         return self.loft_format_version is not None
 
     def save_pretrained(self, save_directory: str, **kwargs) -> None:
-        """As PEFT's, with the version of the saved form. PEFT has written the tensors by then: it warns where no support is set yet."""
+        """As PEFT's, with the version of the saved form. PEFT has written the tensors by then: it
+        warns where no support is set yet.
+        """
         saved = copy(self)
         saved.loft_format_version = FORMAT_VERSION
         if unset := _unset_supports(save_directory):
@@ -253,7 +291,9 @@ class LoftConfig(PeftConfig):
         super(LoftConfig, saved).save_pretrained(save_directory, **kwargs)
 
     def __repr__(self) -> str:
-        """What differs from the default, as it would be written; not what PEFT or saving notes by itself."""
+        """What differs from the default, as it would be written; not what PEFT or saving notes by
+        itself.
+        """
         first, noted = ("r", "support", "target_modules"), ("peft_type", "peft_version", "auto_mapping")
         said = []
         for each in sorted(fields(self), key=lambda each: first.index(each.name) if each.name in first else len(first)):
@@ -264,7 +304,9 @@ class LoftConfig(PeftConfig):
         return f"LoftConfig({', '.join(said)})"
 
     def to_dict(self) -> dict:
-        """The fields as plain data, sets sorted, so that the same adapter always writes the same bytes."""
+        """The fields as plain data, sets sorted, so that the same adapter always writes the same
+        bytes.
+        """
         saved = {k: sorted(v) if isinstance(v, set) else v for k, v in super().to_dict().items()}
         if name_of(self.support) is not None:
             saved["support"] = as_dict(self.support)
@@ -296,7 +338,8 @@ def _init(self: LoftConfig, *args: Any, **fields: Any) -> None:
     retired = [name for name in fields if name in RETIRED_FIELDS]
     if fields.get("loft_format_version") is not None:
         fields = of_this_version(fields)
-        # A newer PEFT's fields: of what PEFT, by the signature, takes for unknown, it would leave version 1's out as well.
+        # A newer PEFT's fields: of what PEFT, by the signature, takes for unknown, it would leave
+        # version 1's out as well.
         if retired and (unknown := sorted(fields.keys() - self.__dataclass_fields__.keys())):
             warnings.warn(f"fields that this PEFT does not know are left out: {', '.join(unknown)}", stacklevel=3)
             fields = {name: value for name, value in fields.items() if name not in unknown}

@@ -1,4 +1,6 @@
-"""The PEFT layer: `AdaptedLinear` with PEFT's bookkeeping of active, disabled and merged adapters."""
+"""The PEFT layer: `AdaptedLinear` with PEFT's bookkeeping of active, disabled and merged
+adapters.
+"""
 
 from __future__ import annotations
 
@@ -33,13 +35,17 @@ class Linear(AdaptedLinear, LoftLayer):
         self.merged_adapters: list[str] = []
 
     def applied(self) -> list[LayerAdapter]:
-        """The active adapters that are here; none where they are disabled, merged or watched by a calibration."""
+        """The active adapters that are here; none where they are disabled, merged or watched by a
+        calibration.
+        """
         if self.tap is not None or self._disable_adapters or self.merged_adapters:
             return []
         return [self.adapters[name] for name in self.active_adapters if name in self.adapters]
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """x (..., n) -> (..., m), through the active adapters, the merged weight, or the base layer alone."""
+        """x (..., n) -> (..., m), through the active adapters, the merged weight, or the base layer
+        alone.
+        """
         if self._disable_adapters and self.merged_adapters:
             self.unmerge()
         adapters = self.applied()
@@ -58,7 +64,9 @@ class Linear(AdaptedLinear, LoftLayer):
         return run(self, adapters, x, *args, **kwargs)
 
     def ensure_support(self, name: str) -> bool:
-        """Whether an adapter has its support. One that needs no data is chosen here, for a saved config that no checkpoint followed."""
+        """Whether an adapter has its support. One that needs no data is chosen here, for a saved
+        config that no checkpoint followed.
+        """
         adapter = self.adapters[name].owner
         if adapter.ready:
             return True
@@ -74,7 +82,9 @@ class Linear(AdaptedLinear, LoftLayer):
         return adapter.ready
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Merge adapters (default: the active ones) into the base weight, rounded once; the original is kept for `unmerge`."""
+        """Merge adapters (default: the active ones) into the base weight, rounded once; the
+        original is kept for `unmerge`.
+        """
         names = [name for name in check_adapters_to_merge(self, adapter_names) if self.has_adapter(name)]
         if names:
             merge(self, [self.adapters[name] for name in names], safe=safe_merge)

@@ -31,14 +31,18 @@ __all__ = ["LoftModel"]
 
 
 class LoftModel(BaseTuner):
-    """The tuner PEFT builds for a `LoftConfig`. Linear layers and transformers' Conv1D become `tuner.layer.Linear`."""
+    """The tuner PEFT builds for a `LoftConfig`. Linear layers and transformers' Conv1D become
+    `tuner.layer.Linear`.
+    """
 
     prefix = "loft_"
     tuner_layer_cls = LoftLayer
     target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING  # type: ignore[assignment]  # PEFT's own table
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        """As PEFT's, with supports that need no data chosen at the end. A failure leaves `model` as it was."""
+        """As PEFT's, with supports that need no data chosen at the end. A failure leaves `model` as
+        it was.
+        """
         config = self.peft_config[adapter_name]
         if not isinstance(config, LoftConfig):
             raise TypeError(f"peft_config must be a LoftConfig, got {type(config).__name__}")
@@ -134,14 +138,18 @@ class LoftModel(BaseTuner):
         return side, fitted
 
     def _named_in_file(self, config: LoftConfig, key: str) -> str:
-        """The module whose support in the file is this one's: of tied modules only the first has one there."""
+        """The module whose support in the file is this one's: of tied modules only the first has
+        one there.
+        """
         parent, dot, child = key.rpartition(".")
         names = [n for group in tied_names(config) if child in group for n in group]
         keys = [key, *(f"{parent}{dot}{name}" for name in names)]
         return next((k for k in keys if any(_same_module(held, k) for held in self._in_file or ())), key)
 
     def _watch(self) -> None:
-        """Let passes begin at the model, whether it is called through PEFT or not, and at every module with layers of one input."""
+        """Let passes begin at the model, whether it is called through PEFT or not, and at every
+        module with layers of one input.
+        """
         layers = [module for module in self.model.modules() if isinstance(module, Linear)]
         for parent in [self, *self.model.modules()]:
             unwatch(parent)
@@ -164,7 +172,9 @@ class LoftModel(BaseTuner):
             watch(inside, root)
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
-        """Nothing to cast: trained parameters are float32 from the start, and P keeps the base's half precision."""
+        """Nothing to cast: trained parameters are float32 from the start, and P keeps the base's
+        half precision.
+        """
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         """As PEFT's, but every layer is checked before the first is changed."""
@@ -204,7 +214,9 @@ class LoftModel(BaseTuner):
     def _remap_adapter_state_dict_for_load(  # type: ignore[override]  # PEFT hands each tuner its own config
         cls, model: nn.Module, config: LoftConfig, adapter_name: str, state_dict: dict
     ):
-        """As PEFT's, which since 0.21 knows only names that the model has already; room for a frozen factor is made by `check_state`."""
+        """As PEFT's, which since 0.21 knows only names that the model has already; room for a
+        frozen factor is made by `check_state`.
+        """
         mapped = super()._remap_adapter_state_dict_for_load(
             model=model, config=config, adapter_name=adapter_name, state_dict=state_dict
         )
@@ -222,9 +234,11 @@ class LoftModel(BaseTuner):
 
 
 def _holder(model: nn.Module) -> nn.Module | None:
-    """The innermost module below `model` that holds all its layers and can be called; None where that is `model` itself.
+    """The innermost module below `model` that holds all its layers and can be called; None where
+    that is `model` itself.
 
-    A graph solves here: it holds the hooks of every module but the one that is compiled, which is most often the model.
+    A graph solves here: it holds the hooks of every module but the one that is compiled, which is
+    most often the model.
     """
     paths = [name.split(".")[:-1] for name, module in model.named_modules() if isinstance(module, Linear)]
     shared = list(itertools.takewhile(lambda parts: len(set(parts)) == 1, zip(*paths, strict=False)))

@@ -1,4 +1,6 @@
-"""Supports for the layers of a model: chosen without data, read from a file, matched to modules by name."""
+"""Supports for the layers of a model: chosen without data, read from a file, matched to modules by
+name.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,8 @@ __all__ = ["choose_supports", "load_named_supports", "match_supports"]
 
 
 def choose_supports(layers: Mapping[str, AdapterHolder], config: LoftConfig, adapter: str) -> dict[str, Support]:
-    """Select `principal`, `random` or `coordinate` supports for `layers`, or read them from the config's file; store and return them.
+    """Select `principal`, `random` or `coordinate` supports for `layers`, or read them from the
+    config's file; store and return them.
 
     Of a refreshed adapter: those of its current weight, and a fresh draw of a random one.
     """
@@ -51,13 +54,17 @@ def choose_supports(layers: Mapping[str, AdapterHolder], config: LoftConfig, ada
 
 
 def _seed(layer: AdapterHolder, config: LoftConfig, adapter: str) -> int:
-    """The config's seed; where there is a support already, one that depends on it, so that a resumed run draws what the run would have."""
+    """The config's seed; where there is a support already, one that depends on it, so that a
+    resumed run draws what the run would have.
+    """
     held = layer.adapters[adapter].support
     return config.seed + (zlib.crc32(held.double().cpu().numpy().tobytes()) if layer.adapters[adapter].ready else 0)
 
 
 def _stacked(tied: list[AdapterHolder], adapter: str) -> torch.Tensor:
-    """The weight of a layer, W0 R_f; of tied ones, which read the same input, all of theirs, one above the other."""
+    """The weight of a layer, W0 R_f; of tied ones, which read the same input, all of theirs, one
+    above the other.
+    """
     weights = [dense_or_raise(layer, "support='principal'").detach() for layer in tied]
     if tied[0].adapters[adapter].frozen_rank:
         weights = [rotated_weight(layer, [layer.adapters[adapter]]) for layer in tied]
@@ -65,7 +72,9 @@ def _stacked(tied: list[AdapterHolder], adapter: str) -> torch.Tensor:
 
 
 def load_named_supports(path: str) -> dict[str, Any]:
-    """The supports of a file by module name; ValueError where it holds a single one, which has none."""
+    """The supports of a file by module name; ValueError where it holds a single one, which has
+    none.
+    """
     supports = load_supports(path)
     if not isinstance(supports, dict):
         raise ValueError(f"{path} holds one support without a module name; save a mapping of module names to supports")
@@ -73,9 +82,11 @@ def load_named_supports(path: str) -> dict[str, Any]:
 
 
 def match_supports(supports: Mapping[str, Any], names: Mapping[str, Any] | list[str]) -> dict[str, Any]:
-    """The support of every module in `names`: by its full name, or else by the one key that either ends with, dot by dot.
+    """The support of every module in `names`: by its full name, or else by the one key that either
+    ends with, dot by dot.
 
-    ValueError lists the modules without a support, the ambiguous ones, and the supports that match no module.
+    ValueError lists the modules without a support, the ambiguous ones, and the supports that match
+    no module.
     """
     matched, problems, used = {}, [], set()
     for name in names:

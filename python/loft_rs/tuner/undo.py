@@ -15,9 +15,11 @@ __all__ = ["unchanged_on_failure"]
 
 @contextmanager
 def unchanged_on_failure(layers: Mapping[str, Linear], adapter: str) -> Iterator[list[Tensor]]:
-    """Puts back an adapter's tensors in `layers`, to the bit, and what its config says of them, where the block fails.
+    """Puts back an adapter's tensors in `layers`, to the bit, and what its config says of them,
+    where the block fails.
 
-    Yields a list for base weights that the block is about to change: it calls `append(weight)` before it does.
+    Yields a list for base weights that the block is about to change: it calls `append(weight)`
+    before it does.
     """
     adapters = [layer.adapters[adapter] for layer in layers.values()]
     states = [each.state() for each in adapters]

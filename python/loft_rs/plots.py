@@ -381,6 +381,7 @@ def as_svg(figure: Figure) -> str:
     # matplotlib's style sheet would be the whole page's: its rules go to this element, from which its parts have them.
     rules = "stroke-linejoin: round; stroke-linecap: butt"
     text = re.sub(r"<style\b.*?</style>", "", text, count=1, flags=re.DOTALL)
+    text = re.sub(r' d="[^"]*"', lambda path: re.sub(r"(\.\d\d)\d+", r"\1", path[0]), text)  # hundredths of a point do
     return text.replace("<svg ", f'<svg style="max-width: 100%; height: auto; {rules}" ', 1)
 
 

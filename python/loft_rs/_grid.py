@@ -1,4 +1,4 @@
-"""Where a module sits in its model: its depth and its kind, read from its dotted name. NumPy alone.
+"""Where a module sits in its model: its depth and its kind, read from its dotted name.
 
 depth   the block's number: 3 in `model.layers.3.self_attn.q_proj`
 kind    the name behind that number: `self_attn.q_proj`
@@ -8,8 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-
-import numpy as np
 
 __all__ = ["Grid", "kind_and_depth"]
 
@@ -40,19 +38,6 @@ class Grid:
         depths += [None] * (None in found)
         places = [(rows.index(kind), depths.index(depth)) for depth, kind in split]
         return cls(_without_shared_start(rows), depths, places)
-
-    def array(self, values: Sequence[float]) -> np.ndarray:
-        """(kinds, depths) of one value a name; NaN where there is no module."""
-        laid = np.full((len(self.kinds), len(self.depths)), np.nan)
-        for place, value in zip(self.places, values, strict=True):
-            laid[place] = value
-        return laid
-
-    def label(self, index: int) -> str:
-        """The kind and depth of a name, as in `3 mlp.up_proj`."""
-        row, column = self.places[index]
-        depth = self.depths[column]
-        return self.kinds[row] if depth is None else f"{depth} {self.kinds[row]}"
 
 
 def kind_and_depth(name: str) -> tuple[str, int | None]:

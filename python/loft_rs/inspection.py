@@ -68,25 +68,24 @@ class AdapterReport(list[ModuleReport]):
 
         path: also written there, .png or .svg. ModuleNotFoundError without matplotlib.
         """
-        from .plots import Map, Spectra, draw_layers, finish
+        from .plots import Map, Spectra, draw_layers, energy_map, finish
 
+        largest = [each.largest_angle for each in self]
         maps = [
-            Map("captured energy", [each.energy for each in self], low=0.0, high=1.0),
-            Map("largest angle, degrees", [each.largest_angle for each in self], "magma", low=0.0, framed=True),
-            Map("rms angle, degrees", [each.rms_angle for each in self], "magma", low=0.0),
+            energy_map([each.energy for each in self]),
+            Map("largest angle, degrees", largest, low=0.0, framed=True),
+            Map("rms angle, degrees", [each.rms_angle for each in self], low=0.0),
         ]
         spectra = Spectra(
-            "angles of the turned planes, degrees",
-            [each.angles for each in self],
-            "what moved most: largest angle, degrees",
-            [each.largest_angle for each in self],
+            "angles, degrees", "turned plane", [each.angles for each in self], "moved most: largest angle", largest
         )
-        return finish(draw_layers([each.name for each in self], maps, spectra, title), path)
+        return finish(lambda: draw_layers([each.name for each in self], maps, spectra, title), path)
 
     def _repr_html_(self) -> str:
         from .plots import as_page
 
-        return as_page(text_table(self), self.plot)
+        table = text_table(self)
+        return as_page(table.splitlines()[-1], self.plot, table)
 
 
 def inspect_adapter(path: str | os.PathLike) -> AdapterReport:

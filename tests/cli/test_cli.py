@@ -231,7 +231,7 @@ def test_inspect_failures_are_one_sentence(tmp_path, capsys):
     assert "transform 'magic'" in fails(capsys, "inspect", folder)
     config.write_text(json.dumps(good))
     assert "does not exist" in fails(capsys, "inspect", folder, "--plot", tmp_path / "no" / "a.png")
-    assert "--plot writes a .png or an .svg, not 'a.pdf'" in fails(
+    assert "--plot must end in .png or .svg, not 'a.pdf'" in fails(
         capsys, "inspect", folder, "--plot", tmp_path / "a.pdf"
     )
     (folder / "adapter_model.safetensors").write_bytes(b"junk")

@@ -55,14 +55,15 @@ class CalibrationReport:
         return table(self)
 
     def plot(self, path: str | os.PathLike | None = None) -> Any:
-        """The matplotlib figure: energy, agreement and differing ranks by depth and kind of module, and the supports' values.
+        """The matplotlib figure: energy, agreement, what is reproducible and differing ranks by depth and kind of module,
+        the supports' values, and the layers that capture the least.
 
         path: also written there, .png or .svg. ModuleNotFoundError without matplotlib.
         """
-        return finish(figure(self), path)
+        return finish(lambda: figure(self), path)
 
     def _repr_html_(self) -> str:
-        return as_page(str(self), self.plot)
+        return as_page(str(self), self.plot, self.table())
 
     def rows(self) -> list[dict[str, Any]]:
         """One dict for every layer, as `pandas.DataFrame(report.rows())` takes them; nan where nothing is known."""

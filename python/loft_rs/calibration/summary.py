@@ -18,7 +18,7 @@ import numpy as np
 
 from .._grid import kind_and_depth
 from .._words import count
-from ..plots import Map, Spectra, draw_layers
+from ..plots import Map, Spectra, draw_layers, energy_map
 from ..support.methods import CALIBRATED_SUPPORTS
 
 __all__ = ["figure", "rows_of", "short", "summary", "table"]
@@ -74,16 +74,21 @@ def table(report: Any) -> str:
 def figure(report: Any) -> Any:
     """Maps of what is known of the layers, and their falling values."""
     rows = rows_of(report)
-    maps = [Map("captured energy", [row["energy"] for row in rows], low=0.0, high=1.0, framed=True)]
-    if report.evidence:
-        maps.append(Map("agreement", [row["agreement"] for row in rows], low=0.0, high=1.0))
+    energies = [row["energy"] for row in rows]
+    maps = [energy_map(energies, framed=True)]
+    maps += [Map(key, [row[key] for row in rows], low=0.0, high=1.0) for key in ("agreement", "reproducible")]
     if len({row["rank"] for row in rows}) > 1:
-        maps.append(Map("rank", [row["rank"] for row in rows], "cividis"))
-    curves = [np.sort(each.values)[::-1] / np.nanmax(each.values) for each in report.supports.values()]
-    spectra = Spectra(
-        "values of each support, over its largest", curves, "most captured energy", [row["energy"] for row in rows]
-    )
+        maps.append(Map("rank", [row["rank"] for row in rows]))
+    curves = [_falling(each.values) for each in report.supports.values()]
+    title = "each support's values / its largest"
+    spectra = Spectra(title, "direction", curves, "least captured energy", energies, least=True)
     return draw_layers([row["layer"] for row in rows], maps, spectra, short(report)[len("CalibrationReport(") : -1])
+
+
+def _falling(values: np.ndarray) -> np.ndarray:
+    """Over the largest; empty where no matrix was given."""
+    known = np.sort(values[np.isfinite(values)])[::-1]
+    return known / known[0] if known.size and known[0] > 0 else known[:0]
 
 
 def rows_of(report: Any) -> list[dict[str, Any]]:

@@ -106,13 +106,11 @@ def _named_weights(paths: list[Path], names: list[str]) -> dict:
 
 
 def inspect(options: argparse.Namespace) -> None:
-    from .._files import check_writable
     from ..inspection import inspect_adapter, text_table
+    from ..plots import check_path
 
     if options.plot is not None:
-        if options.plot.suffix.lower() not in (".png", ".svg"):
-            raise ValueError(f"--plot writes a .png or an .svg, not {options.plot.name!r}")
-        check_writable(options.plot)
+        check_path(options.plot)
     reports = inspect_adapter(options.adapter)
     if options.plot is not None:
         reports.plot(options.plot, str(options.adapter))

@@ -150,7 +150,7 @@ def _select(select: argparse.ArgumentParser) -> None:
 
 def _inspect(inspect: argparse.ArgumentParser) -> None:
     inspect.add_argument("adapter", type=Path, metavar="ADAPTER", help="a folder that save_pretrained wrote")
-    inspect.add_argument("--plot", type=Path, metavar="FILE.png", help="also draw them")
+    inspect.add_argument("--plot", type=Path, metavar="FILE", help="also draw them, as .png or .svg")
 
 
 def _export_lora(export: argparse.ArgumentParser) -> None:
@@ -223,6 +223,7 @@ COMMANDS = {
         "ranks, energy, orthogonality error and angles of a saved adapter",
         "loft-rs inspect my-adapter --plot my-adapter.png",
         extra="plot",
+        words={"path": "--plot"},
     ),
     "export-lora": Command(
         adapters.export_lora,

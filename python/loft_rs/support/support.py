@@ -71,12 +71,22 @@ class Support:
         """
         from ..plots import draw_support, finish
 
-        return finish(draw_support(self.values, self.energy, self.basis, repr(self)), path)
+        return finish(lambda: draw_support(self.values, self.energy, self.basis, repr(self)), path)
 
     def _repr_html_(self) -> str:
         from ..plots import as_page
 
-        return as_page(repr(self), self.plot)
+        facts = {
+            "chosen by": self.method,
+            "side": self.side,
+            "n x r": f"{self.basis.shape[0]} x {self.rank}",
+            "order": self.order,
+            "energy": f"{self.energy:.4f} +- {self.energy_stderr:.4f}",
+            "gap": f"{self.gap:.3g}"
+            + (", identifiable" if self.identifiable else ", the last directions are not identifiable"),
+            "passes": f"{self.passes}, {self.seconds:.2f} s",
+        }
+        return as_page("\n".join(f"{name:<10} {value}" for name, value in facts.items()), self.plot)
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         return np.array(self.basis, dtype=dtype, copy=copy)

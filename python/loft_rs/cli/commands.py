@@ -30,6 +30,13 @@ def demo(options: argparse.Namespace) -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     from dataclasses import fields
 
+    if options.lm:
+        from ..demo.language import LanguageOptions
+        from ..demo.language import run as run_language
+
+        kind = {each.name for each in fields(LanguageOptions)}
+        run_language(LanguageOptions(**{name: value for name, value in vars(options).items() if name in kind}))
+        return
     from ..demo.run import Options, run
 
     given = {each.name: getattr(options, each.name) for each in fields(Options) if hasattr(options, each.name)}

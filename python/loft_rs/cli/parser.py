@@ -100,6 +100,9 @@ def _demo(demo: argparse.ArgumentParser) -> None:
     demo.add_argument(
         "--out", type=Path, default=argparse.SUPPRESS, metavar="DIR", help="folder for all results (default: loft-demo)"
     )
+    demo.add_argument(
+        "--lm", action="store_true", help="a language model in place of the encoder: SmolLM2-135M learns to write dates"
+    )
     demo.add_argument("--seed", type=int, default=argparse.SUPPRESS, help="of everything that is drawn at random")
     demo.add_argument(
         "--threads", type=int, default=argparse.SUPPRESS, help="CPU threads (default: PyTorch's own choice)"

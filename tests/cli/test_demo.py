@@ -257,16 +257,19 @@ def test_the_rates_are_the_suggested_ones(finished):
         assert rates[f"LOFT {name} r=8"] == suggest_lr(LoftConfig(r=8, support=support))
 
 
-def test_the_verdict_counts_the_pilots_steps():
-    rows = [
-        report.Row("zero-shot", 0.3, 0.4),
-        report.Row("LOFT halves r=8", 0.5, 0.6, trained=10),
-        report.Row("PEFT LoRA r=8", 0.4, 0.5, trained=40),
-    ]
-    text = report.verdict(rows, 100, 32)
+def test_the_verdict_says_what_was_equal():
+    rows = [report.Row("zero-shot", 0.3, 0.4), report.Row("LOFT kept r=8", 0.5, 0.6, trained=10, steps="32 + 45")]
+    rows.append(report.Row("PEFT LoRA r=8", 0.4, 0.5, trained=40, steps="77"))
+    text = report.verdict(rows, 100)
     assert "0.300 -> 0.500, +0.200" in text and "LOFT trained 25 % of LoRA's numbers" in text and "0.050" in text
-    assert "pilot's 32 steps of low-rank training come on top" in text
-    assert "pilot" not in report.verdict(rows, 100, 0)
+    assert "Both had as many steps in all" in text
+
+
+def test_all_have_as_many_steps_in_all(finished):
+    _, rows = finished
+    assert [row.steps for row in rows] == [None, "6", "6", "32 + 1", "6"]
+    setting = run.Options(support="kept", rank=8)
+    assert [(each.name, each.pilot_steps) for each in setting.check()] == [("kept", 32), ("lora", 0)]
 
 
 def test_the_page_is_one_file_with_its_picture(finished):

@@ -85,13 +85,16 @@ def _demo(demo: argparse.ArgumentParser) -> None:
 
     demo.add_argument(
         "--support",
-        choices=("halves", *CALIBRATED_SUPPORTS, *DATA_FREE_SUPPORTS),
+        choices=("kept", "halves", *CALIBRATED_SUPPORTS, *DATA_FREE_SUPPORTS),
         default=argparse.SUPPRESS,
-        help="of the LOFT row (default: halves, a pilot in halves)",
+        help="of the LOFT row (default: kept, a pilot in halves from whose end training starts)",
     )
     demo.add_argument("--rank", type=int, default=argparse.SUPPRESS, help="rank of the LOFT supports (default: 64)")
     demo.add_argument(
-        "--steps", type=int, default=argparse.SUPPRESS, help="training steps of each method (default: 45)"
+        "--steps",
+        type=int,
+        default=argparse.SUPPRESS,
+        help="steps of the LOFT row (default: 45); the others get its pilot's too",
     )
     demo.add_argument("--compare", default="", metavar="A,B", help="more supports to compare with LoRA, by comma")
     demo.add_argument(

@@ -17,8 +17,9 @@ from torch import nn
 from ..support.methods import CALIBRATED_SUPPORTS, DATA_FREE_SUPPORTS, Pilot
 
 LORA = "lora"
-HALVES = "halves"  # a pilot in halves
-SUPPORTS = (HALVES, *CALIBRATED_SUPPORTS, *DATA_FREE_SUPPORTS)
+KEPT, HALVES = "kept", "halves"
+PILOTS = {"pilot": Pilot(), HALVES: Pilot(halves=True), KEPT: Pilot(halves=True, keep=True)}
+SUPPORTS = tuple(dict.fromkeys((*PILOTS, *CALIBRATED_SUPPORTS, *DATA_FREE_SUPPORTS)))
 SWEPT = {"activation": 0.1, "random": 0.2, "coordinate": 0.3}  # lr * r
 # Calibrated by forward passes alone: the span of activation, and the order of the coordinates,
 # which helped principal.
@@ -39,6 +40,11 @@ class Method:
     @property
     def is_loft(self) -> bool:
         return self.name != LORA
+
+    @property
+    def pilot_steps(self) -> int:
+        """Steps of low-rank training before its own."""
+        return PILOTS[self.name].steps if self.name in PILOTS else 0
 
     @property
     def label(self) -> str:
@@ -62,7 +68,7 @@ class Method:
         """The report of `calibrate`, by a forward pass where that suffices; None for a method that
         takes no data.
         """
-        if self.name not in (HALVES, *CALIBRATED_SUPPORTS, *FORWARD_SUPPORTS):
+        if self.name not in (*PILOTS, *CALIBRATED_SUPPORTS, *FORWARD_SUPPORTS):
             return None
         from .. import calibrate
 
@@ -71,7 +77,7 @@ class Method:
 
 def support(name: str) -> Any:
     """As `LoftConfig` takes it."""
-    return Pilot(halves=True) if name == HALVES else name
+    return PILOTS.get(name, name)
 
 
 def rate(name: str, rank: int) -> float:

@@ -25,6 +25,7 @@ class Row:
     recall_at_1: float
     mrr: float
     rank: int = 0
+    steps: str | None = None
     trained: int = 0
     seconds_per_step: float | None = None
     calibration_seconds: float | None = None
@@ -40,6 +41,7 @@ COLUMNS = {
     "MRR": ("mrr", "{:.3f}"),
     "trained": ("trained", "{:,}"),
     "rate": ("learning_rate", "{:g}"),
+    "steps": ("steps", "{}"),
     "s/step": ("seconds_per_step", "{:.2f}"),
     "calibration s": ("calibration_seconds", "{:.1f}"),
 }
@@ -80,7 +82,7 @@ def _aligned(rows: list[Row], columns: dict[str, tuple[str, str]]) -> str:
     return "\n".join([aligned[0], rule, *aligned[1:]])
 
 
-def verdict(rows: list[Row], queries: int, pilot_steps: int) -> str:
+def verdict(rows: list[Row], queries: int) -> str:
     """What the first LOFT row gained, for how many trained numbers and how long a step, beside
     LoRA. pilot_steps: on top.
     """
@@ -95,8 +97,8 @@ def verdict(rows: list[Row], queries: int, pilot_steps: int) -> str:
     ]
     if loft.seconds_per_step and lora.seconds_per_step:
         lines.append(f"A step of LOFT took {loft.seconds_per_step / lora.seconds_per_step:.2f} of LoRA's.")
-    if pilot_steps:
-        lines.append(f"Its pilot's {pilot_steps} steps of low-rank training come on top of the steps that both have.")
+    if loft.steps and "+" in loft.steps:
+        lines.append("Both had as many steps in all: those of the pilot, a short low-rank training, count among them.")
     return "\n".join(lines)
 
 

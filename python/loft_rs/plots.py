@@ -370,7 +370,7 @@ def finish(draw: Callable[[], Figure], path: str | os.PathLike | None) -> Any:
 
 
 def as_svg(figure: Figure) -> str:
-    """The picture as an <svg> element: no ground, ink in the page's colour, as wide as its place."""
+    """The picture as an <svg> element: no ground, ink in the page's colour, at most as wide."""
     from matplotlib import rc_context
 
     held = io.StringIO()

@@ -370,7 +370,7 @@ def finish(draw: Callable[[], Figure], path: str | os.PathLike | None) -> Any:
 
 
 def as_svg(figure: Figure) -> str:
-    """The picture as an <svg> element: no ground, ink in the page's colour, at most as wide."""
+    """The picture as an <svg> element: no ground, ink in the page's colour, never wider than it."""
     from matplotlib import rc_context
 
     held = io.StringIO()

@@ -324,7 +324,7 @@ def draw_methods(points: Mapping[str, tuple[float, float]], base: float, score: 
         axis.annotate(
             f"{label}: {value:.3f}",
             (size, value),
-            (size * beside, height),
+            (size * beside, height if point else value),
             ha="right" if leftwards else "left",
             va="center" if point else "bottom",
             fontsize=7.5,

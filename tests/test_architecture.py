@@ -160,7 +160,7 @@ def test_contributing_names_files_that_are_there():
 
 
 def prose(path: Path) -> list[tuple[int, str]]:
-    """The lines of docstrings and of comments that stand alone, but for tables and aligned formulas."""
+    """The lines of docstrings and of comments that stand alone, but for tables and formulas."""
     text = path.read_text(encoding="utf-8")
     lines, numbers = text.splitlines(), set()
     for node in ast.walk(ast.parse(text)):

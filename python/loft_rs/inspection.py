@@ -1,13 +1,15 @@
-"""What a saved adapter holds: rank, captured energy, orthogonality error and angles of every module. NumPy alone.
+"""What a saved adapter holds: rank, captured energy, orthogonality error and angles of every
+module. NumPy alone.
 
-With the stored P, E = C D C, C = (P^T P)^{-1/2} where P is not orthonormal (it was rounded to half precision) and I elsewhere, and
-D = T - I from the trained theta:
+With the stored P, E = C D C, C = (P^T P)^{-1/2} where P is not orthonormal (it was rounded to half
+precision) and I elsewhere, and D = T - I from the trained theta:
 
     R = I + P E P^T,   ||R^T R - I||_2 = ||K^T K - I||_2,   K = I + H E H,   H = (P^T P)^{1/2}       (all in float64)
     angles: arg of the eigenvalues of K; a plane turned by phi appears as +-phi, given once
 
-Of a refreshed adapter R is the product with the frozen I + P_f E_f P_f^T: P and E above are then [P_f, P] and M (factor.py, `Frozen`).
-Without a support, K is the rotation of every block of every factor (`blocks`), or R on the span of the trained vectors (`trained`).
+Of a refreshed adapter R is the product with the frozen I + P_f E_f P_f^T: P and E above are then
+[P_f, P] and M (factor.py, `Frozen`). Without a support, K is the rotation of every block of every
+factor (`blocks`), or R on the span of the trained vectors (`trained`).
 """
 
 from __future__ import annotations
@@ -37,9 +39,10 @@ from ._transforms import delta as delta_of
 
 @dataclass(frozen=True)
 class ModuleReport:
-    """One adapted module. `angles` are in degrees, descending, one for each turned plane. Of blocks, `rank` is the size, and where all
-    share one rotation `width` is that size too, since the file does not tell the layer's. `frozen_rank`: of what `loft_rs.refresh` has
-    frozen, 0 elsewhere; angles and orthogonality error are those of the product."""
+    """One adapted module. `angles` are in degrees, descending, one for each turned plane. Of
+    blocks, `rank` is the size, and where all share one rotation `width` is that size too, since the
+    file does not tell the layer's. `frozen_rank`: of what `loft_rs.refresh` has frozen, 0
+    elsewhere; angles and orthogonality error are those of the product."""
 
     name: str
     width: int
@@ -61,10 +64,12 @@ class ModuleReport:
 
 
 class AdapterReport(list[ModuleReport]):
-    """The reports of all modules, layer 2 before layer 10. In a notebook it is shown as its picture and its table."""
+    """The reports of all modules, layer 2 before layer 10. In a notebook it is shown as its picture
+    and its table."""
 
     def plot(self, path: str | os.PathLike | None = None, title: str = "") -> Any:
-        """The matplotlib figure: energy and angles by depth and kind of module, the angles' spectra, and what moved most.
+        """The matplotlib figure: energy and angles by depth and kind of module, the angles'
+        spectra, and what moved most.
 
         path: also written there, .png or .svg. ModuleNotFoundError without matplotlib.
         """
@@ -89,7 +94,8 @@ class AdapterReport(list[ModuleReport]):
 
 
 def inspect_adapter(path: str | os.PathLike) -> AdapterReport:
-    """Read the folder that `save_pretrained` wrote; one report for each module, layer 2 before layer 10."""
+    """Read the folder that `save_pretrained` wrote; one report for each module, layer 2 before
+    layer 10."""
     folder = Path(path)
     config = read_config(folder)
     tensors, _ = read_safetensors(folder / WEIGHTS_FILE)
@@ -109,7 +115,8 @@ def _natural(item: tuple[str, object]) -> list[tuple[int, str]]:
 
 
 def read_peft_config(folder: Path) -> dict:
-    """`adapter_config.json` of any PEFT method. FileNotFoundError or ValueError names the file that is missing or no JSON object."""
+    """`adapter_config.json` of any PEFT method. FileNotFoundError or ValueError names the file that
+    is missing or no JSON object."""
     file = folder / CONFIG_FILE
     if not file.is_file():
         raise FileNotFoundError(f"{folder}: no {CONFIG_FILE} in it; a folder written by save_pretrained is expected")
@@ -183,7 +190,8 @@ def _side(parts: dict, config: dict) -> str:
 def _of_support(
     what: str, parts: dict, theta: np.ndarray, config: dict, said: Described
 ) -> tuple[np.ndarray, int, int, float]:
-    """(K (1, 1, r, r), n, r, captured energy). Of a refreshed adapter K is as large as the span of both bases."""
+    """(K (1, 1, r, r), n, r, captured energy). Of a refreshed adapter K is as large as the span of
+    both bases."""
     basis = parts["support"].astype(np.float64)
     if basis.ndim != 2 or not 1 <= basis.shape[1] <= basis.shape[0]:
         raise ValueError(f"{what} has a support of shape {basis.shape}; (n, r) with 1 <= r <= n is expected")

@@ -1,8 +1,8 @@
 """Pictures of adapters, calibrations and supports. Needs matplotlib, the extra `plot`.
 
-Every picture is 7 inches wide, so at 100 dots an inch it has the width of a README. Modules are laid
-out by kind (rows) and depth (columns). What is drawn is given as plain arrays (`Map`, `Spectra`), so
-that the classes that are drawn may import this file.
+Every picture is 7 inches wide, so at 100 dots an inch it has the width of a README. Modules are
+laid out by kind (rows) and depth (columns). What is drawn is given as plain arrays (`Map`,
+`Spectra`), so that the classes that are drawn may import this file.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def energy_map(values: Sequence[float], *, framed: bool = False) -> Map:
 
 @dataclass(frozen=True)
 class Spectra:
-    """A falling curve for every module, and a value that says which modules are named: the largest, or the least."""
+    """A falling curve for every module, and the values of which the largest (least) are named."""
 
     title: str
     along: str
@@ -166,7 +166,7 @@ def _entitle(figure: Figure, title: str) -> None:
 
 
 def _heat_map(axis: Axes, grid: Grid, drawn: Map, named: Sequence[int], *, first: bool) -> None:
-    """One map with its bar of colours below. Modules are apart, so that the page's own ground is between them."""
+    """One map with its bar of colours below. Between the modules is the page's own ground."""
     from matplotlib import colormaps
     from matplotlib.collections import PatchCollection
     from matplotlib.patches import Rectangle
@@ -195,7 +195,7 @@ def _heat_map(axis: Axes, grid: Grid, drawn: Map, named: Sequence[int], *, first
 
 
 def _name_places(axis: Axes, grid: Grid) -> None:
-    """Every row's kind, and up to ten depths; - of modules that have none among others that have one."""
+    """Every row's kind, and up to ten depths; - of modules that have none beside ones that do."""
     axis.set_yticks([row + 0.5 for row in range(len(grid.kinds))], [_tail(k) for k in grid.kinds], parse_math=False)
     if grid.depths == [None]:
         axis.set_xticks([])
@@ -324,7 +324,7 @@ def draw_methods(points: Mapping[str, tuple[float, float]], base: float, score: 
         axis.annotate(
             f"{label}: {value:.3f}",
             (size, value),
-            (size * beside, height),
+            (size * beside, height if point else value),
             ha="right" if leftwards else "left",
             va="center" if point else "bottom",
             fontsize=7.5,
@@ -336,7 +336,7 @@ def draw_methods(points: Mapping[str, tuple[float, float]], base: float, score: 
 
 
 def _apart(values: Sequence[float], least: float) -> list[float]:
-    """Ascending values moved up until each is at least this far above the one before; groups keep their middle."""
+    """Ascending values moved to be at least this far from each other; groups keep their middle."""
     groups: list[list[float]] = []
     for value in values:
         groups.append([value])
@@ -351,7 +351,7 @@ def _centred(group: Sequence[float], step: float) -> list[float]:
 
 
 def check_path(path: str | os.PathLike) -> str:
-    """The picture's form from the ending of `path`. ValueError where it is neither .png nor .svg, or cannot be written."""
+    """What `path` ends in. ValueError where it is neither .png nor .svg, or cannot be written."""
     ending = Path(path).suffix.lower().removeprefix(".")
     if ending not in ("png", "svg"):
         raise ValueError(f"path must end in .png or .svg, not {Path(path).name!r}")
@@ -360,7 +360,7 @@ def check_path(path: str | os.PathLike) -> str:
 
 
 def finish(draw: Callable[[], Figure], path: str | os.PathLike | None) -> Any:
-    """The figure; where a path is given, which is checked first, also written there, whole or not at all."""
+    """The figure, also written whole where a path is given. The path is checked before any work."""
     ending = None if path is None else check_path(path)
     figure = draw()
     if path is not None:
@@ -370,7 +370,7 @@ def finish(draw: Callable[[], Figure], path: str | os.PathLike | None) -> Any:
 
 
 def as_svg(figure: Figure) -> str:
-    """The picture as an <svg> element for a page: no ground of its own, ink in the page's colour, no wider than its place."""
+    """The picture as an <svg> element: no ground, ink in the page's colour, never wider than it."""
     from matplotlib import rc_context
 
     held = io.StringIO()
@@ -378,7 +378,7 @@ def as_svg(figure: Figure) -> str:
         figure.savefig(held, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     text = held.getvalue()
     text = text[text.index("<svg") :].replace(INK, "currentColor")
-    # matplotlib's style sheet would be the whole page's: its rules go to this element, from which its parts have them.
+    # A style sheet would be the whole page's: its rules go to this element, and its parts inherit.
     rules = "stroke-linejoin: round; stroke-linecap: butt"
     text = re.sub(r"<style\b.*?</style>", "", text, count=1, flags=re.DOTALL)
     text = re.sub(r' d="[^"]*"', lambda path: re.sub(r"(\.\d\d)\d+", r"\1", path[0]), text)  # hundredths of a point do
@@ -386,7 +386,7 @@ def as_svg(figure: Figure) -> str:
 
 
 def as_page(text: str, plot: Callable[[], Figure], more: str = "") -> str:
-    """What a notebook shows: the picture where matplotlib is there, the text, and folded what is long."""
+    """What a notebook shows: the picture where matplotlib is there, the text, and more, folded."""
     shown = f"<pre>{escape(text)}</pre>"
     if more:
         shown += f"<details><summary>every module</summary><pre>{escape(more)}</pre></details>"

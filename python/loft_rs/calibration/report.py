@@ -19,15 +19,21 @@ __all__ = ["CalibrationReport"]
 
 @dataclass(frozen=True)
 class CalibrationReport:
-    """What `calibrate` did. `print(report)`: a summary with advice; `report.table()`: every layer; `report.rows()`: the same as dicts.
+    """What `calibrate` did. `print(report)`: a summary with advice; `report.table()`: every layer;
+    `report.rows()`: the same as dicts.
 
-    supports: module name -> the `Support` stored there (energy with its standard error, values, order)
-    evidence: module name -> `SplitHalf`, how far that support is the task's and not these batches'; of chosen supports only
-    memory: the bytes it was to take above the frozen training step, as it was known before it started
-    sides: of modules whose side was open (`side="auto"`), module name -> {side: ||P^T S P||_F^2}, what decided it (`sides.py`); the
-        chosen one is that of the support in `supports`
-    pilot: the short training that the supports come from (`support="pilot"`); its steps are not counted in `passes`
-    start: where training starts after a kept pilot: `scale`, and `made`, module name -> the part of the pilot's change that is made
+    supports: module name -> the `Support` stored there (energy with its standard error, values,
+        order)
+    evidence: module name -> `SplitHalf`, how far that support is the task's and not these batches';
+        of chosen supports only
+    memory: the bytes it was to take above the frozen training step, as it was known before it
+        started
+    sides: of modules whose side was open (`side="auto"`), module name -> {side: ||P^T S P||_F^2},
+        what decided it (`sides.py`); the chosen one is that of the support in `supports`
+    pilot: the short training that the supports come from (`support="pilot"`); its steps are not
+        counted in `passes`
+    start: where training starts after a kept pilot: `scale`, and `made`, module name -> the part of
+        the pilot's change that is made
     """
 
     method: str
@@ -55,8 +61,8 @@ class CalibrationReport:
         return table(self)
 
     def plot(self, path: str | os.PathLike | None = None) -> Any:
-        """The matplotlib figure: energy, agreement, what is reproducible and differing ranks by depth and kind of module,
-        the supports' values, and the layers that capture the least.
+        """The matplotlib figure: energy, agreement, what is reproducible and differing ranks by
+        depth and kind of module, the supports' values, and the layers that capture the least.
 
         path: also written there, .png or .svg. ModuleNotFoundError without matplotlib.
         """
@@ -66,5 +72,6 @@ class CalibrationReport:
         return as_page(str(self), self.plot, self.table())
 
     def rows(self) -> list[dict[str, Any]]:
-        """One dict for every layer, as `pandas.DataFrame(report.rows())` takes them; nan where nothing is known."""
+        """One dict for every layer, as `pandas.DataFrame(report.rows())` takes them; nan where
+        nothing is known."""
         return rows_of(self)

@@ -1,10 +1,12 @@
-"""What a `CalibrationReport` says: a summary with advice, layers grouped by kind and depth, and the table of all layers.
+"""What a `CalibrationReport` says: a summary with advice, layers grouped by kind and depth, and the
+table of all layers.
 
     kind    a layer's name behind its block's number: encoder.layer.3.attention.self.query is attention.self.query
     depth   the block's number, 3 there; the blocks are shown in up to three groups
 
-A mean agreement of .9 and more is called good, below a half poor: a way of speaking, of the support alone. What it is worth in the score of
-the trained model was not measured. Every line fits in 100 columns. `report` is a `CalibrationReport`, whose file imports this one.
+A mean agreement of .9 and more is called good, below a half poor: a way of speaking, of the support
+alone. What it is worth in the score of the trained model was not measured. Every line fits in 100
+columns. `report` is a `CalibrationReport`, whose file imports this one.
 """
 
 from __future__ import annotations
@@ -25,7 +27,8 @@ __all__ = ["figure", "rows_of", "short", "summary", "table"]
 
 WIDTH = 100
 GOOD, POOR = 0.9, 0.5
-# Halves of batches that are alike rarely have as much: at 2, 4 and 8 batches 7, 3 and 0 % (bench/CALIBRATION.md).
+# Halves of batches that are alike rarely have as much: at 2, 4 and 8 batches 7, 3 and 0 %
+# (bench/CALIBRATION.md).
 DOMINATED = 0.9
 WORST = 3
 
@@ -176,7 +179,7 @@ def _ruled(report: Any) -> str:
     )
 
 
-# -- groups ----------------------------------------------------------------------------------------------------------------
+# -- groups --------------------------------------------------------------------------------
 
 
 def thirds(depths: Iterable[int]) -> list[list[int]]:

@@ -20,7 +20,8 @@ from .triangles import lower, size_of, upper_from_lower
 
 __all__ = ["from_loft"]
 
-# ||P - P' V||_2 from which on it is worth a warning, and from which on P is not the basis that PSOFT would compute.
+# ||P - P' V||_2 from which on it is worth a warning, and from which on P is not the basis that
+# PSOFT would compute.
 _ROUNDING, _BASIS = 1e-5, 1e-3
 
 _INSTEAD = "loft_rs.export_lora writes an exact LoRA of any low-rank adapter, and merging works for all"

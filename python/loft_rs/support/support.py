@@ -11,7 +11,8 @@ import numpy as np
 
 __all__ = ["Support", "check_basis", "cut_support"]
 
-# ||P^T P - I||_2 of a float32 basis: ours stay under 50 eps; one that is read may have been made elsewhere.
+# ||P^T P - I||_2 of a float32 basis: ours stay under 50 eps; one that is read may have been made
+# elsewhere.
 _ORTHONORMAL = 100 * float(np.finfo(np.float32).eps)
 
 
@@ -19,18 +20,24 @@ _ORTHONORMAL = 100 * float(np.finfo(np.float32).eps)
 class Support:
     """A chosen basis and what it captured.
 
-    basis: (n, r) float32, orthonormal columns (n is the layer's inputs, or its outputs on the output side)
+    basis: (n, r) float32, orthonormal columns (n is the layer's inputs, or its outputs on the
+        output side)
     energy: captured fraction of the squared objective, in [0, 1]; nan where it is unknown
     energy_stderr: 0.0 where the energy is exact
-    values: (r,) singular values (gradsvd, principal; of what a pilot changed, in halves for each of them), plane strengths twice each
-        (skewgrad), ||G p_i|| (random, coordinate); nan where no matrix was given. From float32 or half input their squares are right
-        to about 1e-6 of the largest, so values below 1e-3 of it are rounding; `loft_rs.linalg.randomized_svd` resolves more
+    values: (r,) singular values (gradsvd, principal; of what a pilot changed, in halves for each of
+        them), plane strengths twice each (skewgrad), ||G p_i|| (random, coordinate); nan where no
+        matrix was given. From float32 or half input their squares are right to about 1e-6 of the
+        largest, so values below 1e-3 of it are rounding; `loft_rs.linalg.randomized_svd` resolves
+        more
     residuals: (r,) Ritz residual norms, rounding included; nan where no such problem was solved
-    gap: (sigma_r - sigma_{r+1}) / sigma_r, in halves of what the first one reads; nan where there is no sigma_{r+1}
+    gap: (sigma_r - sigma_{r+1}) / sigma_r, in halves of what the first one reads; nan where there
+        is no sigma_{r+1}
     passes: passes over the data
-    halves: whether the second half of the columns are partners of the first, as of a `Pilot(halves=True)`
-    columns: columns multiplied with the data, summed over the passes: 2 m n operations each (4 m n for skewgrad, which reads W0
-        and G); 0 where no product was made, or with a dense decomposition
+    halves: whether the second half of the columns are partners of the first, as of a
+        `Pilot(halves=True)`
+    columns: columns multiplied with the data, summed over the passes: 2 m n operations each (4 m n
+        for skewgrad, which reads W0 and G); 0 where no product was made, or with a dense
+        decomposition
     """
 
     basis: np.ndarray
@@ -50,11 +57,13 @@ class Support:
 
     @property
     def identifiable(self) -> bool:
-        """Whether the last direction is told from the next: gap sigma_r > residual_r, or rank = min(m, n).
+        """Whether the last direction is told from the next: gap sigma_r > residual_r, or
+        rank = min(m, n).
 
-        False where the gap is 0 or no larger than what the residual (rounding included) can resolve, and for the odd last column
-        of skewgrad: another seed may then choose other last directions that capture as much. Where the residual is nan the gap
-        alone decides, and a nan gap leaves nothing to confuse.
+        False where the gap is 0 or no larger than what the residual (rounding included) can
+        resolve, and for the odd last column of skewgrad: another seed may then choose other last
+        directions that capture as much. Where the residual is nan the gap alone decides, and a nan
+        gap leaves nothing to confuse.
         """
         last = self.values[-1]
         return math.isnan(self.gap) or not (self.gap == 0 or self.gap * last <= self.residuals[-1])
@@ -65,7 +74,8 @@ class Support:
         return self.basis.shape[1]
 
     def plot(self, path: str | os.PathLike | None = None) -> Any:
-        """The matplotlib figure: the values with the energy captured so far, and which coordinates lie in the support.
+        """The matplotlib figure: the values with the energy captured so far, and which coordinates
+        lie in the support.
 
         path: also written there, .png or .svg. ModuleNotFoundError without matplotlib.
         """
@@ -98,7 +108,8 @@ class Support:
 
 
 def cut_support(support: Support, rank: int) -> Support:
-    """The leading `rank` columns of a gradsvd, skewgrad or principal support (skewgrad: an even number), and their energy."""
+    """The leading `rank` columns of a gradsvd, skewgrad or principal support (skewgrad: an even
+    number), and their energy."""
     if rank == support.rank:
         return support
     squares = np.square(support.values / support.values[0])
@@ -118,7 +129,8 @@ def cut_support(support: Support, rank: int) -> Support:
 
 
 def check_basis(basis: np.ndarray, what: str) -> None:
-    """Refuse a basis that is not (n, r) float32 with 1 <= r <= n, finite, and orthonormal to its dtype."""
+    """Refuse a basis that is not (n, r) float32 with 1 <= r <= n, finite, and orthonormal to its
+    dtype."""
     if basis.dtype != np.float32 or basis.ndim != 2 or not 1 <= basis.shape[1] <= basis.shape[0]:
         raise ValueError(
             f"{what} has a basis of {basis.dtype} {basis.shape}, float32 (n, r) with 1 <= r <= n is expected"

@@ -124,6 +124,9 @@ class LoftRefreshCallback(TrainerCallback):
     `reports`: (step, report) of every refresh. ValueError for a bad argument, when the callback is
     made, and at the start of training for a kind of adapter that cannot be refreshed, or supports
     from a file.
+
+    >>> loft_rs.LoftRefreshCallback(every=200).every
+    200
     """
 
     def __init__(
@@ -185,6 +188,8 @@ class LoftNarrowCallback(TrainerCallback):
     ValueError for a `rank` or a `step` that is none; at the start of training for a kind of adapter
     or a `rank` that cannot be, a `step` that training does not reach or that has passed without a
     narrowing, and under DistributedDataParallel, which would hold the old parameters.
+
+    >>> callback = loft_rs.LoftNarrowCallback(32, step=200)
     """
 
     def __init__(self, rank: int, step: int, *, adapter_name: str | None = None):

@@ -33,6 +33,11 @@ def lora_factors(model: nn.Module, adapter_name: str | None = None) -> dict[str,
 
     float32 (float64 for a float64 base), on the layer's device. ValueError where the adapter has no
     support yet.
+
+    >>> model = get_peft_model(load_base(), LoftConfig(r=4, target_modules=["o_proj"]))
+    >>> A, B = loft_rs.lora_factors(model)["model.layers.0.self_attn.o_proj"]
+    >>> A.shape, B.shape
+    (torch.Size([4, 32]), torch.Size([32, 4]))
     """
     adapter, layers = adapted_layers(model, adapter_name)
     require_supports(layers, adapter, "lora_factors")
@@ -60,6 +65,11 @@ def export_lora(
     ValueError where the adapter has no support yet, where `path` holds a LOFT adapter, and where
     the adapter has `modules_to_save` or `trainable_token_indices`, which a LoRA server cannot load,
     unless `drop_modules_to_save`; for a full-rank adapter without `approximate_rank`.
+
+    >>> model = get_peft_model(load_base(), LoftConfig(r=8, target_modules=["q_proj", "v_proj"]))
+    >>> errors = loft_rs.export_lora(model, "adapter-lora")
+    >>> set(errors.values())
+    {0.0}
     """
     from peft import LoraConfig
 

@@ -60,6 +60,11 @@ def convert_adapter(
     Everything is checked before anything is written: ValueError for what is no rotation
     (`pissa_init`), no linear layer, trained biases, unknown or missing tensors, NaN or Inf, a base
     that does not fit, and forms the other side cannot hold; FileNotFoundError for a missing file.
+
+    >>> config = OFTConfig(oft_block_size=4, r=0, target_modules=["q_proj"])
+    >>> get_peft_model(load_base(), config).save_pretrained("peft-oft")
+    >>> loft_rs.convert_adapter("peft-oft", "loft")
+    'loft'
     """
     for name, folder in (("src", src), ("dst", dst)):
         if not isinstance(folder, (str, os.PathLike)):

@@ -78,6 +78,10 @@ def narrow(
     a support (OFT, BOFT, HRA), with magnitudes or in halves, merged, disabled or not alone; an
     optimiser that does not train it or whose state has no such moments; no support yet.
     `loft_rs.NonFiniteError`: NaN or Inf in a transform.
+
+    >>> model = get_peft_model(load_base(), LoftConfig(r=8, target_modules=["o_proj"]))
+    >>> loft_rs.narrow(model, 4).rank
+    4
     """
     require_plain(model, "narrow")
     processes = Processes(next(model.parameters()).device)

@@ -79,6 +79,11 @@ def refresh(
     with a `Budget`, or with supports from a file, merged, disabled or not alone; an optimiser that
     does not train it or whose state has no such moments; no data where the support needs it; no
     support yet. `loft_rs.NonFiniteError`: NaN or Inf in a transform or in what a layer saw.
+
+    >>> config = LoftConfig(r=4, target_modules=["o_proj"], support="gradsvd")
+    >>> model = get_peft_model(load_base(), config)
+    >>> report = loft_rs.calibrate(model, batches)
+    >>> report = loft_rs.refresh(model, batches)
     """
     started = time.perf_counter()
     require_plain(model, "refresh")

@@ -57,6 +57,13 @@ def supports_from_sketches(*paths: str | os.PathLike) -> dict[str, Support]:
     To rounding those of one `calibrate` with a single pass over all their batches; `set_support`
     and `save_supports` take them. FileNotFoundError; ValueError for a damaged or foreign file, one
     given twice, and files that differ in modules, method, side, seed, rank or shape.
+
+    >>> config = LoftConfig(r=4, target_modules=["o_proj"], support=GradSVD(passes=1))
+    >>> model = get_peft_model(load_base(), config)
+    >>> loft_rs.save_sketches(model, batches[:2], "monday.safetensors")
+    >>> loft_rs.save_sketches(model, batches[2:], "tuesday.safetensors")
+    >>> supports = loft_rs.supports_from_sketches("monday.safetensors", "tuesday.safetensors")
+    >>> loft_rs.set_support(model, supports)
     """
     if not paths:
         raise ValueError("paths is empty: give at least one file that loft_rs.save_sketches wrote")

@@ -52,6 +52,10 @@ class Budget:
 
     A layer with min(m, n) = 1 allows no even rank: it is left out whatever its floor, with one
     warning.
+
+    >>> supports = loft_rs.select_support(grads, Budget(params=100))
+    >>> sum(support.rank * (support.rank - 1) // 2 for support in supports.values()) <= 100
+    True
     """
 
     params: int

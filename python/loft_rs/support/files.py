@@ -27,6 +27,10 @@ _ARRAYS = {"basis": np.float32, "values": np.float64, "residuals": np.float64}
 def save_supports(path: str | os.PathLike, supports: Support | Mapping[str, Support]) -> None:
     """Write supports to one safetensors file, bit for bit; the same supports give the same
     bytes.
+
+    >>> loft_rs.save_supports("supports.safetensors", {"q_proj": loft_rs.select_support(G, 8)})
+    >>> list(loft_rs.load_supports("supports.safetensors"))
+    ['q_proj']
     """
     from safetensors.numpy import save_file
 
@@ -72,6 +76,10 @@ def _plain(value: Any) -> Any:
 def load_supports(path: str | os.PathLike) -> Support | dict[str, Support]:
     """Read what `save_supports` wrote. Anything else (truncated, another version, not orthonormal)
     is a ValueError.
+
+    >>> loft_rs.save_supports("one.safetensors", loft_rs.select_support(G, 8))
+    >>> loft_rs.load_supports("one.safetensors").basis.shape
+    (64, 8)
     """
     from .._files import read_safetensors
 

@@ -88,6 +88,9 @@ class _Sketched:
 class SkewGrad(_Sketched):
     """The top invariant subspace of Skew(W0^T G) (arXiv 2605.11872). For its options see
     `GradSVD`.
+
+    >>> LoftConfig(r=8, support=SkewGrad(passes=1)).support
+    SkewGrad(passes=1, oversampling=None)
     """
 
 
@@ -108,7 +111,11 @@ class GradSVD(_Sketched):
 
 @dataclass(frozen=True, kw_only=True)
 class Activation(_Sketched):
-    """The top eigenvectors of X^T X, the layer's inputs. For its options see `GradSVD`."""
+    """The top eigenvectors of X^T X, the layer's inputs. For its options see `GradSVD`.
+
+    >>> LoftConfig(r=8, support=Activation(oversampling=32)).support
+    Activation(passes=2, oversampling=32)
+    """
 
 
 @dataclass(frozen=True)
@@ -158,6 +165,9 @@ class Blocks:
 
     factors: 1: blocks of neighbours; more: so many butterfly factors. share: one rotation for all
     blocks of a factor. output_scale: a trained factor for every output as well, as BOFT has.
+
+    >>> LoftConfig.oft(block_size=32).support
+    Blocks(factors=1, share=False, output_scale=False)
     """
 
     factors: int = 1
@@ -176,6 +186,9 @@ class Reflections:
 
     gram_schmidt: I - 2 Q Q^T with Q an orthonormal basis of the vectors, which does not start at
     the identity.
+
+    >>> LoftConfig.hra(r=8).support
+    Reflections(gram_schmidt=False)
     """
 
     gram_schmidt: bool = False

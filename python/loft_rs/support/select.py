@@ -68,6 +68,11 @@ def select_support(
     A mapping gives, bit for bit, what single calls with the same seed give. A mapping and a
     `Budget` give an `Allocation`: a dict with the parameters given out and the proven gap to the
     best allocation; a layer that is given rank 0 is not in it.
+
+    >>> loft_rs.select_support(G, 8)
+    Support(gradsvd, input side, 64 x 8, energy ..., ...)
+    >>> loft_rs.select_support(G, 8, weights=W0, method="skewgrad").basis.shape
+    (64, 8)
     """
     from .allocate import shared_supports
     from .budget import Budget

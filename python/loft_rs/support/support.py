@@ -38,6 +38,10 @@ class Support:
     columns: columns multiplied with the data, summed over the passes: 2 m n operations each (4 m n
         for skewgrad, which reads W0 and G); 0 where no product was made, or with a dense
         decomposition
+
+    >>> support = loft_rs.select_support(G, 8)
+    >>> support.basis.shape, support.rank, support.side
+    ((64, 8), 8, 'input')
     """
 
     basis: np.ndarray

@@ -169,6 +169,10 @@ def base_changed(model: nn.Module) -> None:
 def orthogonality_error(model: nn.Module, adapter_name: str | None = None) -> float:
     """Largest ||R^T R - I||_2 over the adapted modules, in float64 from the stored P and the
     current E. No units.
+
+    >>> model = get_peft_model(load_base(), LoftConfig(r=8, target_modules=["q_proj", "v_proj"]))
+    >>> loft_rs.orthogonality_error(model) < 1e-6
+    True
     """
     adapter, layers = adapted_layers(model, adapter_name)
     with torch.no_grad():

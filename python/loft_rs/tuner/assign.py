@@ -23,6 +23,10 @@ def set_support(model: torch.nn.Module, supports: Mapping[str, Any], adapter_nam
     the side the adapter was built with; under `side="auto"` a `Support` brings its side, which is
     kept, to a module that has none yet. ValueError lists what is missing, ambiguous or does not
     fit, before anything is changed.
+
+    >>> model = get_peft_model(load_base(), LoftConfig(r=4, target_modules=["o_proj"]))
+    >>> gradients = {f"{i}.self_attn.o_proj": torch.randn(32, 32) for i in (0, 1)}
+    >>> loft_rs.set_support(model, loft_rs.select_support(gradients, 4))
     """
     adapter, layers = adapted_layers(model, adapter_name)
     require_untrained(layers, adapter, "set_support")

@@ -115,6 +115,10 @@ class LoftConfig(PeftConfig):
             loaded: the rank of what is frozen, by module.
         loft_format_version (`int`): Named by saved configs only; leave it alone. A version this
             package does not know is refused.
+
+    >>> config = LoftConfig(r=64, target_modules="all-linear", support=Pilot(steps=64))
+    >>> suggest_lr(config)
+    0.0025
     """
 
     r: int | Budget = field(default=64, metadata={"help": "Rank of the support, even, or a Budget."})

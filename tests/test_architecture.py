@@ -156,7 +156,7 @@ def test_contributing_names_files_that_are_there():
     named = re.findall(r"`((?:[\w.-]+/)*(?:[\w-]+\.(?:py|pyi|rs|md|sh)|(?<=/)))`", text)
     assert len(named) > 40
     assert [path for path in named if not (CHECKOUT / path).exists() and not (ROOT / path).exists()] == []
-    assert len(text.splitlines()) <= 110 and max(map(len, text.splitlines())) <= 100
+    assert len(text.splitlines()) <= 130 and max(map(len, text.splitlines())) <= 100
 
 
 def prose(path: Path) -> list[tuple[int, str]]:

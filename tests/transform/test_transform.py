@@ -14,6 +14,8 @@ from reference import basis_of, exact_transform
 from torch import nn
 from transforms import NAMES
 
+from loft_rs._transforms import TransformName
+from loft_rs._transforms import delta as delta_in_numpy
 from loft_rs.layer import values
 from loft_rs.layer.forward_pass import Root, watch
 from loft_rs.layer.merging import rotated_weight
@@ -23,6 +25,19 @@ from loft_rs.transform.skew import skew
 from loft_rs.transform.transforms import get_transform
 
 SKEW = ["cayley", "exp"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_definition_in_numpy_is_the_same(name):
+    r = 6
+    transform = get_transform(name)
+    theta = 0.3 * torch.randn(
+        transform.parameter_shape(r), dtype=torch.float64, generator=torch.Generator().manual_seed(3)
+    )
+    d = transform.delta(theta[None], r)[0][0]
+    torch.testing.assert_close(
+        torch.from_numpy(delta_in_numpy(TransformName.of(name), theta.numpy(), r)), d, rtol=0, atol=1e-13
+    )
 
 
 def theta_of_norm(r: int, norm: float, seed: int, dtype=torch.float32):

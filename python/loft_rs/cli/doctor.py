@@ -1,7 +1,7 @@
 """`loft-rs doctor`: what is installed, on what devices, and whether the parts compute what they should.
 
-A package that is missing fails nothing, since NumPy alone is enough for `select_support`. One that is older than this loft_rs allows fails, and
-so does a test.
+A package that is missing fails nothing, since NumPy alone is enough for `select_support`. One that is older than this loft_rs allows
+fails, and so does a test.
 """
 
 from __future__ import annotations
@@ -155,7 +155,7 @@ def _layer(device: str) -> str:
     wanted.backward(up.double())
     assert theta.grad is not None and moving.grad is not None and free.grad is not None and wide.grad is not None
     pairs = ((got, wanted), (theta.grad, free.grad), (moving.grad, wide.grad))
-    return _judged(max(float((a.double().cpu() - b).norm() / b.norm()) for a, b in pairs))
+    return _judged(max(float((a.detach().double().cpu() - b.detach()).norm() / b.detach().norm()) for a, b in pairs))
 
 
 def _peft() -> str:

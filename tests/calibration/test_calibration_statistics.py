@@ -111,7 +111,7 @@ def test_one_batch_that_is_all_of_the_gradient_is_noticed():
     ruled = told(halves, counts)
     assert ruled.dominance > 0.99
     build_ = {"evidence": {"q": ruled, "k": alike}, "supports": {}}
-    assert "in 1 layers one half" in str(loft_rs.CalibrationReport("skewgrad", "natural", 2, 8, 0, 1.0, **build_))
+    assert "in 1 layer one half" in str(loft_rs.CalibrationReport("skewgrad", "natural", 2, 8, 0, 1.0, **build_))
 
 
 @given(squares=st.lists(st.floats(0, 1e6), min_size=2, max_size=12), seed=st.integers(0, 99))
@@ -312,6 +312,7 @@ def same_adapter(one, other):
 
 @pytest.mark.parametrize("support", ["skewgrad", GradSVD(passes=1, oversampling=64)], ids=["name", "object"])
 @pytest.mark.parametrize("mapped", [False, True])
+@pytest.mark.filterwarnings("ignore:saved without a support")
 def test_a_budget_saved_before_it_is_shared_out_is_shared_out_after(support, mapped, tmp_path):
     options = {"support": support, "target_modules": ["q_proj", "down_proj"]}
     names, budget = adapted_layers(build(**options))[1], Budget(params=60)

@@ -42,6 +42,7 @@ def test_an_open_side_is_the_identity_and_waits_for_calibration(dtype, tmp_path)
     assert not torch.equal(logits(model), wanted)
 
 
+@pytest.mark.filterwarnings("ignore:saved without a support")
 def test_a_model_saved_before_the_decision_is_still_open(tmp_path):
     build().save_pretrained(tmp_path)
     model = peft.PeftModel.from_pretrained(make_llama(), tmp_path, is_trainable=True)

@@ -110,7 +110,7 @@ def test_select_failures_are_one_sentence_and_write_nothing(gradients, capsys):
     assert "at most 10" in fails(capsys, "select", file, "--rank", 11, "--out", out)
     assert "weights are missing" in fails(capsys, "select", file, "--rank", 2, "--method", "skewgrad", "--out", out)
     message = fails(capsys, "select", file, "--rank", 2, "--method", "principal", "--out", out)
-    assert message.endswith("weights are missing: method 'principal' needs weights")
+    assert message.endswith("--weights are missing: method 'principal' needs --weights")
     assert "no part in method 'gradsvd'" in fails(
         capsys, "select", file, "--rank", 2, "--weights", folder / "weights.safetensors", "--out", out
     )

@@ -56,7 +56,10 @@ def table(report: Any) -> str:
     columns = [("rank", 5, "d"), ("energy", 7, ".4f"), ("+-", 7, ".4f")]
     columns += [("side", 7, "s"), ("on input", 9, ".2e"), ("on output", 10, ".2e")] * sides
     columns += [("agreement", 10, ".3f"), ("reproducible", 13, ".3f"), ("for .9", 7, ".0f")] * evidence
-    room = min(max(len(row["layer"]) for row in rows), WIDTH - sum(width + 1 for _, width, _ in columns))
+    room = min(
+        max((len(row["layer"]) for row in rows), default=len("layer")),
+        WIDTH - sum(width + 1 for _, width, _ in columns),
+    )
     lines = [f"{'layer':<{room}}" + "".join(f" {name:>{width}}" for name, width, _ in columns)]
     for row in rows:
         cells = "".join(f" {format(row[name], form):>{width}}" for name, width, form in columns)

@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import takewhile
 from typing import Any
 
 import numpy as np
@@ -53,17 +54,15 @@ def summary(report: Any) -> str:
 def table(report: Any) -> str:
     """A line for every layer."""
     evidence, sides, rows = bool(report.evidence), bool(report.sides), rows_of(report)
-    columns = [("rank", 5, "d"), ("energy", 7, ".4f"), ("+-", 7, ".4f")]
-    columns += [("side", 7, "s"), ("on input", 9, ".2e"), ("on output", 10, ".2e")] * sides
-    columns += [("agreement", 10, ".3f"), ("reproducible", 13, ".3f"), ("for .9", 7, ".0f")] * evidence
-    room = min(
-        max((len(row["layer"]) for row in rows), default=len("layer")),
-        WIDTH - sum(width + 1 for _, width, _ in columns),
-    )
+    columns = [("rank", 4, "d"), ("energy", 6, ".4f"), ("+-", 6, ".4f")]
+    columns += [("side", 6, "s"), ("on input", 8, ".2e"), ("on output", 9, ".2e")] * sides
+    columns += [("agreement", 9, ".3f"), ("reproducible", 12, ".3f"), ("for .9", 6, ".0f")] * evidence
+    names = _fitted([row["layer"] for row in rows], WIDTH - sum(width + 1 for _, width, _ in columns))
+    room = max(map(len, ("layer", *names)))
     lines = [f"{'layer':<{room}}" + "".join(f" {name:>{width}}" for name, width, _ in columns)]
-    for row in rows:
+    for row, shown in zip(rows, names, strict=True):
         cells = "".join(f" {format(row[name], form):>{width}}" for name, width, form in columns)
-        lines.append(f"{_tail(row['layer'], room):<{room}}{cells}")
+        lines.append(f"{shown:<{room}}{cells}")
     lines += _wrapped(_legend(report))
     if evidence:
         lines += _wrapped("reproducible: the part of the captured energy that other batches would show too")
@@ -206,6 +205,18 @@ def _least(values: Iterable[float]) -> float:
 
 def _mean_agreement(report: Any) -> float:
     return _mean(each.agreement for each in report.evidence.values())
+
+
+def _fitted(names: Sequence[str], room: int) -> list[str]:
+    """Names of layers in this room, each still told from the others: what all begin with goes first, then the middle."""
+    if max(map(len, names), default=0) > room:
+        parts = [name.split(".") for name in names]
+        shared = len(
+            list(takewhile(lambda same: len(set(same)) == 1, zip(*(each[:-1] for each in parts), strict=False)))
+        )
+        names = ["…" * bool(shared) + ".".join(each[shared:]) for each in parts]
+    start = room // 3
+    return [n if len(n) <= room else f"{n[:start]}…{n[start + 1 - room :]}" for n in names]
 
 
 def _tail(name: str, room: int) -> str:

@@ -110,7 +110,7 @@ def test_select_failures_are_one_sentence_and_write_nothing(gradients, capsys):
     assert "at most 10" in fails(capsys, "select", file, "--rank", 11, "--out", out)
     assert "weights are missing" in fails(capsys, "select", file, "--rank", 2, "--method", "skewgrad", "--out", out)
     message = fails(capsys, "select", file, "--rank", 2, "--method", "principal", "--out", out)
-    assert message.endswith("--weights are missing: method 'principal' needs --weights")
+    assert message.endswith("--weights are missing: method 'principal' needs weights")
     assert "no part in method 'gradsvd'" in fails(
         capsys, "select", file, "--rank", 2, "--weights", folder / "weights.safetensors", "--out", out
     )
@@ -445,7 +445,8 @@ def test_arguments_in_messages_have_their_shell_names():
     kept = "/home/me/src/a and src/a and base_model.model.q and base_model_name_or_path stay"
     assert in_shell_words(kept, words) == kept
     assert in_shell_words("it names none; give base_model", words) == "it names none; name it with --base DIR"
-    assert in_shell_words("rank must be at least 1", COMMANDS["select"].words) == "--rank must be at least 1"
+    said = "rank must be at least 1, not a rank of 0"
+    assert in_shell_words(said, COMMANDS["select"].words) == f"--{said}"
 
 
 def test_a_result_that_is_there_is_written_over_by_force_alone(trained, gradients, tmp_path, capsys):

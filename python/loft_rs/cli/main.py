@@ -55,9 +55,13 @@ def sentence(error: Exception, extra: str) -> str:
 
 
 def in_shell_words(text: str, words: Mapping[str, str]) -> str:
-    """A Python argument in a message by the name that it has in the shell. Paths and dotted names are left alone."""
+    """A Python argument in a message by the name that it has in the shell. Paths and dotted names are left alone.
+
+    An argument after "^", which is an ordinary word as well, is meant only where the message begins with it.
+    """
     for argument, flag in words.items():
-        text = re.sub(rf"(?<![\w./-]){re.escape(argument)}(?![\w/-]|\.\w)", flag, text)
+        before = r"\A" if argument.startswith("^") else r"(?<![\w./-])"
+        text = re.sub(rf"{before}{re.escape(argument.removeprefix('^'))}(?![\w/-]|\.\w)", flag, text)
     return text
 
 

@@ -202,7 +202,8 @@ COMMANDS = {
         _select,
         "choose supports for the gradients in a safetensors file",
         "loft-rs select grads.safetensors --rank 64 --method skewgrad --weights model.safetensors",
-        words={"rank": "--rank", "weights": "--weights", "threads": "--threads", "grads": "GRADS"},
+        words={f"^{name}": f"--{name}" for name in ("rank", "params", "weights", "threads", "seed")}
+        | {"^grads": "GRADS"},
     ),
     "inspect": Command(
         commands.inspect,

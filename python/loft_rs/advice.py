@@ -26,8 +26,9 @@ _LOW = 3.0  # times below the suggestion: worth a warning
 def suggest_lr(config: LoftConfig) -> float:
     """A learning rate for Adam to start from: c / r, c by the support (see `advice.py`). Then try one three times larger.
 
-    Provisional: c is from runs of ranks 34 to 86 on small models, and 1/r was in their grids, not measured for itself. What c costs
-    against the rate that was tuned for each of 13 tasks, in the mean of their scores (2 seeds, the tuning split):
+    Provisional: c is from runs of ranks 34 to 86 on small models, and 1/r was in their grids, not
+    measured for itself. What c costs against the rate that was tuned for each of 13 tasks, in the
+    mean of their scores (2 seeds, the tuning split):
 
         pilot .010     pilot in halves .013     principal .016     gradsvd .010     skewgrad .010
 
@@ -55,7 +56,10 @@ def suggest_lr(config: LoftConfig) -> float:
 
 
 def rate_of(optimizer: Any, parameter: Any) -> float | None:
-    """The rate that an Adam gives a parameter once its warm-up is over; None for another kind of optimiser, of which no run speaks."""
+    """The rate that an Adam gives a parameter after the warm-up.
+
+    None for another kind of optimiser, of which no run speaks, and for a parameter that it lacks.
+    """
     inner = getattr(optimizer, "optimizer", optimizer)  # accelerate wraps it
     if "adam" not in type(inner).__name__.lower():
         return None
@@ -66,7 +70,7 @@ def rate_of(optimizer: Any, parameter: Any) -> float | None:
 
 
 def warn_of_low_rate(config: LoftConfig, rate: float | None) -> None:
-    """Warn where training starts at a third of the suggested rate or less, as at a Trainer's default of 5e-5."""
+    """Warn of a third of the suggested rate or less, such as a Trainer's default of 5e-5."""
     try:
         suggested = suggest_lr(config)
     except ValueError:

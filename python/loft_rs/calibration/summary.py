@@ -1,10 +1,12 @@
-"""What a `CalibrationReport` says: a summary with advice, layers grouped by kind and depth, and the table of all layers.
+"""What a `CalibrationReport` says: a summary with advice, layers by kind and depth, the table of all.
 
-    kind    a layer's name behind its block's number: encoder.layer.3.attention.self.query is attention.self.query
+    kind    a layer's name behind its block's number: attention.self.query of
+            encoder.layer.3.attention.self.query
     depth   the block's number, 3 there; the blocks are shown in up to three groups
 
-A mean agreement of .9 and more is called good, below a half poor: a way of speaking, of the support alone. What it is worth in the score of
-the trained model was not measured. Every line fits in 100 columns. `report` is a `CalibrationReport`, whose file imports this one.
+A mean agreement of .9 and more is called good, below a half poor. That is a way of speaking, of the
+support alone: what it is worth in the score of the trained model was not measured. Every line fits
+in 100 columns. `report` is a `CalibrationReport`, whose file imports this one.
 """
 
 from __future__ import annotations
@@ -24,7 +26,8 @@ __all__ = ["rows_of", "short", "summary", "table"]
 
 WIDTH = 100
 GOOD, POOR = 0.9, 0.5
-# Halves of batches that are alike rarely have as much: at 2, 4 and 8 batches 7, 3 and 0 % (bench/CALIBRATION.md).
+# Halves of batches that are alike rarely have as much: 7, 3 and 0 % of them at 2, 4 and 8 batches
+# (bench/CALIBRATION.md).
 DOMINATED = 0.9
 WORST = 3
 
@@ -208,7 +211,7 @@ def _mean_agreement(report: Any) -> float:
 
 
 def _fitted(names: Sequence[str], room: int) -> list[str]:
-    """Names of layers in this room, each still told from the others: what all begin with goes first, then the middle."""
+    """Names of layers in this room: what all begin with goes first, then the middle."""
     if max(map(len, names), default=0) > room:
         parts = [name.split(".") for name in names]
         shared = len(

@@ -1,4 +1,4 @@
-"""The commands demo, select and inspect; and how a command shows progress and refuses to write over a result."""
+"""The commands demo, select and inspect; how a command shows progress, and spares a result."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ __all__ = ["demo", "inspect", "refuse_existing", "select", "show_progress"]
 
 
 def refuse_existing(path: Path, flag: str, force: bool) -> None:
-    """ValueError where a result is there already, unless it may be written over. An empty folder is none."""
+    """ValueError where a result is there, unless it may be written over. An empty folder is none."""
     there = any(path.iterdir()) if path.is_dir() else path.exists()
     if there and not force:
         raise ValueError(f"{flag}: {path} exists already; add --force to write over it, or give another")
@@ -74,7 +74,7 @@ def show_progress(name: str, done: int, total: int) -> None:
 
 
 def _layers(path: Path, argument: str) -> tuple[dict, list[str]]:
-    """The 2-D tensors of a file by module name, `q_proj.weight` being the layer `q_proj`; and the names of the others."""
+    """(2-D tensors of a file by module, `q_proj.weight` being `q_proj`; the names of the others)."""
     from .._files import read_safetensors
     from ..support.files import holds_supports
 

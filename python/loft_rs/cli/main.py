@@ -1,6 +1,7 @@
 """`loft-rs`: runs one subcommand.
 
-Every failure is one sentence on stderr and a non-zero exit status. Nothing heavy is imported until a command needs it.
+Every failure is one sentence on stderr and a non-zero exit status. Nothing heavy is imported until
+a command needs it.
 """
 
 from __future__ import annotations
@@ -42,7 +43,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def sentence(error: Exception, extra: str) -> str:
-    """One line that says what was wrong; LOFT_RS_TRACEBACK=1 shows where. `extra` brings what the command needs."""
+    """One line that says what was wrong; LOFT_RS_TRACEBACK=1 shows where.
+
+    extra: what brings what the command needs.
+    """
     package = (getattr(error, "name", None) or "").split(".")[0]
     if isinstance(error, ModuleNotFoundError) and package in OPTIONAL:
         return f"this command needs {package}: {how_to_install(extra)}"
@@ -55,9 +59,9 @@ def sentence(error: Exception, extra: str) -> str:
 
 
 def in_shell_words(text: str, words: Mapping[str, str]) -> str:
-    """A Python argument in a message by the name that it has in the shell. Paths and dotted names are left alone.
+    """A Python argument in a message by its name in the shell; paths and dotted names stay.
 
-    An argument after "^", which is an ordinary word as well, is meant only where the message begins with it.
+    An argument after "^" is an ordinary word as well: it is meant only where the message begins.
     """
     for argument, flag in words.items():
         before = r"\A" if argument.startswith("^") else r"(?<![\w./-])"

@@ -1,6 +1,7 @@
 """The subcommands of `loft-rs`: their arguments, and an example of each.
 
-The arguments of a command are added only where it is the one that was called: `loft-rs --help` then needs nothing that is slow to import.
+Arguments are added to the command that was called alone: `loft-rs --help` then needs nothing that is
+slow to import.
 """
 
 from __future__ import annotations
@@ -16,7 +17,11 @@ __all__ = ["COMMANDS", "parser"]
 
 
 class Command(NamedTuple):
-    """run: what it does; may give an exit status. extra: what it needs installed. words: Python's arguments in messages -> the shell's."""
+    """One subcommand.
+
+    run: what it does; may give an exit status. extra: what it needs installed. words: arguments in
+    Python's messages -> their names in the shell (`main.in_shell_words`).
+    """
 
     run: Callable[[argparse.Namespace], int | None]
     arguments: Callable[[argparse.ArgumentParser], None]

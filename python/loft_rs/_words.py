@@ -1,5 +1,7 @@
-"""Words that messages share: how an extra is installed, counts, long lists of names cut short, the
-nearest name. Standard library alone.
+"""Words that messages share: how to install an extra, counts, long lists cut short, the nearest
+name.
+
+The standard library alone.
 """
 
 from __future__ import annotations
@@ -12,9 +14,7 @@ SHOWN = 3
 
 
 def how_to_install(extra: str) -> str:
-    """What to type for an extra. loft_rs is not on the package index, so it is installed from a
-    clone.
-    """
+    """What to type for an extra. loft_rs is not on the package index: it comes from a clone."""
     return f'pip install ".[{extra}]" in a clone of loft_rs'
 
 
@@ -25,9 +25,7 @@ def count(number: int, noun: str) -> str:
 
 
 def some(names: Sequence[str], shown: int = SHOWN) -> str:
-    """The first few names and how many more there are; four are named, since `and 1 more` is no
-    shorter.
-    """
+    """The first few names and how many more. Four are named: `and 1 more` is no shorter."""
     if len(names) <= shown + 1:
         return ", ".join(names)
     return f"{', '.join(names[:shown])} and {len(names) - shown} more"

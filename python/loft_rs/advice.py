@@ -58,8 +58,9 @@ def suggest_lr(config: LoftConfig) -> float:
 
 
 def rate_of(optimizer: Any, parameter: Any) -> float | None:
-    """The rate that an Adam gives a parameter once its warm-up is over; None for another kind of
-    optimiser, of which no run speaks.
+    """The rate that an Adam gives a parameter after the warm-up.
+
+    None for another kind of optimiser, of which no run speaks, and for a parameter that it lacks.
     """
     inner = getattr(optimizer, "optimizer", optimizer)  # accelerate wraps it
     if "adam" not in type(inner).__name__.lower():
@@ -71,9 +72,7 @@ def rate_of(optimizer: Any, parameter: Any) -> float | None:
 
 
 def warn_of_low_rate(config: LoftConfig, rate: float | None) -> None:
-    """Warn where training starts at a third of the suggested rate or less, as at a Trainer's
-    default of 5e-5.
-    """
+    """Warn of a third of the suggested rate or less, such as a Trainer's default of 5e-5."""
     try:
         suggested = suggest_lr(config)
     except ValueError:

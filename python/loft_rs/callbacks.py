@@ -39,9 +39,7 @@ def _check_options(max_batches: Any, memory: Any, head_steps: Any = None) -> Non
 
 
 def _look_at_the_rate(state: Any, optimizer: Any, config: LoftConfig, theta: Tensor) -> None:
-    """Warn where a training begins at a rate far below the suggested one; theta: any that the
-    optimiser has.
-    """
+    """Warn where a training begins at a rate far too low; theta: any that the optimiser has."""
     if state.global_step == 0 and optimizer is not None:
         warn_of_low_rate(config, rate_of(optimizer, theta))
 

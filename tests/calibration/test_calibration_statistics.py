@@ -320,6 +320,7 @@ def same_adapter(one, other):
 
 @pytest.mark.parametrize("support", ["skewgrad", GradSVD(passes=1, oversampling=64)], ids=["name", "object"])
 @pytest.mark.parametrize("mapped", [False, True])
+@pytest.mark.filterwarnings("ignore:saved without a support")
 def test_a_budget_saved_before_it_is_shared_out_is_shared_out_after(support, mapped, tmp_path):
     options = {"support": support, "target_modules": ["q_proj", "down_proj"]}
     names, budget = adapted_layers(build(**options))[1], Budget(params=60)

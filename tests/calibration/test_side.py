@@ -44,6 +44,7 @@ def test_an_open_side_is_the_identity_and_waits_for_calibration(dtype, tmp_path)
     assert not torch.equal(logits(model), wanted)
 
 
+@pytest.mark.filterwarnings("ignore:saved without a support")
 def test_a_model_saved_before_the_decision_is_still_open(tmp_path):
     with pytest.warns(UserWarning, match="saved without a support in"):
         build().save_pretrained(tmp_path)

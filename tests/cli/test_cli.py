@@ -110,7 +110,7 @@ def test_select_failures_are_one_sentence_and_write_nothing(gradients, capsys):
     assert "at most 10" in fails(capsys, "select", file, "--rank", 11, "--out", out)
     assert "weights are missing" in fails(capsys, "select", file, "--rank", 2, "--method", "skewgrad", "--out", out)
     message = fails(capsys, "select", file, "--rank", 2, "--method", "principal", "--out", out)
-    assert message.endswith("--weights are missing: method 'principal' needs --weights")
+    assert message.endswith("--weights are missing: method 'principal' needs weights")
     assert "no part in method 'gradsvd'" in fails(
         capsys, "select", file, "--rank", 2, "--weights", folder / "weights.safetensors", "--out", out
     )
@@ -447,7 +447,8 @@ def test_arguments_in_messages_have_their_shell_names():
     kept = "/home/me/src/a and src/a and base_model.model.q and base_model_name_or_path stay"
     assert in_shell_words(kept, words) == kept
     assert in_shell_words("it names none; give base_model", words) == "it names none; name it with --base DIR"
-    assert in_shell_words("rank must be at least 1", COMMANDS["select"].words) == "--rank must be at least 1"
+    said = "rank must be at least 1, not a rank of 0"
+    assert in_shell_words(said, COMMANDS["select"].words) == f"--{said}"
 
 
 def test_a_result_that_is_there_is_written_over_by_force_alone(trained, gradients, tmp_path, capsys):
@@ -478,7 +479,7 @@ def test_select_says_what_it_leaves_out_and_takes_no_supports_for_gradients(grad
     folder, _, _ = gradients
     out = folder / "s.safetensors"
     assert main(["select", str(folder / "grads.safetensors"), "--rank", "2", "--out", str(out)]) == 0
-    assert "left out, being no matrix: layers.0.q.bias\n" in capsys.readouterr().out
+    assert "left out, being no matrix: layers.0.q.bias\n" in capsys.readouterr().err
     said = fails(capsys, "select", out, "--rank", 2, "--out", folder / "t.safetensors")
     assert f"GRADS: {out} holds supports that were chosen already" in said
     save_file({"q.weight": np.eye(6, dtype=np.float32)}, folder / "one.safetensors")

@@ -1,12 +1,13 @@
-"""What a `CalibrationReport` says: a summary with advice, layers grouped by kind and depth, and the
-table of all layers.
+"""What a `CalibrationReport` says: a summary with advice, layers by kind and depth, the table of
+all.
 
-    kind    a layer's name behind its block's number: encoder.layer.3.attention.self.query is attention.self.query
+    kind    a layer's name behind its block's number: attention.self.query of
+            encoder.layer.3.attention.self.query
     depth   the block's number, 3 there; the blocks are shown in up to three groups
 
-A mean agreement of .9 and more is called good, below a half poor: a way of speaking, of the support
-alone. What it is worth in the score of the trained model was not measured. Every line fits in 100
-columns. `report` is a `CalibrationReport`, whose file imports this one.
+A mean agreement of .9 and more is called good, below a half poor. That is a way of speaking, of the
+support alone: what it is worth in the score of the trained model was not measured. Every line fits
+in 100 columns. `report` is a `CalibrationReport`, whose file imports this one.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from __future__ import annotations
 import math
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import takewhile
 from typing import Any
 
 import numpy as np
@@ -27,7 +29,7 @@ __all__ = ["figure", "rows_of", "short", "summary", "table"]
 
 WIDTH = 100
 GOOD, POOR = 0.9, 0.5
-# Halves of batches that are alike rarely have as much: at 2, 4 and 8 batches 7, 3 and 0 %
+# Halves of batches that are alike rarely have as much: 7, 3 and 0 % of them at 2, 4 and 8 batches
 # (bench/CALIBRATION.md).
 DOMINATED = 0.9
 WORST = 3
@@ -58,14 +60,15 @@ def summary(report: Any) -> str:
 def table(report: Any) -> str:
     """A line for every layer."""
     evidence, sides, rows = bool(report.evidence), bool(report.sides), rows_of(report)
-    columns = [("rank", 5, "d"), ("energy", 7, ".4f"), ("+-", 7, ".4f")]
-    columns += [("side", 7, "s"), ("on input", 9, ".2e"), ("on output", 10, ".2e")] * sides
-    columns += [("agreement", 10, ".3f"), ("reproducible", 13, ".3f"), ("for .9", 7, ".0f")] * evidence
-    room = min(max(len(row["layer"]) for row in rows), WIDTH - sum(width + 1 for _, width, _ in columns))
+    columns = [("rank", 4, "d"), ("energy", 6, ".4f"), ("+-", 6, ".4f")]
+    columns += [("side", 6, "s"), ("on input", 8, ".2e"), ("on output", 9, ".2e")] * sides
+    columns += [("agreement", 9, ".3f"), ("reproducible", 12, ".3f"), ("for .9", 6, ".0f")] * evidence
+    names = _fitted([row["layer"] for row in rows], WIDTH - sum(width + 1 for _, width, _ in columns))
+    room = max(map(len, ("layer", *names)))
     lines = [f"{'layer':<{room}}" + "".join(f" {name:>{width}}" for name, width, _ in columns)]
-    for row in rows:
+    for row, shown in zip(rows, names, strict=True):
         cells = "".join(f" {format(row[name], form):>{width}}" for name, width, form in columns)
-        lines.append(f"{_tail(row['layer'], room):<{room}}{cells}")
+        lines.append(f"{shown:<{room}}{cells}")
     lines += _wrapped(_legend(report))
     if evidence:
         lines += _wrapped("reproducible: the part of the captured energy that other batches would show too")
@@ -228,6 +231,18 @@ def _least(values: Iterable[float]) -> float:
 
 def _mean_agreement(report: Any) -> float:
     return _mean(each.agreement for each in report.evidence.values())
+
+
+def _fitted(names: Sequence[str], room: int) -> list[str]:
+    """Names of layers in this room: what all begin with goes first, then the middle."""
+    if max(map(len, names), default=0) > room:
+        parts = [name.split(".") for name in names]
+        shared = len(
+            list(takewhile(lambda same: len(set(same)) == 1, zip(*(each[:-1] for each in parts), strict=False)))
+        )
+        names = ["…" * bool(shared) + ".".join(each[shared:]) for each in parts]
+    start = room // 3
+    return [n if len(n) <= room else f"{n[:start]}…{n[start + 1 - room :]}" for n in names]
 
 
 def _tail(name: str, room: int) -> str:

@@ -110,9 +110,7 @@ def _load(options: argparse.Namespace, base: Path) -> Any:
 
 
 def _check_base(model: Any, adapter: Path, base: Path) -> None:
-    """ValueError where the base lacks a module that the adapter has tensors for: it is another
-    model's.
-    """
+    """ValueError where the base lacks a module that the adapter has tensors for."""
     from .._files import read_safetensors
     from .._format import WEIGHTS_FILE
 

@@ -1,6 +1,4 @@
-"""The commands demo, select and inspect; and how a command shows progress and refuses to write over
-a result.
-"""
+"""The commands demo, select and inspect; how a command shows progress, and spares a result."""
 
 from __future__ import annotations
 
@@ -15,7 +13,7 @@ __all__ = ["demo", "inspect", "refuse_existing", "select", "show_progress"]
 
 
 def refuse_existing(path: Path, flag: str, force: bool) -> None:
-    """ValueError where a result is there already, unless it may be written over. An empty folder is
+    """ValueError where a result is there, unless it may be written over. An empty folder is
     none.
     """
     there = any(path.iterdir()) if path.is_dir() else path.exists()
@@ -52,7 +50,7 @@ def select(options: argparse.Namespace) -> None:
     check_writable(options.out)
     refuse_existing(options.out, "--out", options.force)
     rank = options.rank if options.params is None else Budget(params=options.params)
-    grads = _layers(options.grads, "GRADS")
+    grads, others = _layers(options.grads, "GRADS")
     weights = None if options.weights is None else _named_weights(options.weights, list(grads))
     supports = select_support(
         None if options.method == "principal" else grads,
@@ -68,6 +66,8 @@ def select(options: argparse.Namespace) -> None:
     assert isinstance(supports, dict)  # a mapping was given
     for name, support in supports.items():
         print(f"{name}  {support!r}")
+    if others:
+        print(f"left out, being no matrix: {some(others)}", file=sys.stderr)
     vague = [name for name, support in supports.items() if not support.identifiable]
     if vague:
         print(f"the last directions are not identifiable in {len(vague)} of them: {some(vague)}")
@@ -83,9 +83,9 @@ def show_progress(name: str, done: int, total: int) -> None:
         print(f"{done} of {count(total, 'layer')}", file=sys.stderr, flush=True)
 
 
-def _layers(path: Path, argument: str) -> dict:
-    """The 2-D tensors of a file by module name: `q_proj.weight` is the layer `q_proj`. Of
-    gradients, what is left out is said.
+def _layers(path: Path, argument: str) -> tuple[dict, list[str]]:
+    """(2-D tensors of a file by module, `q_proj.weight` being `q_proj`; the names of the
+    others).
     """
     from .._files import read_safetensors
     from ..support.files import holds_supports
@@ -96,16 +96,13 @@ def _layers(path: Path, argument: str) -> dict:
     layers = {name.removesuffix(".weight"): tensor for name, tensor in tensors.items() if tensor.ndim == 2}
     if not layers:
         raise ValueError(f"{path}: no 2-D tensor in it, so there is no layer to choose a support for")
-    others = [name for name, tensor in tensors.items() if tensor.ndim != 2]
-    if others and argument == "GRADS":
-        print(f"left out, being no matrix: {some(others)}")
-    return layers
+    return layers, [name for name, tensor in tensors.items() if tensor.ndim != 2]
 
 
 def _named_weights(paths: list[Path], names: list[str]) -> dict:
     found: dict = {}
     for path in paths:
-        found |= _layers(path, "--weights")
+        found |= _layers(path, "--weights")[0]
     missing = [name for name in names if name not in found]
     if missing:
         raise ValueError(f"--weights has no 2-D tensor for {some(missing)}")

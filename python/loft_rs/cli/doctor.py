@@ -1,5 +1,4 @@
-"""`loft-rs doctor`: what is installed, on what devices, and whether the parts compute what they
-should.
+"""`loft-rs doctor`: what is installed, on what devices, and whether the parts compute rightly.
 
 A package that is missing fails nothing, since NumPy alone is enough for `select_support`. One that
 is older than this loft_rs allows fails, and so does a test.
@@ -133,9 +132,7 @@ def _core_svd() -> str:
 
 
 def _layer(device: str) -> str:
-    """Output and gradients of a rotated layer against W0 (I + P (T - I) P^T) written out in
-    float64.
-    """
+    """Output and gradients of a rotated layer against the formula written out in float64."""
     import torch
 
     from ..nn import LoftLinear

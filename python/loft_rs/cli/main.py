@@ -43,8 +43,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def sentence(error: Exception, extra: str) -> str:
-    """One line that says what was wrong; LOFT_RS_TRACEBACK=1 shows where. `extra` brings what the
-    command needs.
+    """One line that says what was wrong; LOFT_RS_TRACEBACK=1 shows where.
+
+    extra: what brings what the command needs.
     """
     package = (getattr(error, "name", None) or "").split(".")[0]
     if isinstance(error, ModuleNotFoundError) and package in OPTIONAL:
@@ -58,10 +59,13 @@ def sentence(error: Exception, extra: str) -> str:
 
 
 def in_shell_words(text: str, words: Mapping[str, str]) -> str:
-    """A Python argument in a message by the name that it has in the shell. Paths and dotted names
-    are left alone, and words as in "the smallest rank", which is not the argument."""
+    """A Python argument in a message by its name in the shell; paths and dotted names stay.
+
+    An argument after "^" is an ordinary word as well: it is meant only where the message begins.
+    """
     for argument, flag in words.items():
-        text = re.sub(rf"(?<![\w./-])(?<!est ){re.escape(argument)}(?![\w/-]|\.\w)", flag, text)
+        before = r"\A" if argument.startswith("^") else r"(?<![\w./-])"
+        text = re.sub(rf"{before}{re.escape(argument.removeprefix('^'))}(?![\w/-]|\.\w)", flag, text)
     return text
 
 

@@ -1,7 +1,7 @@
 """The subcommands of `loft-rs`: their arguments, and an example of each.
 
-The arguments of a command are added only where it is the one that was called: `loft-rs --help` then
-needs nothing that is slow to import.
+Arguments are added to the command that was called alone: `loft-rs --help` then needs nothing that
+is slow to import.
 """
 
 from __future__ import annotations
@@ -17,8 +17,10 @@ __all__ = ["COMMANDS", "parser"]
 
 
 class Command(NamedTuple):
-    """run: what it does; may give an exit status. extra: what it needs installed. words: Python's
-    arguments in messages -> the shell's.
+    """One subcommand.
+
+    run: what it does; may give an exit status. extra: what it needs installed. words: arguments in
+    Python's messages -> their names in the shell (`main.in_shell_words`).
     """
 
     run: Callable[[argparse.Namespace], int | None]
@@ -218,7 +220,8 @@ COMMANDS = {
         _select,
         "choose supports for the gradients in a safetensors file",
         "loft-rs select grads.safetensors --rank 64 --method skewgrad --weights model.safetensors",
-        words={"rank": "--rank", "weights": "--weights", "threads": "--threads", "grads": "GRADS"},
+        words={f"^{name}": f"--{name}" for name in ("rank", "params", "weights", "threads", "seed")}
+        | {"^grads": "GRADS"},
     ),
     "inspect": Command(
         commands.inspect,

@@ -49,9 +49,7 @@ HABITS = {
 
 
 def check_fields(names: Iterable[str], known: Collection[str]) -> None:
-    """TypeError for a field that `LoftConfig` no longer has, or never had: it says what stands in
-    its place.
-    """
+    """TypeError for a field that `LoftConfig` lacks, with what stands in its place."""
     for name in names:
         if name in RETIRED_FIELDS:
             raise TypeError(f"LoftConfig no longer takes {name}: say {RETIRED_FIELDS[name]}")

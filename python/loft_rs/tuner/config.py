@@ -58,8 +58,8 @@ class LoftConfig(PeftConfig):
     """Configuration of a LOFT adapter, W = W0 R or R W0 with R = I + P (T - I) P^T
     (arXiv 2605.11872).
 
-    `loft_rs.suggest_lr(config)` gives a learning rate to start from, .001 for the default. A
-    Trainer's default of 5e-5 is far too low.
+    `loft_rs.suggest_lr(config)` gives a learning rate to start from: .001 for the default config. A
+    Trainer's default, 5e-5, is a twentieth of that.
 
     Args:
         r (`int` or `Budget`): Rank of the support. Trained parameters a layer: r(r - 1)/2
@@ -281,8 +281,9 @@ class LoftConfig(PeftConfig):
         return self.loft_format_version is not None
 
     def save_pretrained(self, save_directory: str, **kwargs) -> None:
-        """As PEFT's, with the version of the saved form. PEFT has written the tensors by then: it
-        warns where no support is set yet.
+        """As PEFT's, with the version of the saved form; warns where no support is set yet.
+
+        PEFT has written the tensors by then.
         """
         saved = copy(self)
         saved.loft_format_version = FORMAT_VERSION
@@ -295,9 +296,7 @@ class LoftConfig(PeftConfig):
         super(LoftConfig, saved).save_pretrained(save_directory, **kwargs)
 
     def __repr__(self) -> str:
-        """What differs from the default, as it would be written; not what PEFT or saving notes by
-        itself.
-        """
+        """What differs from the default, as it would be written; not what PEFT notes by itself."""
         first, noted = ("r", "support", "target_modules"), ("peft_type", "peft_version", "auto_mapping")
         said = []
         for each in sorted(fields(self), key=lambda each: first.index(each.name) if each.name in first else len(first)):
